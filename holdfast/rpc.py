@@ -1,0 +1,209 @@
+"""gRPC servers and channels with one set of options, one life and one translation of errors.
+
+Options and why: the notes beside them. A stream of ours is always opened with `streaming`, which cancels the call when
+the block is left: grpcio 1.83 to 1.85 does not cancel a call that is merely abandoned (grpc/grpc#43462).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec, TypeVar
+
+import grpc
+import structlog
+from grpc_status import rpc_status
+
+from holdfast.errors import ConfigurationError, HoldfastError, InternalError, from_rpc_error, to_status
+
+log = structlog.get_logger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MAX_MESSAGE_BYTES = 16 << 20
+
+_SIZES = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", MAX_MESSAGE_BYTES)]
+
+SERVER_OPTIONS: list[tuple[str, Any]] = [
+    *_SIZES,
+    ("grpc.so_reuseport", 0),  # with 1, the default, a second server takes half of the calls without a word
+    ("grpc.max_concurrent_streams", 4096),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # A long prefill sends nothing for a while; a client's pings must not count as abuse meanwhile.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+]
+
+_SERVICE_CONFIG = {
+    "loadBalancingConfig": [{"round_robin": {}}],
+    "methodConfig": [
+        {
+            # Calls that may be repeated. Generate and Submit are not among them: the mesh resumes, gRPC must not retry.
+            "name": [
+                {"service": "holdfast.v1.TokenizerService", "method": method}
+                for method in ("Encode", "EncodeChat", "GetTokenizerInfo")
+            ]
+            + [{"service": "holdfast.v1.GatewayService", "method": method} for method in ("Cancel", "ListModels")]
+            + [{"service": "holdfast.v1.KVStoreService", "method": "Lookup"}],
+            "retryPolicy": {
+                "maxAttempts": 4,
+                "initialBackoff": "0.05s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ],
+    "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
+}
+
+CHANNEL_OPTIONS: list[tuple[str, Any]] = [
+    *_SIZES,
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.dns_min_time_between_resolutions_ms", 5_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+]
+
+
+def channel(address: str) -> grpc.aio.Channel:
+    """A channel to `host:port`. The caller closes it (`async with`)."""
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+
+
+@asynccontextmanager
+async def streaming(call: T) -> AsyncIterator[T]:
+    """The call, cancelled when the block is left however it is left; after its end that changes nothing."""
+    try:
+        yield call
+    finally:
+        call.cancel()  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, slots=True)
+class Servicer:
+    """One service of a server: how to add it, and its full name for health and reflection."""
+
+    name: str
+    """`holdfast.v1.GatewayService`."""
+    add: Callable[[grpc.aio.Server], None]
+
+
+@dataclass(slots=True)
+class Server:
+    """A running server."""
+
+    address: str
+    """`host:port`, the port that was really bound."""
+    port: int
+    health: Health = field(repr=False)
+
+
+class Health:
+    """grpc.health.v1 of one server: NOT_SERVING until `ready`, and again from `leave` on."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        from grpc_health.v1 import health, health_pb2
+
+        self._names = ["", *names]
+        self._status = health_pb2.HealthCheckResponse
+        self.servicer = health.aio.HealthServicer()
+
+    async def ready(self) -> None:
+        """All is there: model, tokenizer, log."""
+        for name in self._names:
+            await self.servicer.set(name, self._status.SERVING)
+
+    async def not_ready(self) -> None:
+        """Something that calls need is missing."""
+        for name in self._names:
+            await self.servicer.set(name, self._status.NOT_SERVING)
+
+    async def leave(self) -> None:
+        """Never ready again."""
+        await self.servicer.enter_graceful_shutdown()
+
+
+@asynccontextmanager
+async def serving(address: str, servicers: Sequence[Servicer], *, drain: float) -> AsyncIterator[Server]:
+    """A server on `host:port` (port 0: any), with health, reflection and channelz beside the servicers. It is healthy
+    once the caller says `server.health.ready()`. Leaving the block refuses new calls, lets running ones end for at
+    most `drain` seconds and cancels what is left.
+
+    Raises:
+        ConfigurationError: the address cannot be bound.
+    """
+    from grpc_channelz.v1 import channelz
+    from grpc_health.v1 import health_pb2_grpc
+    from grpc_health.v1.health import SERVICE_NAME as HEALTH
+    from grpc_reflection.v1alpha import reflection
+
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    names = [servicer.name for servicer in servicers]
+    health = Health(names)
+    for servicer in servicers:
+        servicer.add(server)
+    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+    channelz.add_channelz_servicer(server)
+    reflection.enable_server_reflection([*names, HEALTH, reflection.SERVICE_NAME], server)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ConfigurationError(f"cannot listen on {address}: it is in use, or not an address of this host") from error
+    await health.not_ready()
+    await server.start()
+    try:
+        yield Server(address=f"{address.rpartition(':')[0]}:{port}", port=port, health=health)
+    finally:
+        await health.leave()
+        await server.stop(drain)
+
+
+def unary(method: Callable[P, Any]) -> Callable[P, Any]:
+    """A unary handler whose errors of ours become the call's status. An error that is not ours is logged and becomes
+    INTERNAL, without its text: that may hold what a client must not see."""
+
+    @functools.wraps(method)
+    async def handler(self: Any, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await method(self, request, context)  # type: ignore[arg-type]
+        except Exception as error:  # noqa: BLE001 - every call gets an answer
+            await _abort(context, error)
+
+    return handler  # type: ignore[return-value]
+
+
+def stream(method: Callable[P, Any]) -> Callable[P, Any]:
+    """The same for a handler that is an async generator."""
+
+    @functools.wraps(method)
+    async def handler(self: Any, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        responses = method(self, request, context)  # type: ignore[arg-type]
+        try:
+            async for response in responses:
+                yield response
+        except Exception as error:  # noqa: BLE001 - every call gets an answer
+            await _abort(context, error)
+        finally:
+            await responses.aclose()
+
+    return handler  # type: ignore[return-value]
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if isinstance(error, grpc.RpcError):
+        error = from_rpc_error(error)
+    if not isinstance(error, HoldfastError):
+        log.exception("unexpected error in a call", exc_info=error)
+        error = InternalError("internal error; the service's log has it")
+    await context.abort_with_status(rpc_status.to_status(to_status(error)))

@@ -1,0 +1,60 @@
+"""What an engine can be told."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from holdfast.settings import Settings
+
+
+class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
+    """One engine."""
+
+    model: str = "smollm2-135m-instruct"
+    """What to serve: a folder, a name known to `holdfast pull`, or a hub id."""
+    served_model_name: str = ""
+    """The name that requests use; empty for the last part of `model`."""
+    name: str = ""
+    """This engine's name, unique in the mesh; empty for one made of host and process id."""
+    kafka: str = "127.0.0.1:9092"
+    """Bootstrap servers of the log, `host:port,host:port`."""
+    incarnation: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
+    """Raise it when the engines' consumer group was deleted: epochs must never fall."""
+    address: str = "127.0.0.1:50053"
+    """Where the control service listens, `host:port`; port 0 for any."""
+    metrics_address: str = ""
+    """Where `/metrics` is served, `host:port`; empty for nowhere."""
+    drain_seconds: Annotated[float, Field(ge=0)] = 30.0
+    """How long running sequences may go on after the stop signal. What is left is taken up by another engine."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes cuda where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights and activations; auto takes what the model's config says."""
+    load_format: Literal["safetensors", "dummy"] = "safetensors"
+    """dummy builds the model of a config with random weights, for benchmarks."""
+    implementation: Literal["auto", "native", "transformers"] = "auto"
+    """Whose modelling code; auto takes ours where it covers the architecture."""
+    max_model_len: Annotated[int, Field(ge=1)] | None = None
+    """Most tokens of prompt and answer together; by default the model's context, as far as the cache can hold it."""
+    max_sequences: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Most sequences in a step."""
+    max_step_tokens: Annotated[int, Field(ge=1)] = 2048
+    """Most tokens in a step, decodes and prefill chunks together."""
+    itl_target_ms: Annotated[float, Field(gt=0)] = 200.0
+    """The time between two tokens that prefill chunks should leave to running sequences. Prefill gets less of a step
+    as the step's expected time nears it, but never less than one block."""
+    block_size: Literal[16, 32, 64] = 32
+    """Tokens of a KV block."""
+    cache_blocks: Annotated[int, Field(ge=2)] | None = None
+    """KV blocks in all; by default as many as `cache_bytes` holds."""
+    cache_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30
+    """Memory for the KV cache on a CPU."""
+    prefix_cache: bool = True
+    """Whether blocks of earlier sequences are found again by their content."""
+    kvstore: str = ""
+    """`host:port` of a KV store for prefixes that this engine no longer holds; empty for none."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """Threads of the CPU executor; by default one for each core."""
