@@ -11,7 +11,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import structlog
@@ -21,7 +21,6 @@ from holdfast.errors import ConfigurationError, HoldfastError, InternalError, fr
 
 log = structlog.get_logger(__name__)
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_MESSAGE_BYTES = 16 << 20
@@ -167,26 +166,26 @@ async def serving(address: str, servicers: Sequence[Servicer], *, drain: float) 
         await server.stop(drain)
 
 
-def unary(method: Callable[P, Any]) -> Callable[P, Any]:
+def unary(method: Callable[..., Any]) -> Any:
     """A unary handler whose errors of ours become the call's status. An error that is not ours is logged and becomes
     INTERNAL, without its text: that may hold what a client must not see."""
 
     @functools.wraps(method)
     async def handler(self: Any, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
-            return await method(self, request, context)  # type: ignore[arg-type]
+            return await method(self, request, context)
         except Exception as error:  # noqa: BLE001 - every call gets an answer
             await _abort(context, error)
 
-    return handler  # type: ignore[return-value]
+    return handler
 
 
-def stream(method: Callable[P, Any]) -> Callable[P, Any]:
+def stream(method: Callable[..., Any]) -> Any:
     """The same for a handler that is an async generator."""
 
     @functools.wraps(method)
     async def handler(self: Any, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        responses = method(self, request, context)  # type: ignore[arg-type]
+        responses = method(self, request, context)
         try:
             async for response in responses:
                 yield response
@@ -195,7 +194,7 @@ def stream(method: Callable[P, Any]) -> Callable[P, Any]:
         finally:
             await responses.aclose()
 
-    return handler  # type: ignore[return-value]
+    return handler
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
