@@ -1,0 +1,71 @@
+"""A service's life, in real processes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+
+PROGRAM = """
+from contextlib import asynccontextmanager
+from typing import Annotated
+from pydantic import Field
+from holdfast.errors import ConfigurationError, Unavailable
+from holdfast.service import run
+from holdfast.settings import Settings
+import asyncio
+
+class BellSettings(Settings, env_prefix="HOLDFAST_BELL_"):
+    rings: Annotated[int, Field(ge=1)] = 1
+    fault: str = ""
+
+@asynccontextmanager
+async def serve(settings):
+    async with asyncio.TaskGroup() as tasks:
+        if settings.fault == "configuration":
+            raise ConfigurationError("the bell has no clapper")
+        if settings.fault == "log":
+            raise Unavailable("the tower cannot be reached")
+        print("open", flush=True)
+        try:
+            yield
+        finally:
+            print("closed", flush=True)
+
+run("bell", BellSettings, serve)
+"""
+
+
+def bell(*flags: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_signal_drains_and_ends_with_success() -> None:
+    """SIGTERM leaves the service's block, then the process."""
+    with bell() as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "open\n"
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, "closed\n"), err
+
+
+def test_a_service_that_cannot_start_says_why_in_its_last_line() -> None:
+    """2 for what the user must change, 1 for what failed; no traceback."""
+    for flags, code, text in (
+        (["--rings", "0"], 2, "--rings"),
+        (["--fault", "configuration"], 2, "the bell has no clapper"),
+        (["--fault", "log"], 1, "the tower cannot be reached"),
+    ):
+        with bell(*flags) as process:
+            _, err = process.communicate(timeout=30)
+        assert process.returncode == code, err
+        assert err.splitlines()[-1].startswith("bell: ")
+        assert text in err.splitlines()[-1]
+        assert "Traceback" not in err

@@ -1,0 +1,104 @@
+"""Settings: where values come from, and how wrong ones are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field, ValidationError
+
+from holdfast.errors import ConfigurationError
+from holdfast.settings import Settings, load
+
+
+class StationSettings(Settings, env_prefix="HOLDFAST_STATION_"):
+    """A service that does not exist."""
+
+    max_trains: Annotated[int, Field(ge=1)] = 5
+    """How many trains may wait."""
+    gauge: Literal["normal", "narrow"] = "normal"
+    """How wide the rails are."""
+
+
+class LineSettings(Settings, env_prefix="HOLDFAST_"):
+    """Several services in one process."""
+
+    name: str = "coast"
+    """The line's name."""
+    station: StationSettings = Field(default_factory=StationSettings)
+    """Its station."""
+
+
+@pytest.fixture(autouse=True)
+def no_outside_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOLDFAST_CONFIG", raising=False)
+
+
+def test_a_flag_wins_over_the_environment_over_the_file_over_the_default(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is given closest to the start wins."""
+    assert load(StationSettings).max_trains == 5
+    file = tmp_path / "holdfast.toml"
+    file.write_text('[station]\nmax_trains = 6\ngauge = "narrow"\n')
+    monkeypatch.setenv("HOLDFAST_CONFIG", str(file))
+    assert load(StationSettings) == StationSettings(max_trains=6, gauge="narrow")
+    monkeypatch.setenv("HOLDFAST_STATION_MAX_TRAINS", "7")
+    assert load(StationSettings).max_trains == 7
+    assert load(StationSettings, ["--max-trains", "8"]).max_trains == 8
+
+
+def test_every_bad_value_is_named_at_once_with_where_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One start tells all that is wrong."""
+    monkeypatch.setenv("HOLDFAST_STATION_MAX_TRAINS", "many")
+    with pytest.raises(ConfigurationError) as caught:
+        load(StationSettings, ["--gauge", "broad"])
+    assert "HOLDFAST_STATION_MAX_TRAINS" in str(caught.value)
+    assert "'many'" in str(caught.value)
+    assert "--gauge" in str(caught.value)
+    assert "'broad'" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [StationSettings, LineSettings])
+def test_an_unknown_variable_stops_the_start(monkeypatch: pytest.MonkeyPatch, kind: type[Settings]) -> None:
+    """A misspelt variable is an error, not a silent default."""
+    monkeypatch.setenv("HOLDFAST_STATION_MAX_TRIANS", "7")
+    with pytest.raises(ConfigurationError, match="(?i)max_trians"):
+        load(kind)
+
+
+def test_an_unknown_flag_stops_the_start() -> None:
+    """So does a misspelt flag."""
+    with pytest.raises(ConfigurationError, match="--max-trians"):
+        load(StationSettings, ["--max-trians", "7"])
+
+
+def test_an_unknown_name_in_the_file_stops_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """So does a misspelt line of the file; another service's table does not."""
+    file = tmp_path / "holdfast.toml"
+    file.write_text("[station]\nmax_trians = 6\n[harbour]\nships = 3\n")
+    monkeypatch.setenv("HOLDFAST_CONFIG", str(file))
+    with pytest.raises(ConfigurationError, match="max_trians"):
+        load(StationSettings)
+
+
+def test_a_missing_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """HOLDFAST_CONFIG must name a file."""
+    monkeypatch.setenv("HOLDFAST_CONFIG", str(tmp_path / "nowhere.toml"))
+    with pytest.raises(ConfigurationError, match=r"nowhere\.toml"):
+        load(StationSettings)
+
+
+def test_a_nested_service_reads_its_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several services in one process are set by the names that each has alone."""
+    monkeypatch.setenv("HOLDFAST_STATION_MAX_TRAINS", "9")
+    settings = load(LineSettings, ["--station.gauge", "narrow", "--name", "hill"])
+    assert settings == LineSettings(name="hill", station=StationSettings(max_trains=9, gauge="narrow"))
+
+
+def test_settings_cannot_be_changed_after_the_start() -> None:
+    """They are read once."""
+    settings = StationSettings()
+    with pytest.raises(ValidationError):
+        settings.max_trains = 3  # type: ignore[misc]
