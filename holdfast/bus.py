@@ -26,6 +26,8 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from holdfast.errors import NotOwner, RequestTooLarge
+
 if TYPE_CHECKING:
     import asyncio
 
@@ -33,6 +35,12 @@ if TYPE_CHECKING:
 
 Headers = tuple[tuple[str, bytes], ...]
 """Names and values that travel beside a record's value, in order."""
+
+MAX_RECORD_BYTES = 1_000_000
+"""Most bytes of a record's value, key and headers together: what every bus takes, whatever its framing adds."""
+
+MAX_METADATA_BYTES = 4_000
+"""Most bytes of the text beside a committed position; a broker's default is 4,096."""
 
 
 class TopicPartition(NamedTuple):
@@ -142,6 +150,7 @@ class Member(Protocol):
         Raises:
             NotOwner: a rebalance took one of the partitions away; nothing was kept.
             Unavailable: the log cannot be reached.
+            ValueError: a position's metadata is longer than `MAX_METADATA_BYTES`.
         """
         ...
 
@@ -169,7 +178,8 @@ class Bus(Protocol):
 
         Raises:
             Unavailable: (also from the future) the log cannot be reached in time; the outcome is unknown.
-            InvalidRequest: the record is larger than the log takes.
+            RequestTooLarge: the record is larger than `MAX_RECORD_BYTES`.
+            ConfigurationError: there is no such partition.
         """
         ...
 
@@ -183,11 +193,40 @@ class Bus(Protocol):
         """A reader of these partitions, each from the offset given, or from its end where that is None."""
         ...
 
-    def join(self, group: str, topics: Sequence[Topic]) -> AbstractAsyncContextManager[Member]:
-        """A member of a group that shares all partitions of these topics. Partitions without a committed position are
-        read from their beginning. Leaving the block leaves the group at once."""
+    def join(self, group: str, topics: Sequence[Topic], *, incarnation: int = 0) -> AbstractAsyncContextManager[Member]:
+        """A member of a group that shares all partitions of these topics; all members of a group name the same topics.
+        Partitions without a committed position are read from their beginning. The first `read` returns [] as soon as
+        the member has joined. Leaving the block leaves the group at once. `incarnation` goes into every `Ownership`."""
         ...
 
     async def lag(self, group: str, topics: Sequence[Topic]) -> dict[TopicPartition, Lag]:
         """How far a group is behind, for all partitions of these topics."""
         ...
+
+
+def check_record(value: bytes, *, key: bytes | None, headers: Headers) -> int:
+    """The bytes of a record.
+
+    Raises:
+        RequestTooLarge: more than `MAX_RECORD_BYTES`.
+    """
+    size = len(value) + len(key or b"") + sum(len(name.encode()) + len(content) for name, content in headers)
+    if size > MAX_RECORD_BYTES:
+        raise RequestTooLarge(f"a record of {size:,} bytes is more than the log takes, {MAX_RECORD_BYTES:,} bytes")
+    return size
+
+
+def check_commit(positions: Mapping[TopicPartition, Position], *, met: Ownership, current: Ownership) -> None:
+    """Whether a member may commit: `met` is the ownership under which its caller last read, `current` the newest.
+
+    Raises:
+        NotOwner: one of the partitions was, or may have been, another member's since it was read.
+        ValueError: a position's metadata is too long.
+    """
+    for partition, position in positions.items():
+        if len(position.metadata.encode()) > MAX_METADATA_BYTES:
+            raise ValueError(f"the metadata of {partition} is longer than {MAX_METADATA_BYTES} bytes")
+        if partition not in met.partitions & current.partitions:
+            raise NotOwner(f"{partition.topic}[{partition.partition}] belongs to another member of the group now")
+    if current is not met and not current.continues(met):
+        raise NotOwner(f"the group went from generation {met.generation} to {current.generation} meanwhile")
