@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import grpc
-import structlog
 from grpc_status import rpc_status
 
 from holdfast.errors import ConfigurationError, HoldfastError, InternalError, from_rpc_error, to_status
 
-log = structlog.get_logger(__name__)
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 

@@ -1,0 +1,319 @@
+"""The client, against a gateway that plays what each test gives it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from holdfast.client import Client
+from holdfast.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    HoldfastError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    StreamFailed,
+    Unavailable,
+)
+from holdfast.events import Accepted, Event, Finished, FinishReason, Tokens, Usage
+from holdfast.v1 import gateway_pb2, generation_pb2
+from tests.holdfast.fake_gateway import FakeGateway, accepted, finished, serving, tokens
+
+
+@asynccontextmanager
+async def playing(
+    *answer: gateway_pb2.GenerateResponse | Exception, endless: bool = False
+) -> AsyncIterator[tuple[FakeGateway, Client]]:
+    gateway = FakeGateway(answer, endless=endless)
+    async with serving(gateway) as server, Client(server.address) as client:
+        yield gateway, client
+
+
+async def events_of(client: Client, **options: Any) -> list[Event]:
+    async with client.generate("Once", **options) as answer:
+        return [event async for event in answer]
+
+
+async def test_an_answer_is_accepted_then_tokens_then_finished() -> None:
+    """Each message becomes one event, with everything it carried."""
+    async with playing(accepted(), tokens(0, " upon"), tokens(1, " a time", num_tokens=2), finished()) as (_, client):
+        events = await events_of(client)
+    assert events == [
+        Accepted("r-1", cursor="c0", prompt_tokens=3),
+        Tokens(0, first_index=0, num_tokens=1, text=" upon", token_ids=(), logprobs=(), cursor="c1"),
+        Tokens(0, first_index=1, num_tokens=2, text=" a time", token_ids=(), logprobs=(), cursor="c1"),
+        Finished(0, reason=FinishReason.STOP, usage=Usage(3, 1, 2), stop="", cursor="c2"),
+    ]
+
+
+async def test_text_is_the_answer_in_one_string() -> None:
+    """Of choice 0."""
+    answer = (accepted(), tokens(0, "a"), tokens(0, "x", choice=1), finished(choice=1), tokens(1, "b"), finished())
+    async with playing(*answer) as (_, client):
+        assert await client.generate("Once", num_choices=2).text() == "ab"
+
+
+async def test_log_probabilities_arrive() -> None:
+    """Of the chosen token and the likeliest ones."""
+    message = tokens(0, "a")
+    top = [generation_pb2.TopLogprob(token_id=7, logprob=-0.5), generation_pb2.TopLogprob(token_id=8, logprob=-1.5)]
+    message.tokens.logprobs.append(generation_pb2.TokenLogprobs(logprob=-1.5, top=top))
+    async with playing(accepted(), message, finished()) as (_, client):
+        events = await events_of(client, logprobs=2)
+    assert isinstance(events[1], Tokens)
+    (logprobs,) = events[1].logprobs
+    assert logprobs.logprob == -1.5
+    assert [(each.token_id, each.logprob) for each in logprobs.top] == [(7, -0.5), (8, -1.5)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ([accepted(), tokens(0, "a"), tokens(2, "c")], "token 2 of choice 0 came where token 1 was due"),
+        ([accepted(), tokens(0, "a"), tokens(0, "a")], "token 0 of choice 0 came where token 1 was due"),
+        ([accepted(), tokens(0, "ab", num_tokens=2), tokens(1, "b")], "token 1 of choice 0 came where token 2"),
+        ([accepted(), finished(), tokens(0, "a")], "choice 0 has ended"),
+        ([accepted(), tokens(0, "a", choice=1)], "choice 1 has ended, or was not asked for"),
+        ([tokens(0, "a")], "before the request was accepted"),
+        ([accepted(), accepted()], "accepted twice"),
+        ([accepted(), tokens(0, "a")], "ended before choices \\[0\\] did"),
+        ([], "ended before"),
+        ([accepted(), gateway_pb2.GenerateResponse()], "does not know"),
+    ],
+)
+async def test_a_gap_or_a_duplicate_is_an_error(answer: list[gateway_pb2.GenerateResponse], text: str) -> None:
+    """Whatever a gateway sends that does not follow from what it sent before raises StreamFailed."""
+    async with playing(*answer) as (_, client):
+        with pytest.raises(StreamFailed, match=text):
+            await events_of(client)
+
+
+async def test_missing_token_ids_are_an_error_where_they_were_asked_for() -> None:
+    """One id for each token."""
+    async with playing(accepted(), tokens(0, "a"), finished()) as (_, client):
+        with pytest.raises(StreamFailed, match="token ids"):
+            await events_of(client, return_token_ids=True)
+
+
+async def test_leaving_the_block_ends_the_call() -> None:
+    """grpcio 1.83 and later does not end an abandoned call (grpc/grpc#43462); the client does."""
+    async with playing(accepted(), endless=True) as (gateway, client):
+        async with client.generate("Once") as answer:
+            async for event in answer:
+                if isinstance(event, Tokens) and event.first_index == 5:
+                    break
+            assert not gateway.left.is_set()
+        await asyncio.wait_for(gateway.left.wait(), 10)
+
+
+async def test_breaking_out_of_the_loop_ends_the_call() -> None:
+    """An answer that only its loop holds is closed by `break`, without a block."""
+    async with playing(accepted(), endless=True) as (gateway, client):
+        async for event in client.generate("Once"):
+            if isinstance(event, Tokens):
+                break
+        await asyncio.wait_for(gateway.left.wait(), 10)
+
+
+async def test_an_exception_in_the_loop_ends_the_call() -> None:
+    """However the loop is left."""
+    async with playing(accepted(), endless=True) as (gateway, client):
+        with pytest.raises(LookupError):
+            async for _ in client.generate("Once"):
+                raise LookupError
+        await asyncio.wait_for(gateway.left.wait(), 10)
+
+
+async def test_cancelling_the_task_ends_the_call() -> None:
+    """And the task ends cancelled, not with an error of ours."""
+    async with playing(accepted(), endless=True) as (gateway, client):
+        started = asyncio.Event()
+
+        async def listen() -> None:
+            async for _ in client.generate("Once"):
+                started.set()
+
+        task = asyncio.ensure_future(listen())
+        await asyncio.wait_for(started.wait(), 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.wait_for(gateway.left.wait(), 10)
+
+
+async def test_an_answer_can_be_closed_by_another_task() -> None:
+    """Whoever waits for its next event learns that it was closed; afterwards it is simply over."""
+    async with playing(accepted(), endless=True) as (gateway, client):
+        answer = client.generate("Once")
+        started = asyncio.Event()
+
+        async def listen() -> None:
+            async for _ in answer:
+                started.set()
+
+        async with asyncio.TaskGroup() as tasks:
+            task = tasks.create_task(_swallow(listen()))
+            await asyncio.wait_for(started.wait(), 10)
+            await answer.aclose()
+        assert task.result() is None or isinstance(task.result(), Cancelled)
+        await asyncio.wait_for(gateway.left.wait(), 10)
+        assert [event async for event in answer] == []
+
+
+async def _swallow(listening: Any) -> HoldfastError | None:
+    try:
+        await listening
+    except HoldfastError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("cancel_on_exit", [True, False])
+async def test_leaving_cancels_the_request_or_not_as_asked(cancel_on_exit: bool) -> None:
+    """The gateway is told at the start, so that it holds for a lost connection too."""
+    async with playing(accepted(), finished()) as (gateway, client):
+        await client.generate("Once", cancel_on_exit=cancel_on_exit).text()
+    assert gateway.requests[0].cancel_on_disconnect is cancel_on_exit
+
+
+async def test_nothing_is_sent_for_an_answer_that_nobody_awaits() -> None:
+    """An answer begins with its first event."""
+    async with playing(accepted(), finished()) as (gateway, client):
+        client.generate("Once")
+        await client.health()
+        assert gateway.requests == []
+
+
+async def test_every_option_reaches_the_gateway() -> None:
+    """Under its own name; what is left out stays absent."""
+    async with playing(accepted(), finished()) as (gateway, client):
+        await client.generate(
+            messages=[{"role": "user", "content": "Hi", "name": "Ada"}],
+            template_args={"tools": []},
+            request_id="mine",
+            model="tiny",
+            max_tokens=5,
+            min_tokens=2,
+            stop=["\n"],
+            stop_token_ids=[9],
+            ignore_eos=True,
+            temperature=0,
+            top_k=40,
+            seed=1 << 40,
+            logit_bias={3: -100},
+            logprobs=0,
+            request_class="batch",
+            timeout=1.5,
+        ).text()
+    (request,) = gateway.requests
+    assert (request.request_id, request.model) == ("mine", "tiny")
+    (message,) = request.chat.messages
+    assert (message.role, message.content, message.fields_json) == ("user", "Hi", '{"name": "Ada"}')
+    assert request.chat.template_args_json == '{"tools": []}'
+    assert (request.stop.max_tokens, request.stop.min_tokens, request.stop.ignore_eos) == (5, 2, True)
+    assert (list(request.stop.stop), list(request.stop.stop_token_ids)) == (["\n"], [9])
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.seed, sampling.logprobs) == (0, 40, 1 << 40, 0)
+    assert sampling.HasField("temperature") and sampling.HasField("logprobs") and not sampling.HasField("top_p")
+    assert dict(sampling.logit_bias) == {3: -100}
+    assert request.request_class == generation_pb2.REQUEST_CLASS_BATCH
+    assert request.timeout.ToMilliseconds() == 1500
+    assert gateway.timeouts[0] is not None and gateway.timeouts[0] > 1.5
+
+
+async def test_token_ids_and_prompts_are_inputs_too() -> None:
+    """Exactly one input goes over the wire."""
+    async with playing(accepted(), finished()) as (gateway, client):
+        await client.generate(token_ids=[1, 2]).text()
+        await client.generate("Once").text()
+    assert [request.WhichOneof("input") for request in gateway.requests] == ["token_ids", "prompt"]
+    assert list(gateway.requests[0].token_ids.ids) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "text"),
+    [
+        (None, {}, "exactly one"),
+        ("Once", {"token_ids": [1]}, "exactly one"),
+        ("Once", {"max_tokens": -1}, "cannot be sent"),
+        ("Once", {"temperature": "hot"}, "cannot be sent"),
+        ("Once", {"timeout": float("inf")}, "cannot be sent"),
+        ("Once", {"stop": "\n"}, "a list"),
+        ("Once", {"request_class": "slow"}, "interactive or batch"),
+        (None, {"messages": [{"role": "user"}]}, "a role and a content"),
+        (None, {"messages": [{"role": "user", "content": "Hi", "x": {1}}]}, "cannot be sent"),
+    ],
+)
+async def test_what_the_wire_cannot_carry_is_refused_at_once(
+    prompt: str | None, options: dict[str, Any], text: str
+) -> None:
+    """Before anything is sent, with what would be right."""
+    async with Client() as client:
+        with pytest.raises(InvalidRequest, match=text):
+            client.generate(prompt, **options)
+
+
+async def test_an_unknown_option_is_a_type_error() -> None:
+    """As for any function."""
+    async with Client() as client:
+        with pytest.raises(TypeError, match="max_token"):
+            client.generate("Once", max_token=1)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidRequest("temperature is in [0, 100]", field="sampling.temperature"),
+        NotFound("no model 'x'; there is: tiny"),
+        Overloaded("too many wait", retry_after=7.0),
+        Unavailable("no engine", retry_after=2.0),
+        Cancelled("the gateway is told to stop"),
+        DeadlineExceeded("too late"),
+        StreamFailed("the engine ran out of blocks"),
+    ],
+)
+@pytest.mark.parametrize("after", [(), (accepted(), tokens(0, "a"))])
+async def test_an_error_of_the_mesh_is_raised_as_it_was(
+    error: HoldfastError, after: tuple[gateway_pb2.GenerateResponse, ...]
+) -> None:
+    """Same class, text and fields, before the request is accepted and after it."""
+    async with playing(*after, error) as (_, client):
+        with pytest.raises(type(error)) as caught:
+            await events_of(client)
+    assert str(caught.value) == str(error)
+    assert vars(caught.value) == vars(error)
+
+
+async def test_a_missing_gateway_is_named() -> None:
+    """The address is in the error."""
+    async with serving(FakeGateway()) as server:
+        address = server.address
+    async with Client(address) as client:
+        with pytest.raises(Unavailable, match=f"no gateway answers at {address}"):
+            await client.generate("Once").text()
+        with pytest.raises(Unavailable, match=f"no gateway answers at {address}"):
+            await client.models()
+
+
+async def test_submit_cancel_models_and_health() -> None:
+    """The calls that do not stream."""
+    gateway = FakeGateway()
+    async with serving(gateway) as server, Client(server.address) as client:
+        submitted = await client.submit("Once", max_tokens=3, request_id="mine")
+        assert (submitted.request_id, submitted.cursor) == ("mine", "c0")
+        assert gateway.submitted[0].request.stop.max_tokens == 3
+        assert not gateway.submitted[0].request.cancel_on_disconnect
+        await client.cancel("mine")
+        assert gateway.cancelled == ["mine"]
+        (model,) = await client.models()
+        assert (model.name, model.context_length, model.chat) == ("tiny", 512, True)
+        assert model.created == datetime.fromtimestamp(1_700_000_000, UTC)
+        assert not await client.health()
+        await server.health.ready()
+        assert await client.health()
