@@ -1,0 +1,32 @@
+"""A matrix that activations are multiplied with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from services.engine.quant import Format
+from services.engine.weights import Weights
+
+
+class Linear:
+    """x @ weight.T + bias, the weight kept as a `Format` likes it."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None, *, format: Format) -> None:
+        self._format = format
+        self._buffers = format.pack(weight_OI)
+        self._bias_O = bias_O
+
+    @classmethod
+    def load(cls, weights: Weights, *names: str, inputs: int, outputs: tuple[int, ...], bias: bool = False) -> Linear:
+        """One matrix from as many as there are names: they see the same input, and their outputs stand side by side."""
+        parts = [weights.take(f"{name}.weight", size, inputs) for name, size in zip(names, outputs, strict=True)]
+        biases = [weights.take(f"{name}.bias", size) for name, size in zip(names, outputs, strict=True)] if bias else []
+        return cls(_joined(parts), _joined(biases) if bias else None, format=weights.format(names[0]))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._format.apply(x, self._buffers, self._bias_O)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,29 @@
+"""The gated MLP."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from services.engine.layers.linear import Linear
+from services.engine.ops.activation import silu_mul
+from services.engine.weights import Weights
+
+
+class GatedMLP:
+    """down(silu(gate(x)) * up(x)), gate and up in one matrix."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        hidden: int,
+        intermediate: int,
+        bias: bool = False,
+        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    ) -> None:
+        gate, up, down = names
+        self._gate_up = Linear.load(weights, gate, up, inputs=hidden, outputs=(intermediate, intermediate), bias=bias)
+        self._down = Linear.load(weights, down, inputs=intermediate, outputs=(hidden,), bias=bias)
+
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        return self._down(silu_mul(self._gate_up(x_NI)))

@@ -1,0 +1,76 @@
+"""The decoder that most families are variants of: norm, attention, norm, MLP or experts, each added to what came in.
+
+Shapes: N tokens of the step, I features, R rows whose logits are wanted, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from services.engine.kv_cache import KVCache, KVShape
+from services.engine.layers.attention import Attention
+from services.engine.layers.embedding import Embedding
+from services.engine.layers.linear import Linear
+from services.engine.layers.mlp import GatedMLP
+from services.engine.layers.moe import MoE
+from services.engine.layers.norm import RMSNorm
+from services.engine.layers.rotary import Angles, Rotary
+from services.engine.models.spec import ModelSpec
+from services.engine.ops import attention
+from services.engine.weights import Weights
+
+if TYPE_CHECKING:
+    from services.engine.state import Batch
+
+
+class Layer:
+    """One layer of a decoder."""
+
+    def __init__(self, weights: Weights, spec: ModelSpec, *, layer: int) -> None:
+        self._attention_norm = RMSNorm(weights, "input_layernorm", size=spec.hidden, eps=spec.norm_eps)
+        self._attention = Attention(weights.under("self_attn"), spec, layer=layer)
+        self._mlp_norm = RMSNorm(weights, "post_attention_layernorm", size=spec.hidden, eps=spec.norm_eps)
+        self._mlp: GatedMLP | MoE
+        if spec.moe is not None and layer in spec.moe.layers:
+            self._mlp = MoE(weights.under(spec.moe.name), spec.moe, hidden=spec.hidden)
+        else:
+            self._mlp = GatedMLP(
+                weights.under("mlp"), hidden=spec.hidden, intermediate=spec.intermediate, bias=spec.mlp_bias
+            )
+
+    def __call__(self, x_NI: Tensor, angles: Angles, plan: attention.AttentionPlan, cache: KVCache) -> Tensor:
+        x_NI = x_NI + self._attention(self._attention_norm(x_NI), angles, plan, cache)
+        return x_NI + self._mlp(self._mlp_norm(x_NI))
+
+
+class Decoder:
+    """A decoder of any family that a `ModelSpec` describes."""
+
+    def __init__(self, weights: Weights, spec: ModelSpec) -> None:
+        self.spec = spec
+        self.kv_shape = KVShape(spec.layers, spec.kv_heads, spec.head_dim, weights.dtype)
+        self.vocab_size = spec.vocab_size
+        self.max_positions = spec.max_positions
+        self._embedding = Embedding(weights, "model.embed_tokens", vocab_size=spec.vocab_size, size=spec.hidden)
+        self._rotary = Rotary(spec.rotary, device=weights.device)
+        self._layers = [
+            Layer(weights.under(f"model.layers.{index}"), spec, layer=index) for index in range(spec.layers)
+        ]
+        self._norm = RMSNorm(weights, "model.norm", size=spec.hidden, eps=spec.norm_eps)
+        if spec.tied:
+            self._head = Linear(self._embedding.weight_VI, format=weights.format("model.embed_tokens"))
+        else:
+            self._head = Linear.load(weights, "lm_head", inputs=spec.hidden, outputs=(spec.vocab_size,))
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
+        """The float32 logits of the rows to sample, [R, V]. Writes the keys and values of the batch's tokens."""
+        plan = attention.plan(batch, cache)
+        angles = self._rotary(batch.positions_N)
+        x_NI = self._embedding(batch.token_ids_N)
+        for layer in self._layers:
+            x_NI = layer(x_NI, angles, plan, cache)
+        return self._head(self._norm(x_NI[batch.sample_rows_R])).float()

@@ -1,0 +1,12 @@
+"""The gate of a gated MLP (Shazeer 2020, "GLU Variants Improve Transformer")."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, where the last dimension holds gate and then up: half as wide as what came in."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)

@@ -1,0 +1,163 @@
+"""Where a model's tensors come from.
+
+Layers take their tensors one at a time, by the names of the checkpoint and with the shape they need, from a `Weights`:
+the files of a folder (`Checkpoint`), or noise (`Dummy`). So names are mapped and matrices fused while they are read,
+nothing is held twice, and whatever does not fit is named.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from holdfast.errors import ConfigurationError
+from services.engine.quant import Format, Unquantized
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class Weights(ABC):
+    """Tensors by name, in one dtype and on one device."""
+
+    def __init__(self, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.device = device
+
+    @abstractmethod
+    def take(self, name: str, *shape: int) -> Tensor:
+        """The tensor of this name, ours to keep. Raises `ConfigurationError` if there is none, or of another shape."""
+
+    def format(self, name: str) -> Format:
+        """How the matrix of this name is to be kept."""
+        return Unquantized()
+
+    def under(self, prefix: str) -> Weights:
+        """The same tensors, named from `prefix` on."""
+        return _Under(self, prefix)
+
+
+class _Under(Weights):
+    def __init__(self, weights: Weights, prefix: str) -> None:
+        super().__init__(dtype=weights.dtype, device=weights.device)
+        self._weights = weights
+        self._prefix = prefix
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        return self._weights.take(f"{self._prefix}.{name}", *shape)
+
+    def format(self, name: str) -> Format:
+        return self._weights.format(f"{self._prefix}.{name}")
+
+
+class Checkpoint(Weights):
+    """The safetensors files of a model folder. Open it with `open_checkpoint`."""
+
+    def __init__(self, folder: Path, files: dict[str, safe_open], *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(dtype=dtype, device=device)
+        self._folder = folder
+        self._files = files
+        self._untaken = set(files)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every tensor of the folder."""
+        return frozenset(self._files)
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        file = self._files.get(name)
+        if file is None:
+            raise ConfigurationError(f"{self._folder} lacks the tensor {name}{self._neighbours(name)}")
+        tensor: Tensor = file.get_tensor(name)  # type: ignore[no-untyped-call]
+        if tuple(tensor.shape) != shape:
+            raise ConfigurationError(
+                f"{self._folder}: the tensor {name} has shape {list(tensor.shape)}, but the config makes it {list(shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise ConfigurationError(f"{self._folder}: the tensor {name} holds {tensor.dtype}; it must be unquantized")
+        self._untaken.discard(name)
+        return tensor.to(device=self.device, dtype=self.dtype)
+
+    def finish(self, *, ignored: Iterable[str] = ()) -> None:
+        """Raises `ConfigurationError` if the folder holds tensors that the model did not take, other than those that
+        match one of the globs in `ignored`."""
+        left = sorted(name for name in self._untaken if not any(fnmatch.fnmatch(name, glob) for glob in ignored))
+        if left:
+            raise ConfigurationError(f"{self._folder} holds tensors that the model has no place for: {_listed(left)}")
+
+    def _neighbours(self, name: str) -> str:
+        """What the folder has where the missing tensor would be, since a missing one is mostly a misnamed one."""
+        near = sorted(n for n in self._files if n.rpartition(".")[0] == name.rpartition(".")[0])
+        near = near or sorted(self._files)
+        return f"; it holds {_listed(near)}"
+
+
+@contextmanager
+def open_checkpoint(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Iterator[Checkpoint]:
+    """The weights of a folder, from one file or from the shards that the index lists. The files stay open while the
+    context lasts; tensors taken remain."""
+    with ExitStack() as stack:
+        try:
+            files = {
+                name: file
+                for path in _shards(folder)
+                for file in [stack.enter_context(safe_open(path, framework="pt"))]
+                for name in file.keys()  # noqa: SIM118 (safe_open is no mapping)
+            }
+        except (SafetensorError, OSError) as error:
+            raise ConfigurationError(f"{folder}: a weights file cannot be read: {error}") from error
+        yield Checkpoint(folder, files, dtype=dtype, device=device)
+
+
+def _shards(folder: Path) -> list[Path]:
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    if (folder / INDEX_FILE).is_file():
+        try:
+            index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise ConfigurationError(f"{folder / INDEX_FILE} is no index of shards: {error!r}") from error
+        shards = sorted({folder / name for name in index.values()})
+        if missing := [shard.name for shard in shards if not shard.is_file()]:
+            raise ConfigurationError(f"{folder} lacks the shards {_listed(missing)} that {INDEX_FILE} names")
+        return shards
+    raise ConfigurationError(
+        f"{folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there (load_format dummy needs none)"
+    )
+
+
+class Dummy(Weights):
+    """Noise of a trained model's size, for benchmarks of a config without weights: matrices as if drawn from
+    N(0, 0.02), norms of ones. The same names give the same tensors in every process."""
+
+    # A prime, so that the rows of no matrix repeat in step.
+    _POOL = 1_000_003
+
+    def __init__(self, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(dtype=dtype, device=device)
+        noise = torch.randn(self._POOL, generator=torch.Generator().manual_seed(0)) * 0.02
+        self._pool = noise.to(device=device, dtype=dtype)
+        self._next = 0
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        if name.endswith("norm.weight"):
+            return torch.ones(shape, dtype=self.dtype, device=self.device)
+        # Slices of one pool: drawing eight billion numbers would take minutes.
+        count = math.prod(shape)
+        start, self._next = self._next, (self._next + count) % self._POOL
+        repeats = -(-(start + count) // self._POOL)
+        return self._pool.repeat(repeats)[start : start + count].clone().view(shape)
+
+
+def _listed(names: list[str], *, most: int = 6) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
