@@ -43,14 +43,14 @@ _LATE = 5.0
 """Seconds that a call may outlive the deadline of its request: the gateway ends the answer, not the connection."""
 
 
+Message = Mapping[str, object]
+"""One message of a conversation: `role`, `content`, and what else the model's template reads."""
+
+
 class Options(TypedDict, total=False):
     """What may be said about a request beside its input. What is left out, or None, is the mesh's to choose; the
     ranges are those of `protos/holdfast/v1/generation.proto`."""
 
-    messages: Sequence[Mapping[str, object]] | None
-    """A conversation, instead of a prompt: `role` and `content` of each message, and what else its template reads."""
-    token_ids: Sequence[int] | None
-    """Token ids, instead of a prompt, taken as they are."""
     template_args: Mapping[str, object] | None
     """Further variables of the chat template."""
     continue_final_message: bool
@@ -105,9 +105,17 @@ class Client:
     ) -> None:
         await self._channel.close()
 
-    def generate(self, prompt: str | None = None, *, cancel_on_exit: bool = True, **options: Unpack[Options]) -> Answer:
-        """The answer to a prompt, `messages` or `token_ids` (exactly one of the three), as it grows. Nothing is sent
-        before the answer is entered or its first event awaited.
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        token_ids: Sequence[int] | None = None,
+        cancel_on_exit: bool = True,
+        **options: Unpack[Options],
+    ) -> Answer:
+        """The answer, as it grows, to exactly one of these: a prompt; the messages of a conversation; token ids, taken
+        as they are. Nothing is sent before the answer is entered or its first event awaited.
 
         With `cancel_on_exit`, leaving the answer before its end, or losing the connection, cancels the request;
         without, it runs on and only the listening ends.
@@ -116,13 +124,20 @@ class Client:
             InvalidRequest: an option that cannot be sent, or not exactly one input. What only the mesh can judge is
                 raised by the answer.
         """
-        request = _request(prompt, options)
+        request = _request(prompt, messages, token_ids, options)
         request.cancel_on_disconnect = cancel_on_exit
         return Answer(self._gateway, request, address=self.address)
 
-    async def submit(self, prompt: str | None = None, **options: Unpack[Options]) -> Submitted:
-        """Has a request run in the background; returns when the log has it. Options and errors as `generate`."""
-        request = gateway_pb2.SubmitRequest(request=_request(prompt, options))
+    async def submit(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        token_ids: Sequence[int] | None = None,
+        **options: Unpack[Options],
+    ) -> Submitted:
+        """Has a request run in the background; returns when the log has it. Arguments and errors as `generate`."""
+        request = gateway_pb2.SubmitRequest(request=_request(prompt, messages, token_ids, options))
         with _translated(self.address):
             response = await self._gateway.Submit(request, timeout=self._timeout)
         return Submitted(request_id=response.request_id, cursor=response.cursor)
@@ -296,7 +311,9 @@ _CLASSES = {
 }
 
 
-def _request(prompt: str | None, options: Options) -> gateway_pb2.GenerateRequest:
+def _request(
+    prompt: str | None, messages: Sequence[Message] | None, token_ids: Sequence[int] | None, options: Options
+) -> gateway_pb2.GenerateRequest:
     """The request as it goes over the wire.
 
     Raises:
@@ -304,7 +321,6 @@ def _request(prompt: str | None, options: Options) -> gateway_pb2.GenerateReques
     """
     if unknown := sorted(options.keys() - Options.__annotations__.keys()):
         raise TypeError(f"unknown options: {', '.join(unknown)}")
-    messages, token_ids = options.get("messages"), options.get("token_ids")
     if sum(given is not None for given in (prompt, messages, token_ids)) != 1:
         raise InvalidRequest("give exactly one of a prompt, messages and token_ids", field="input")
     request_class = options.get("request_class", "interactive")
@@ -363,7 +379,7 @@ def _stop(options: Options) -> generation_pb2.StopRules:
     )
 
 
-def _chat(messages: Sequence[Mapping[str, object]], options: Options) -> tokenizer_pb2.ChatInput:
+def _chat(messages: Sequence[Message], options: Options) -> tokenizer_pb2.ChatInput:
     args = options.get("template_args")
     return tokenizer_pb2.ChatInput(
         messages=[_message(message) for message in messages],
@@ -372,7 +388,7 @@ def _chat(messages: Sequence[Mapping[str, object]], options: Options) -> tokeniz
     )
 
 
-def _message(message: Mapping[str, object]) -> tokenizer_pb2.ChatMessage:
+def _message(message: Message) -> tokenizer_pb2.ChatMessage:
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not isinstance(content, str):
         raise InvalidRequest(f"a message has a role and a content, both text: {message!r} has not", field="messages")
