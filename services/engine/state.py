@@ -1,0 +1,319 @@
+"""What the device knows of the running sequences, by slot, and the batch a step makes of it.
+
+A slot holds a sequence's known tokens, its block table and its sampling parameters. A step brings what changes (the
+delta) and says which tokens to compute; everything else, the token that a decode begins with above all, is read from
+the slots. Sampled tokens are written back by `append`, so one step's input never waits for the host to see the last
+one's output. Per step nothing here costs more for a longer context or a larger vocabulary.
+
+Shapes: N tokens of the step, S works of the step, R rows to sample, B blocks.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+
+import torch
+from torch import Tensor
+
+from services.engine.batch import Admission, Growth, Step
+from services.engine.sequence import Sequence
+
+
+class Wants(enum.Flag):
+    """What a sequence asks of the sampler beyond its likeliest token."""
+
+    PENALTIES = enum.auto()
+    """Its own tokens made less likely."""
+    BIAS = enum.auto()
+    """Something added to some logits."""
+    MIN_TOKENS = enum.auto()
+    """No stop token for a while."""
+    DRAW = enum.auto()
+    """A token drawn from the distribution."""
+    TEMPERATURE = enum.auto()
+    """One other than 1."""
+    TOP_K = enum.auto()
+    TOP_P = enum.auto()
+    MIN_P = enum.auto()
+    LOGPROBS = enum.auto()
+    """Log-probabilities reported."""
+
+
+COLDEST = 1e-5
+"""Temperatures below are greedy: the logits they divide would leave float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Where a step samples: which slots get their next token, and at which position of the sequence it stands."""
+
+    slots: Seq[int]
+    positions: Seq[int]
+    slots_R: Tensor
+    positions_R: Tensor
+    """Both int64."""
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a model needs to know of a step. The works stand one after the other, decodes first."""
+
+    token_ids_N: Tensor
+    positions_N: Tensor
+    """Both int64."""
+    write_slots_N: Tensor
+    """int64: block * block_size + offset, where each token's keys and values go."""
+    block_tables_SB: Tensor
+    """int32: the blocks of each work's sequence, as many as the longest needs; rows of shorter ones end in zeros."""
+    query_starts: Tensor
+    """int32, S + 1 of them: the works' first tokens among N, and N."""
+    kv_lengths_S: Tensor
+    """int32: tokens of each sequence after this step's are written."""
+    sample_rows_R: Tensor
+    """int64: the tokens among N whose logits are wanted."""
+
+    # The same for the host.
+    num_decodes: int
+    """The first so many works compute one token each."""
+    query_lens: Seq[int]
+    kv_lens: Seq[int]
+
+    selection: Selection
+    """Not for the model: to whom the rows of `sample_rows_R` belong."""
+
+    @property
+    def max_query(self) -> int:
+        return max(self.query_lens)
+
+    @property
+    def max_kv(self) -> int:
+        return max(self.kv_lens)
+
+
+class SamplingState:
+    """The sampling parameters of every slot."""
+
+    def __init__(self, num_slots: int, *, device: torch.device) -> None:
+        self._device = device
+        self._wants = [Wants(0)] * num_slots
+        self._floats = torch.zeros((num_slots, 6), dtype=torch.float32, device=device)
+        self._integers = torch.zeros((num_slots, 4), dtype=torch.int64, device=device)
+        # Host copies of what decides what the steps do, and tensors of what is of different length in each slot.
+        self.num_prompt = [0] * num_slots
+        self.min_tokens = [0] * num_slots
+        self.num_logprobs = [0] * num_slots
+        self.biases: dict[int, tuple[Tensor, Tensor]] = {}
+        """Token ids, and what is added to their logits."""
+        self.stop_ids: dict[int, Tensor] = {}
+        """The tokens that `min_tokens` forbids."""
+
+    def admit(self, slot: int, sequence: Sequence) -> None:
+        """The slot's sequence asks for this."""
+        params = sequence.sampling
+        self._wants[slot] = _wants(sequence)
+        self.num_prompt[slot] = len(sequence.prompt_ids)
+        self.min_tokens[slot] = sequence.stop.min_tokens
+        self.num_logprobs[slot] = params.logprobs or 0
+        floats = (
+            params.temperature,
+            params.top_p,
+            params.min_p,
+            params.repetition_penalty,
+            params.presence_penalty,
+            params.frequency_penalty,
+        )
+        self._floats[slot] = torch.tensor(floats, dtype=torch.float32)
+        integers = (params.top_k, params.seed & 0xFFFFFFFF, params.seed >> 32, sequence.choice)
+        self._integers[slot] = torch.tensor(integers, dtype=torch.int64)
+        if params.logit_bias:
+            ids, values = zip(*params.logit_bias, strict=True)
+            self.biases[slot] = (torch.tensor(ids, device=self._device), torch.tensor(values, device=self._device))
+        if Wants.MIN_TOKENS in self._wants[slot]:
+            self.stop_ids[slot] = torch.tensor(sorted(sequence.stop.stop_token_ids), device=self._device)
+
+    def release(self, slot: int) -> None:
+        """The slot's sequence left."""
+        self._wants[slot] = Wants(0)
+        self.biases.pop(slot, None)
+        self.stop_ids.pop(slot, None)
+
+    def wants(self, slot: int) -> Wants:
+        """What this slot asks for."""
+        return self._wants[slot]
+
+    def wanted_by(self, slots: Seq[int]) -> Wants:
+        """What any of the slots asks for."""
+        return reduce(or_, {self._wants[slot] for slot in slots}, Wants(0))
+
+    def parameters(self, slots_R: Tensor) -> Parameters:
+        """The numbers of these slots, one row each."""
+        return Parameters(self._floats.index_select(0, slots_R), self._integers.index_select(0, slots_R))
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """The numbers of some slots, [R] each."""
+
+    _floats: Tensor
+    _integers: Tensor
+
+    @property
+    def temperature_R(self) -> Tensor:
+        return self._floats[:, 0]
+
+    @property
+    def top_p_R(self) -> Tensor:
+        return self._floats[:, 1]
+
+    @property
+    def min_p_R(self) -> Tensor:
+        return self._floats[:, 2]
+
+    @property
+    def repetition_R(self) -> Tensor:
+        return self._floats[:, 3]
+
+    @property
+    def presence_R(self) -> Tensor:
+        return self._floats[:, 4]
+
+    @property
+    def frequency_R(self) -> Tensor:
+        return self._floats[:, 5]
+
+    @property
+    def top_k_R(self) -> Tensor:
+        return self._integers[:, 0]
+
+    @property
+    def seed_R2(self) -> Tensor:
+        """The low and the high 32 bits."""
+        return self._integers[:, 1:3]
+
+    @property
+    def choice_R(self) -> Tensor:
+        return self._integers[:, 3]
+
+
+class DeviceState:
+    """All slots of one engine. Steps are applied in their order, from one thread."""
+
+    def __init__(self, *, num_slots: int, max_len: int, block_size: int, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.max_len = max_len
+        self.sampling = SamplingState(num_slots, device=self.device)
+        self._block_size = block_size
+        self._tokens = torch.zeros((num_slots, max_len), dtype=torch.int32, device=self.device)
+        num_blocks = -(-max_len // block_size)
+        self._block_tables = torch.zeros((num_slots, num_blocks), dtype=torch.int32, device=self.device)
+
+    def apply(self, step: Step) -> Batch:
+        """Takes in the step's delta and lays out its batch. The tokens it computes are known to the slots by then."""
+        for slot in step.released:
+            self.sampling.release(slot)
+        for admission in step.admitted:
+            self._admit(admission)
+        if step.grown:
+            self._grow(step.grown)
+        return self._batch(step)
+
+    def append(self, selection: Selection, token_ids_R: Tensor) -> None:
+        """The sampled tokens become known."""
+        self._tokens.index_put_((selection.slots_R, selection.positions_R), token_ids_R.int())
+
+    def history(self, slot: int, length: int) -> Tensor:
+        """The first `length` known tokens of a slot, int32."""
+        return self._tokens[slot, :length]
+
+    def _admit(self, admission: Admission) -> None:
+        sequence, slot = admission.sequence, admission.slot
+        num_known = sequence.num_known
+        assert num_known <= self.max_len, f"{num_known} known tokens, a slot holds {self.max_len}"
+        known = torch.tensor(sequence.token_ids(0, num_known), dtype=torch.int32)
+        self._tokens[slot, :num_known] = known.to(self.device, non_blocking=True)
+        self._block_tables[slot].zero_()
+        self.sampling.admit(slot, sequence)
+
+    def _grow(self, grown: Seq[Growth]) -> None:
+        entries = [
+            (growth.slot, growth.index + offset, block)
+            for growth in grown
+            for offset, block in enumerate(growth.blocks)
+        ]
+        slots, indices, blocks = torch.tensor(entries).to(self.device, non_blocking=True).unbind(1)
+        self._block_tables.index_put_((slots, indices), blocks.int())
+
+    def _batch(self, step: Step) -> Batch:
+        """The layout of a step, from one copy of the host's numbers to the device."""
+        works = step.works
+        query_lens = [work.count for work in works]
+        kv_lens = [work.end for work in works]
+        query_starts = [0]
+        for count in query_lens:
+            query_starts.append(query_starts[-1] + count)
+        sampling = [index for index, work in enumerate(works) if work.samples]
+        slots, positions = [works[index].slot for index in sampling], [kv_lens[index] for index in sampling]
+        numbers = (
+            [work.slot for work in works],
+            [work.start for work in works],
+            query_starts,
+            kv_lens,
+            [query_starts[index + 1] - 1 for index in sampling],
+            slots,
+            positions,
+        )
+        flat = torch.tensor([number for part in numbers for number in part]).to(self.device, non_blocking=True)
+        slots_S, starts_S, query_starts_S1, kv_lengths_S, sample_rows_R, slots_R, positions_R = flat.split(
+            [len(part) for part in numbers]
+        )
+        slots_N, positions_N = slots_S, starts_S
+        if query_starts[-1] > len(works):
+            slots_N, positions_N = _spread(slots_S, starts_S, query_starts_S1, num_tokens=query_starts[-1])
+        return Batch(
+            token_ids_N=self._tokens[slots_N, positions_N].long(),
+            positions_N=positions_N,
+            write_slots_N=self._write_slots(slots_N, positions_N),
+            block_tables_SB=self._block_tables[:, : -(-max(kv_lens) // self._block_size)].index_select(0, slots_S),
+            query_starts=query_starts_S1.int(),
+            kv_lengths_S=kv_lengths_S.int(),
+            sample_rows_R=sample_rows_R,
+            num_decodes=step.num_decodes,
+            query_lens=query_lens,
+            kv_lens=kv_lens,
+            selection=Selection(slots, positions, slots_R, positions_R),
+        )
+
+    def _write_slots(self, slots_N: Tensor, positions_N: Tensor) -> Tensor:
+        blocks_N = self._block_tables[slots_N, positions_N // self._block_size]
+        return blocks_N.long() * self._block_size + positions_N % self._block_size
+
+
+def _spread(slots_S: Tensor, starts_S: Tensor, query_starts_S1: Tensor, *, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """The slot and the position of each token of the step."""
+    works_N = torch.repeat_interleave(query_starts_S1.diff(), output_size=num_tokens)
+    offsets_S = starts_S - query_starts_S1[:-1]
+    return slots_S[works_N], torch.arange(num_tokens, device=slots_S.device) + offsets_S[works_N]
+
+
+def _wants(sequence: Sequence) -> Wants:
+    params, stop = sequence.sampling, sequence.stop
+    draws = params.temperature >= COLDEST
+    asked = {
+        Wants.PENALTIES: (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0),
+        Wants.BIAS: bool(params.logit_bias),
+        Wants.MIN_TOKENS: stop.min_tokens > 0 and bool(stop.stop_token_ids),
+        Wants.DRAW: draws,
+        Wants.TEMPERATURE: draws and params.temperature != 1,
+        Wants.TOP_K: draws and params.top_k > 0,
+        Wants.TOP_P: draws and params.top_p < 1,
+        Wants.MIN_P: draws and params.min_p > 0,
+        Wants.LOGPROBS: params.logprobs is not None,
+    }
+    return reduce(or_, (want for want, is_asked in asked.items() if is_asked), Wants(0))
