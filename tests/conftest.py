@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import os
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
+from aiokafka.admin import AIOKafkaAdminClient
+
+from deploy.kafka import broker
+from holdfast.bus import Bus
+from holdfast.kafka import KafkaBus
+from holdfast.memory import MemoryBus
 
 ROOT = Path(__file__).parents[1]
+
+OpenBus = Callable[[], AbstractAsyncContextManager[Bus]]
+"""Opens one more connection to the same log, as one more process would."""
 
 
 def missing(what: str) -> None:
@@ -30,3 +42,55 @@ def shared() -> Path:
 def stories260k(shared: Path) -> Path:
     """A tiny trained Llama whose greedy text is published."""
     return shared / "data" / "checkpoints" / "stories260k"
+
+
+@pytest.fixture(scope="session")
+def kafka() -> Iterator[str]:
+    """The address of a real broker: the one that `HOLDFAST_TEST_KAFKA` names, or one of our own."""
+    if address := os.environ.get("HOLDFAST_TEST_KAFKA"):
+        yield address
+        return
+    with ExitStack() as stack:
+        try:
+            address = stack.enter_context(broker.running())
+        except broker.BrokerError as error:
+            missing(f"no Kafka broker: {error}")
+        yield address
+
+
+@pytest.fixture(params=["memory", pytest.param("kafka", marks=pytest.mark.kafka)])
+async def open_bus(request: pytest.FixtureRequest) -> AsyncIterator[OpenBus]:
+    """Opens connections to one log that is empty at first and this test's alone. The test runs once for each kind of
+    log. In memory all connections are one object, as they are when all services share a process."""
+    if request.param == "memory":
+        async with MemoryBus() as shared_bus:
+            yield lambda: _shared(shared_bus)
+    else:
+        async with _namespace(request.getfixturevalue("kafka")) as (address, namespace):
+            yield lambda: KafkaBus(address, namespace=namespace, heartbeat=0.1)
+
+
+@pytest.fixture
+async def bus(open_bus: OpenBus) -> AsyncIterator[Bus]:
+    """An open connection to the log of `open_bus`."""
+    async with open_bus() as opened:
+        yield opened
+
+
+@asynccontextmanager
+async def _shared(bus: MemoryBus) -> AsyncIterator[Bus]:
+    yield bus
+
+
+@asynccontextmanager
+async def _namespace(address: str) -> AsyncIterator[tuple[str, str]]:
+    """A broker's address and a prefix for topics, deleted afterwards."""
+    namespace = f"test-{uuid.uuid4().hex[:12]}"
+    yield address, namespace
+    admin = AIOKafkaAdminClient(bootstrap_servers=address)
+    await admin.start()
+    try:
+        if names := [name for name in await admin.list_topics() if name.startswith(namespace)]:
+            await admin.delete_topics(names)
+    finally:
+        await admin.close()
