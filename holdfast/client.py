@@ -1,15 +1,11 @@
 """The async client of a gateway.
 
-    from holdfast.client import Client
-    from holdfast.events import Tokens
-
     async with Client("127.0.0.1:50051") as client:
         async with client.generate(messages=[{"role": "user", "content": "Why is the sky blue?"}]) as answer:
-            async for event in answer:
-                if isinstance(event, Tokens):
-                    print(event.text, end="", flush=True)
+            async for text in answer.text():
+                print(text, end="", flush=True)
 
-An answer has three ends, and says which: the iteration ends (finished), it is left (closed by you, which cancels the
+An answer is an iterator of events (`holdfast.events`); `text` and `read` show it as text. It has three ends, and says which: the iteration ends (finished), it is left (closed by you, which cancels the
 request or not, as asked), or it raises one of `holdfast.errors` (broken). Every event is checked against those before
 it: a token that is missing or comes twice is an error, never a silent gap.
 """
@@ -191,10 +187,16 @@ class Answer(AsyncIterator[Event]):
         """The request's id, known from the start."""
         return self._request.request_id
 
-    async def text(self) -> str:
-        """The rest of the text of choice 0, awaited whole. The answer is closed then."""
+    async def text(self) -> AsyncIterator[str]:
+        """The text of choice 0, piece by piece. The answer is closed when it ends or is left."""
         async with self:
-            return "".join([event.text async for event in self if isinstance(event, Tokens) and event.choice == 0])
+            async for event in self:
+                if isinstance(event, Tokens) and event.choice == 0 and event.text:
+                    yield event.text
+
+    async def read(self) -> str:
+        """The text of choice 0, awaited whole."""
+        return "".join([piece async for piece in self.text()])
 
     async def aclose(self) -> None:
         """Ends the call, however far it is. May be called twice, early, and from another task."""

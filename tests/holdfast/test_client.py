@@ -52,11 +52,12 @@ async def test_an_answer_is_accepted_then_tokens_then_finished() -> None:
     ]
 
 
-async def test_text_is_the_answer_in_one_string() -> None:
-    """Of choice 0."""
-    answer = (accepted(), tokens(0, "a"), tokens(0, "x", choice=1), finished(choice=1), tokens(1, "b"), finished())
-    async with playing(*answer) as (_, client):
-        assert await client.generate("Once", num_choices=2).text() == "ab"
+async def test_text_is_the_answer_in_pieces_or_whole() -> None:
+    """Of choice 0; a piece is never empty."""
+    first = (accepted(), tokens(0, "a"), tokens(0, "x", choice=1), tokens(1, ""))
+    async with playing(*first, finished(choice=1), tokens(2, "b"), finished()) as (_, client):
+        assert [piece async for piece in client.generate("Once", num_choices=2).text()] == ["a", "b"]
+        assert await client.generate("Once", num_choices=2).read() == "ab"
 
 
 async def test_log_probabilities_arrive() -> None:
@@ -121,6 +122,14 @@ async def test_breaking_out_of_the_loop_ends_the_call() -> None:
         await asyncio.wait_for(gateway.left.wait(), 10)
 
 
+async def test_breaking_out_of_the_text_ends_the_call() -> None:
+    """As for the events."""
+    async with playing(accepted(), endless=True) as (gateway, client):
+        async for _ in client.generate("Once").text():
+            break
+        await asyncio.wait_for(gateway.left.wait(), 10)
+
+
 async def test_an_exception_in_the_loop_ends_the_call() -> None:
     """However the loop is left."""
     async with playing(accepted(), endless=True) as (gateway, client):
@@ -178,7 +187,7 @@ async def _swallow(listening: Any) -> HoldfastError | None:
 async def test_leaving_cancels_the_request_or_not_as_asked(cancel_on_exit: bool) -> None:
     """The gateway is told at the start, so that it holds for a lost connection too."""
     async with playing(accepted(), finished()) as (gateway, client):
-        await client.generate("Once", cancel_on_exit=cancel_on_exit).text()
+        await client.generate("Once", cancel_on_exit=cancel_on_exit).read()
     assert gateway.requests[0].cancel_on_disconnect is cancel_on_exit
 
 
@@ -210,7 +219,7 @@ async def test_every_option_reaches_the_gateway() -> None:
             logprobs=0,
             request_class="batch",
             timeout=1.5,
-        ).text()
+        ).read()
     (request,) = gateway.requests
     assert (request.request_id, request.model) == ("mine", "tiny")
     (message,) = request.chat.messages
@@ -230,8 +239,8 @@ async def test_every_option_reaches_the_gateway() -> None:
 async def test_token_ids_and_prompts_are_inputs_too() -> None:
     """Exactly one input goes over the wire."""
     async with playing(accepted(), finished()) as (gateway, client):
-        await client.generate(token_ids=[1, 2]).text()
-        await client.generate("Once").text()
+        await client.generate(token_ids=[1, 2]).read()
+        await client.generate("Once").read()
     assert [request.WhichOneof("input") for request in gateway.requests] == ["token_ids", "prompt"]
     assert list(gateway.requests[0].token_ids.ids) == [1, 2]
 
@@ -296,7 +305,7 @@ async def test_a_missing_gateway_is_named() -> None:
         address = server.address
     async with Client(address) as client:
         with pytest.raises(Unavailable, match=f"no gateway answers at {address}"):
-            await client.generate("Once").text()
+            await client.generate("Once").read()
         with pytest.raises(Unavailable, match=f"no gateway answers at {address}"):
             await client.models()
 
