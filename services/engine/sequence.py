@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 class Phase(enum.Enum):
     """Where a sequence stands."""
 
+    LOADING = "loading"
+    """Holds nothing yet: blocks of its prefix are on their way from the KV store."""
     WAITING = "waiting"
     """Holds no slot: not begun, or preempted (then its output so far is part of what must be computed again)."""
     RUNNING = "running"
@@ -82,10 +84,32 @@ class TokenLogprobs:
     """(token id, log-probability), likeliest first."""
 
 
+@dataclass(frozen=True, slots=True)
+class News:
+    """What a sequence has to tell after a step: a copy, so that another thread may read it."""
+
+    sequence: Sequence
+    """Whose: its request id, choice and prompt never change, and after the end nothing else does."""
+    first_index: int
+    """Index of the first of `token_ids` among the output."""
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    """One for each of `token_ids` where the sequence asked for them, else empty."""
+    finish: FinishReason | None
+    """Set iff this is the last there is to tell."""
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One choice of one request. Known tokens are the prompt and the output; the first `num_computed` of them have
-    their keys and values in blocks."""
+    their keys and values in blocks.
+
+    With lookahead, steps are planned before the results of earlier ones are known:
+
+        num_computed <= num_planned < num_known + num_pending
+
+    `num_planned` counts the tokens in flight too, `num_pending` the output tokens that steps in flight will sample.
+    """
 
     request_id: str
     choice: int
@@ -108,21 +132,63 @@ class Sequence:
     """Block ids, in the order of the tokens they hold."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained hash of each full block of known tokens, as far as they were needed."""
+    order: tuple[bool, float, int] = (False, 0.0, 0)
+    """Place in the line: interactive first, then by arrival, then by the order of `Scheduler.add`."""
     num_computed: int = 0
+    num_planned: int = 0
+    num_pending: int = 0
+    num_in_flight: int = 0
+    """Steps in flight that compute something of it."""
+    last_step: int = 0
+    """Number of the newest step that does; its blocks are in use until that one is committed."""
     num_cached: int = 0
     """How many prompt tokens were found in the prefix cache or the store at the first admission."""
     output_ids: list[int] = field(default_factory=list)
     output_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish: FinishReason | None = None
     error: str = ""
+    started_at: float | None = None
+    """When it was first admitted, seconds since the epoch as the scheduler was told."""
+    first_token_at: float | None = None
+    ended_at: float | None = None
+
+    # The loop fills this.
+    num_told: int = 0
+    """How many of the output tokens it handed over."""
 
     @property
     def num_known(self) -> int:
         return len(self.prompt_ids) + len(self.output_ids)
 
     @property
+    def num_remaining(self) -> int:
+        """Tokens to compute before the next one can be sampled, those in flight apart: 1 where it decodes."""
+        return self.num_known + self.num_pending - self.num_planned
+
+    @property
+    def num_stored_at_most(self) -> int:
+        """Tokens whose keys and values may come to be stored: all but the last one sampled."""
+        return len(self.prompt_ids) + self.stop.max_tokens - 1
+
+    @property
+    def has_all_planned(self) -> bool:
+        """Whether the steps so far, those in flight included, sample all that it may generate."""
+        return len(self.output_ids) + self.num_pending >= self.stop.max_tokens
+
+    @property
     def is_finished(self) -> bool:
         return self.phase is Phase.FINISHED
+
+    def tell(self) -> News:
+        """What was not told yet."""
+        first, self.num_told = self.num_told, len(self.output_ids)
+        return News(
+            sequence=self,
+            first_index=first,
+            token_ids=tuple(self.output_ids[first:]),
+            logprobs=tuple(self.output_logprobs[first:]),
+            finish=self.finish,
+        )
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """The known tokens in [start, end)."""

@@ -1,0 +1,513 @@
+"""Which sequences run, on which blocks, and what the next step computes.
+
+Continuous batching without phases: every running sequence has known tokens that are not computed; a step takes one
+token of each that decodes, then prefill chunks as far as the step's time allows. The scheduler decides and keeps
+account; it knows no tensor, no clock and no thread. One thread uses it, in this order, with up to `lookahead` more
+plans than commits:
+
+    add, cancel, expire ... step = plan(now) ... commit(result of the oldest step, now)
+
+What it promises:
+
+* Interactive sequences come before batch ones, and first come is first served among equals. Batch sequences may hold a
+  tenth of the slots against interactive ones; beyond it they yield.
+* A running sequence that needs a block takes it from the youngest one running, never from an older one. Who is thrown
+  out computes its tokens again later; its full blocks stay in the prefix cache as long as nobody needs them. So the
+  oldest always gets on, and every sequence that is added ends.
+* A prefix hit never covers the last known token: its logits are what the next token is sampled from.
+* A block is given back only when the last step that uses it was committed.
+* The device hears of a slot in the order released, admitted, grown; a slot it never heard of is never released.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
+
+from services.engine.batch import Admission, Growth, Step, StepResult, Work
+from services.engine.blocks import BlockPool, chain_hash
+from services.engine.pace import Pace
+from services.engine.sequence import FinishReason, Phase, Sequence, TokenLogprobs
+
+_ENDED_UNANSWERED = (FinishReason.CANCELLED, FinishReason.DEADLINE, FinishReason.ERROR)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a step may be."""
+
+    max_sequences: int
+    """Slots."""
+    max_step_tokens: int
+    """Most tokens in a step; at least one for each slot."""
+    lookahead: int = 0
+    """How many steps may be planned before the result of the oldest is committed, that one apart."""
+    itl_target: float = 0.2
+    """Seconds between two tokens that prefill should leave to running sequences."""
+
+    def __post_init__(self) -> None:
+        if self.max_step_tokens < self.max_sequences:
+            raise ValueError(
+                f"max_step_tokens must be at least max_sequences ({self.max_sequences}), not {self.max_step_tokens}"
+            )
+
+    @property
+    def batch_share(self) -> int:
+        """Slots that batch sequences hold against interactive ones."""
+        return max(1, self.max_sequences // 10)
+
+
+@dataclass(slots=True)
+class Totals:
+    """What happened since the start."""
+
+    num_generated_tokens: int = 0
+    num_prefill_tokens: int = 0
+    """Tokens computed of prompts, and of outputs after a preemption."""
+    num_queried_tokens: int = 0
+    """Prompt tokens that were looked for in the prefix cache."""
+    num_cached_tokens: int = 0
+    """Those of them that were found."""
+    num_preemptions: int = 0
+
+
+@dataclass(slots=True)
+class _Delta:
+    """What the device has to be told about slots with the next step."""
+
+    released: list[int] = field(default_factory=list)
+    admitted: dict[int, Sequence] = field(default_factory=dict)
+    grown: dict[int, Growth] = field(default_factory=dict)
+
+    def release(self, slot: int) -> None:
+        self.grown.pop(slot, None)
+        if self.admitted.pop(slot, None) is None:
+            self.released.append(slot)
+
+    def admit(self, slot: int, sequence: Sequence) -> None:
+        self.admitted[slot] = sequence
+
+    def grow(self, slot: int, index: int, blocks: list[int]) -> None:
+        before = self.grown.get(slot)
+        if before is None:
+            self.grown[slot] = Growth(slot, index, tuple(blocks))
+        else:
+            assert index == before.index + len(before.blocks)
+            self.grown[slot] = Growth(slot, before.index, (*before.blocks, *blocks))
+
+    def step(self, number: int, works: list[Work]) -> Step:
+        """The step that brings all of this along."""
+        return Step(
+            number=number,
+            works=tuple(works),
+            admitted=tuple(Admission(sequence, slot) for slot, sequence in self.admitted.items()),
+            grown=tuple(self.grown.values()),
+            released=tuple(self.released),
+        )
+
+
+class _Line:
+    """Sequences in their order."""
+
+    def __init__(self) -> None:
+        self._sequences: list[Sequence] = []
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """Over a copy, so that the line may change meanwhile."""
+        return iter(self._sequences[:])
+
+    def add(self, sequence: Sequence) -> None:
+        insort(self._sequences, sequence, key=_order)
+
+    def remove(self, sequence: Sequence) -> None:
+        index = bisect_left(self._sequences, sequence.order, key=_order)
+        assert self._sequences[index] is sequence
+        del self._sequences[index]
+
+    @property
+    def youngest(self) -> Sequence | None:
+        return self._sequences[-1] if self._sequences else None
+
+
+def _order(sequence: Sequence) -> tuple[bool, float, int]:
+    return sequence.order
+
+
+class Scheduler:
+    """Owns the slots, the block pool and every sequence from `add` to its end."""
+
+    def __init__(self, pool: BlockPool, limits: Limits, *, pace: Pace | None = None) -> None:
+        self.pool = pool
+        self.limits = limits
+        self.pace = pace or Pace()
+        self.totals = Totals()
+        self._free_slots = list(range(limits.max_sequences))
+        heapify(self._free_slots)  # the lowest first, so that slots in use lie close together
+        self._loading: set[Sequence] = set()
+        self._waiting = {True: _Line(), False: _Line()}  # by `interactive`
+        self._running = _Line()
+        self._delta = _Delta()
+        self._returning: list[tuple[int, list[int]]] = []  # blocks, and the step after which they are nobody's
+        self._news: dict[Sequence, None] = {}
+        self._num_added = 0
+        self._num_steps = 0
+        self._num_committed = 0
+
+    # What it is asked.
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting[True]) + len(self._waiting[False]) + len(self._loading)
+
+    @property
+    def num_held(self) -> int:
+        """Sequences that have not ended."""
+        return self.num_running + self.num_waiting
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When `expire` has something to do, if nothing else happens before."""
+        return min((each.deadline for each in self._held() if each.deadline is not None), default=None)
+
+    def hashes_beyond_cache(self, sequence: Sequence) -> list[bytes]:
+        """The chained hashes of the full blocks that would save work and that are not held here, first one first."""
+        if not self.pool.keeps_prefixes:
+            return []
+        hashes = self._usable_hashes(sequence)
+        return hashes[len(self.pool.match(hashes)) :]
+
+    # What it is told.
+
+    def add(self, sequence: Sequence, *, loading: bool = False) -> None:
+        """A new sequence. One that could never run ends with ERROR. `loading`: it waits until `loaded` is called."""
+        assert sequence.phase is Phase.WAITING
+        self._num_added += 1
+        sequence.order = (not sequence.interactive, sequence.arrival, self._num_added)
+        if self.pool.blocks_for(sequence.num_stored_at_most) > self.pool.num_blocks:
+            self._refuse(sequence)
+            return
+        if loading:
+            sequence.phase = Phase.LOADING
+            self._loading.add(sequence)
+        else:
+            self._waiting[sequence.interactive].add(sequence)
+
+    def loaded(self, sequence: Sequence) -> None:
+        """What can be had from the KV store is in the pool now: the sequence may run. Does nothing where it ended
+        meanwhile."""
+        if sequence.phase is Phase.LOADING:
+            self._loading.remove(sequence)
+            sequence.phase = Phase.WAITING
+            self._waiting[sequence.interactive].add(sequence)
+
+    def cancel(self, sequence: Sequence, reason: FinishReason, *, now: float, error: str = "") -> None:
+        """Ends a sequence in whatever phase it is; what it held is free for the next plan, as far as no step in flight
+        uses it. Does nothing where it ended already."""
+        assert reason in _ENDED_UNANSWERED
+        if not sequence.is_finished:
+            sequence.error = error
+            self._end(sequence, reason, now)
+
+    def expire(self, now: float) -> None:
+        """Ends the sequences whose deadline has passed."""
+        for sequence in self._held():
+            if sequence.deadline is not None and sequence.deadline <= now:
+                self.cancel(sequence, FinishReason.DEADLINE, now=now)
+
+    def take_news(self) -> list[Sequence]:
+        """The sequences that got tokens or ended since this was last asked."""
+        news, self._news = list(self._news), {}
+        return news
+
+    def _held(self) -> list[Sequence]:
+        return [*self._running, *self._waiting[True], *self._waiting[False], *self._loading]
+
+    # The step.
+
+    def plan(self, now: float) -> Step | None:
+        """The next step, None where nothing can be computed before something else happens: a commit, a new sequence,
+        a block given back by the KV store's client."""
+        self._admit(self._prefill_tokens(), now)
+        works = self._assign(self._prefill_tokens())
+        if not works:
+            return None
+        self._num_steps += 1
+        step = self._delta.step(self._num_steps, sorted(works, key=lambda work: work.count != 1))
+        self._delta = _Delta()
+        for work in works:
+            self._take_off(work)
+        return step
+
+    def commit(self, result: StepResult, now: float) -> list[Sequence]:
+        """Takes the result of the oldest step in flight, and returns the sequences with news. Rows of sequences that
+        ended meanwhile are dropped; those of preempted ones are kept, so that nothing is sampled twice."""
+        step = result.step
+        assert step.number == self._num_committed + 1, "steps are committed in the order of their plans"
+        self._num_committed = step.number
+        samples = iter(zip(result.token_ids, result.logprobs, strict=True))
+        for work in step.works:
+            self._land(work, next(samples) if work.samples else None, now)
+        self._give_back()
+        return self.take_news()
+
+    # Admission.
+
+    def _admit(self, num_tokens: int, now: float) -> None:
+        """Gives slots to waiting sequences as long as the step has tokens for them and there are blocks."""
+        num_tokens -= sum(s.num_remaining for s in self._running if not s.has_all_planned and s.num_remaining > 1)
+        while num_tokens > 0:
+            for sequence in self._next_in_line():
+                if self._make_room(sequence, num_tokens):
+                    self._start(sequence, now)
+                    num_tokens -= sequence.num_remaining
+                    break
+            else:
+                return
+
+    def _next_in_line(self) -> list[Sequence]:
+        """Who may be admitted next, the one to try first in front."""
+        heads = [head for line in (self._waiting[True], self._waiting[False]) if (head := _first_ready(line))]
+        if self._num_batch_running < self.limits.batch_share:
+            return sorted(heads, key=lambda head: (head.arrival, head.order))
+        return heads[:1]
+
+    @property
+    def _num_batch_running(self) -> int:
+        return sum(not sequence.interactive for sequence in self._running)
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Whether there is a slot for it, and blocks for its first chunk beside a reserve for those that run. Batch
+        sequences are thrown out for an interactive one."""
+        while not (self._free_slots and self._has_blocks_for(sequence, num_tokens)):
+            victim = self._running.youngest
+            yields = sequence.interactive and self._num_batch_running > self.limits.batch_share
+            if not yields or victim is None or self._returning:
+                return False
+            self._preempt(victim)
+        return True
+
+    def _has_blocks_for(self, sequence: Sequence, num_tokens: int) -> bool:
+        hits = self._cached_prefix(sequence)
+        first = min(sequence.num_known, len(hits) * self.pool.block_size + num_tokens)
+        wanted = self.pool.blocks_for(first) - len(hits) + self.pool.num_idle(hits)
+        return self.pool.num_available - wanted >= self._reserve()
+
+    def _reserve(self) -> int:
+        """Blocks that running sequences will want soon: the rest of their prompts, or the next one."""
+        return sum(max(1, self.pool.blocks_for(s.num_known + 1) - len(s.blocks)) for s in self._running)
+
+    def _cached_prefix(self, sequence: Sequence) -> list[int]:
+        """The blocks of its longest prefix that is held and leaves something to compute."""
+        return self.pool.match(self._usable_hashes(sequence)) if self.pool.keeps_prefixes else []
+
+    def _usable_hashes(self, sequence: Sequence) -> list[bytes]:
+        return self._hashes(sequence, (sequence.num_known - 1) // self.pool.block_size)
+
+    def _hashes(self, sequence: Sequence, count: int) -> list[bytes]:
+        """The chained hashes of its first `count` blocks."""
+        hashes, size = sequence.block_hashes, self.pool.block_size
+        while len(hashes) < count:
+            start = len(hashes) * size
+            parent = hashes[-1] if hashes else self.pool.root
+            hashes.append(chain_hash(parent, sequence.token_ids(start, start + size)))
+        return hashes[:count]
+
+    def _start(self, sequence: Sequence, now: float) -> None:
+        """Gives it a slot and the blocks of its prefix that are held."""
+        hits = self._cached_prefix(sequence)
+        self._waiting[sequence.interactive].remove(sequence)
+        self._running.add(sequence)
+        sequence.phase = Phase.RUNNING
+        sequence.slot = heappop(self._free_slots)
+        self._delta.admit(sequence.slot, sequence)
+        if hits:
+            self.pool.share(hits)
+            sequence.blocks.extend(hits)
+            self._delta.grow(sequence.slot, 0, hits)
+        sequence.num_computed = sequence.num_planned = len(hits) * self.pool.block_size
+        if sequence.started_at is None:
+            sequence.started_at = now
+            sequence.num_cached = min(sequence.num_computed, len(sequence.prompt_ids))
+            self.totals.num_queried_tokens += len(sequence.prompt_ids)
+            self.totals.num_cached_tokens += sequence.num_cached
+
+    # Planning.
+
+    def _prefill_tokens(self) -> int:
+        """How many tokens of prefill the next step may have beside the decodes."""
+        decoding = [s for s in self._running if s.num_remaining == 1 and not s.has_all_planned]
+        spare = self.limits.max_step_tokens - len(decoding)
+        if not decoding:
+            return spare
+        kv_tokens = sum(sequence.num_planned + 1 for sequence in decoding)
+        within = self.pace.tokens_within(self.limits.itl_target, kv_tokens=kv_tokens) - len(decoding)
+        return int(min(spare, max(within, self.pool.block_size)))
+
+    def _assign(self, prefill_tokens: int) -> list[Work]:
+        """What each running sequence computes, the first in line first, so that whoever is thrown out for want of
+        blocks has nothing assigned yet."""
+        works = []
+        for sequence in self._running:
+            if sequence.phase is not Phase.RUNNING or sequence.has_all_planned:
+                continue
+            decodes = sequence.num_remaining == 1
+            count = self._grow(sequence, 1 if decodes else min(sequence.num_remaining, prefill_tokens))
+            if count:
+                works.append(_work(sequence, count))
+                prefill_tokens -= 0 if decodes else count
+        return works
+
+    def _grow(self, sequence: Sequence, count: int) -> int:
+        """Sees to blocks for the next `count` tokens of a sequence and, where there are plenty, for the `lookahead`
+        tokens after them. Returns for how many of the tokens there are blocks now."""
+        if count == 0:
+            return 0
+        end = sequence.num_planned + count
+        missing = self.pool.blocks_for(end) - len(sequence.blocks)
+        if missing > 0:
+            while not self.pool.num_available and self._throw_out_after(sequence):
+                pass
+            ahead = self.pool.blocks_for(min(end + self.limits.lookahead, sequence.num_stored_at_most))
+            plenty = self.pool.num_available > len(self._running)
+            self._append_blocks(sequence, ahead - len(sequence.blocks) if plenty else missing)
+        return min(end, len(sequence.blocks) * self.pool.block_size) - sequence.num_planned
+
+    def _append_blocks(self, sequence: Sequence, count: int) -> None:
+        """As many of `count` blocks as are available."""
+        assert sequence.slot is not None
+        blocks = self.pool.allocate(min(count, self.pool.num_available))
+        if blocks:
+            self._delta.grow(sequence.slot, len(sequence.blocks), blocks)
+            sequence.blocks.extend(blocks)
+
+    def _throw_out_after(self, sequence: Sequence) -> bool:
+        """Preempts the youngest one running behind this one. False where there is none, or where blocks are on their
+        way back anyway."""
+        victim = self._running.youngest
+        if self._returning or victim is None or victim is sequence:
+            return False
+        self._preempt(victim)
+        return True
+
+    def _take_off(self, work: Work) -> None:
+        """The work is part of the step that was just planned."""
+        sequence = work.sequence
+        sequence.num_planned = work.end
+        sequence.num_pending += work.samples
+        sequence.num_in_flight += 1
+        sequence.last_step = self._num_steps
+
+    # Results.
+
+    def _land(self, work: Work, sample: tuple[int, TokenLogprobs | None] | None, now: float) -> None:
+        """Takes one work's result."""
+        sequence = work.sequence
+        sequence.num_in_flight -= 1
+        sequence.num_pending -= work.samples
+        if sequence.is_finished:
+            return
+        if sequence.phase is Phase.RUNNING:
+            self._compute_until(sequence, work)
+        if sample is not None:
+            self._append(sequence, *sample, now=now)
+
+    def _compute_until(self, sequence: Sequence, work: Work) -> None:
+        """Notes that the tokens are computed, and the hashes of the blocks that are full with them."""
+        size = self.pool.block_size
+        first_full, end_full = sequence.num_computed // size, work.end // size
+        sequence.num_computed = work.end
+        # A sampled token's keys are computed by the step after, so one token of each decode is no prefill.
+        self.totals.num_prefill_tokens += work.count if work.start < len(sequence.prompt_ids) or work.count > 1 else 0
+        if self.pool.keeps_prefixes and end_full > first_full:
+            hashes = self._hashes(sequence, end_full)
+            for index in range(first_full, end_full):
+                self.pool.register(sequence.blocks[index], hashes[index])
+
+    def _append(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None, *, now: float) -> None:
+        reason = sequence.append(token_id, logprobs)
+        self.totals.num_generated_tokens += 1
+        self._news[sequence] = None
+        if sequence.first_token_at is None:
+            sequence.first_token_at = now
+        if reason is not None:
+            self._end(sequence, reason, now)
+
+    # Leaving.
+
+    def _refuse(self, sequence: Sequence) -> None:
+        sequence.error = (
+            f"prompt ({len(sequence.prompt_ids)} tokens) and answer (at most {sequence.stop.max_tokens}) together need "
+            f"{self.pool.blocks_for(sequence.num_stored_at_most)} blocks of {self.pool.block_size} tokens; "
+            f"the whole cache has {self.pool.num_blocks}"
+        )
+        sequence.phase, sequence.finish, sequence.ended_at = Phase.FINISHED, FinishReason.ERROR, sequence.arrival
+        self._news[sequence] = None
+
+    def _end(self, sequence: Sequence, reason: FinishReason, now: float) -> None:
+        if sequence.phase is Phase.RUNNING:
+            self._vacate(sequence)
+        elif sequence.phase is Phase.WAITING:
+            self._waiting[sequence.interactive].remove(sequence)
+        elif sequence.phase is Phase.LOADING:
+            self._loading.remove(sequence)
+        sequence.phase, sequence.finish, sequence.ended_at = Phase.FINISHED, reason, now
+        self._news[sequence] = None
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the line, at its old place; its known tokens will be computed again."""
+        self._vacate(sequence)
+        sequence.phase = Phase.WAITING
+        sequence.num_computed = sequence.num_planned = 0
+        self._waiting[sequence.interactive].add(sequence)
+        self.totals.num_preemptions += 1
+
+    def _vacate(self, sequence: Sequence) -> None:
+        """Takes slot and blocks from a running sequence."""
+        assert sequence.slot is not None
+        self._running.remove(sequence)
+        self._delta.release(sequence.slot)
+        heappush(self._free_slots, sequence.slot)
+        sequence.slot = None
+        blocks, sequence.blocks = sequence.blocks, []
+        if sequence.num_in_flight:
+            self._returning.append((sequence.last_step, blocks))
+        else:
+            self.pool.release(blocks)
+
+    def _give_back(self) -> None:
+        """Releases the blocks of sequences that left whose last step is committed now."""
+        for last_step, blocks in self._returning:
+            if last_step <= self._num_committed:
+                self.pool.release(blocks)
+        self._returning = [each for each in self._returning if each[0] > self._num_committed]
+
+
+def _work(sequence: Sequence, count: int) -> Work:
+    assert sequence.slot is not None
+    return Work(
+        sequence=sequence,
+        slot=sequence.slot,
+        start=sequence.num_planned,
+        count=count,
+        samples=count == sequence.num_remaining,
+    )
+
+
+def _first_ready(line: _Line) -> Sequence | None:
+    """The first that may be admitted: no step in flight computes anything of it, and where it shares a prompt, that is
+    computed."""
+    return next((s for s in line if not s.num_in_flight and _prompt_is_shared(s)), None)
+
+
+def _prompt_is_shared(sequence: Sequence) -> bool:
+    first = sequence.shares_prompt_with
+    return first is None or first.is_finished or bool(first.output_ids)
