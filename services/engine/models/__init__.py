@@ -10,16 +10,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+import structlog
 import torch
 from torch import Tensor
 
 from holdfast.errors import ConfigurationError
 from services.engine.kv_cache import KVCache, KVShape
 from services.engine.models.decoder import Decoder
-from services.engine.models.spec import Config, ModelSpec, read_config
+from services.engine.models.spec import Config, ModelSpec, NotCovered, read_config
 from services.engine.weights import Dummy, open_checkpoint
 
 if TYPE_CHECKING:
+    from services.engine.models.fallback import TransformersDecoder
     from services.engine.state import Batch
 
 
@@ -44,10 +46,28 @@ def load(
     device: torch.device | str = "cpu",
     load_format: Literal["safetensors", "dummy"] = "safetensors",
 ) -> Model:
-    """The model of a folder. `dtype` None takes what the config says. Raises `ConfigurationError`."""
+    """The model of a folder. `auto` takes the native code where it covers the model, `dtype` None what the config says.
+    Raises `ConfigurationError` for whatever cannot be served."""
     config = read_config(folder)
-    spec = ModelSpec.from_config(config)
-    return _native(folder, spec, dtype=dtype or dtype_of(config), device=torch.device(device), load_format=load_format)
+    if method := (config.get("quantization_config") or {}).get("quant_method"):
+        raise ConfigurationError(f"{folder} is quantized ({method}); only unquantized weights can be served yet")
+    dtype, device = dtype or dtype_of(config), torch.device(device)
+    try:
+        spec = None if implementation == "transformers" else ModelSpec.from_config(config)
+    except NotCovered as reason:
+        if implementation == "native":
+            raise
+        structlog.stdlib.get_logger(__name__).info("transformers computes the model", reason=str(reason))
+        spec = None
+    if load_format == "dummy":
+        weights = Dummy(dtype=dtype, device=device)
+        return Decoder(weights, spec) if spec is not None else _fallback().dummy(folder, weights)
+    if spec is None:
+        return _fallback().load(folder, dtype=dtype, device=device)
+    with open_checkpoint(folder, dtype=dtype, device=device) as checkpoint:
+        model = Decoder(checkpoint, spec)
+        checkpoint.finish(ignored=("*.rotary_emb.inv_freq", *(("lm_head.weight",) if spec.tied else ())))
+    return model
 
 
 def dtype_of(config: Config) -> torch.dtype:
@@ -62,10 +82,8 @@ def dtype_of(config: Config) -> torch.dtype:
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def _native(folder: Path, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device, load_format: str) -> Decoder:
-    if load_format == "dummy":
-        return Decoder(Dummy(dtype=dtype, device=device), spec)
-    with open_checkpoint(folder, dtype=dtype, device=device) as weights:
-        model = Decoder(weights, spec)
-        weights.finish(ignored=("*.rotary_emb.inv_freq", *(("lm_head.weight",) if spec.tied else ())))
-    return model
+def _fallback() -> type[TransformersDecoder]:
+    # Not above: transformers takes seconds to import, and the native families do without it.
+    from services.engine.models.fallback import TransformersDecoder
+
+    return TransformersDecoder
