@@ -5,9 +5,10 @@
             async for text in answer.text():
                 print(text, end="", flush=True)
 
-An answer is an iterator of events (`holdfast.events`); `text` and `read` show it as text. It has three ends, and says which: the iteration ends (finished), it is left (closed by you, which cancels the
-request or not, as asked), or it raises one of `holdfast.errors` (broken). Every event is checked against those before
-it: a token that is missing or comes twice is an error, never a silent gap.
+An answer is an iterator of events (`holdfast.events`); `text` and `read` show it as text. It has three ends, and says
+which: the iteration ends (finished), it is left (closed by you, which cancels the request or not, as asked), or it
+raises one of `holdfast.errors` (broken). Every event is checked against those before it: a token that is missing or
+comes twice is an error, never a silent gap.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@
     │   ├── StreamFailed            accepted, but an engine could not serve it
     │   └── InternalError           a fault of ours
     └── ConfigurationError        the process cannot start: a setting, a model folder, a topic
+        └── CannotListen            an address is in use, or not one of this host
 
 `to_status` and `from_rpc_error` translate at the edges and nowhere else.
 """
@@ -100,6 +101,14 @@ class InternalError(FinalError):
 
 class ConfigurationError(HoldfastError):
     """The process cannot start as configured."""
+
+
+class CannotListen(ConfigurationError):
+    """A server's address is in use, or not one of this host. `address` is what the settings say."""
+
+    def __init__(self, address: str, why: object = "it is in use, or not an address of this host") -> None:
+        super().__init__(f"cannot listen on {address}: {why}")
+        self.address = address
 
 
 class Wire(NamedTuple):

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import grpc
 from grpc_status import rpc_status
 
-from holdfast.errors import ConfigurationError, HoldfastError, InternalError, from_rpc_error, to_status
+from holdfast.errors import CannotListen, HoldfastError, InternalError, from_rpc_error, to_status
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ async def serving(address: str, servicers: Sequence[Servicer], *, drain: float) 
     most `drain` seconds and cancels what is left.
 
     Raises:
-        ConfigurationError: the address cannot be bound.
+        CannotListen: the address cannot be bound.
     """
     from grpc_channelz.v1 import channelz
     from grpc_health.v1 import health_pb2_grpc
@@ -156,7 +156,7 @@ async def serving(address: str, servicers: Sequence[Servicer], *, drain: float) 
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:
-        raise ConfigurationError(f"cannot listen on {address}: it is in use, or not an address of this host") from error
+        raise CannotListen(address) from error
     await health.not_ready()
     await server.start()
     try:

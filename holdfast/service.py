@@ -13,50 +13,88 @@ and leaves it. A second signal ends the process at once.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TypeVar
 
 import structlog
 import uvloop
 
-from holdfast.errors import ConfigurationError, HoldfastError
-from holdfast.settings import Settings, load
+from holdfast.errors import CannotListen, ConfigurationError, HoldfastError
+from holdfast.settings import Settings, flags_of, load
 from holdfast.telemetry import configure_logs
 
 S = TypeVar("S", bound=Settings)
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
 
-def run(name: str, kind: type[S], serve: Callable[[S], AbstractAsyncContextManager[object]]) -> None:
-    """Runs one service until a signal, as the whole program. Exits with 0 after a drain, with 2 and one line that says
-    why where the service cannot start as configured, with 1 where it failed."""
+async def until_stopped(parts: object, stop: asyncio.Event) -> None:
+    """What a service does once it is ready: it serves until it is told to stop."""
+    await stop.wait()
+
+
+def run(
+    name: str,
+    kind: type[S],
+    serve: Callable[[S], AbstractAsyncContextManager[T]],
+    *,
+    use: Callable[[T, asyncio.Event], Awaitable[None]] = until_stopped,
+    log_level: str = "info",
+) -> None:
+    """Runs one service, as the whole program: enters `serve`, and leaves it when `use` returns, which is given what
+    `serve` yields and an event that a signal sets. Exits with 0 after a drain, with 2 and one line that says why where
+    the service cannot start as configured, with 1 where it failed."""
+    settings: S | None = None
     try:
-        configure_logs(name)
-        uvloop.run(_live(name, serve(load(kind, sys.argv[1:]))))
+        configure_logs(name, level=log_level)
+        settings = load(kind, sys.argv[1:])
+        uvloop.run(_live(name, serve(settings), use))
+    except* CannotListen as group:
+        sys.exit(_refusal(name, group, code=2, remedy=_another_address(settings, group)))
     except* ConfigurationError as group:
         sys.exit(_refusal(name, group, code=2))
     except* HoldfastError as group:
         sys.exit(_refusal(name, group, code=1))
 
 
-async def _live(name: str, service: AbstractAsyncContextManager[object]) -> None:
-    async with stop_signals() as stop, service:
-        log.info("ready", service=name)
-        await stop.wait()
+async def _live(
+    name: str, service: AbstractAsyncContextManager[T], use: Callable[[T, asyncio.Event], Awaitable[None]]
+) -> None:
+    async with stop_signals() as stop, service as parts:
+        log.info("ready", service=name, **_addresses(parts))
+        await use(parts, stop)
         log.info("draining", service=name)
     log.info("stopped", service=name)
 
 
-def _refusal(name: str, group: BaseExceptionGroup[HoldfastError], *, code: int) -> int:
+def _addresses(parts: object) -> dict[str, object]:
+    """What `serve` yields, for the log: the addresses that were really bound."""
+    return dataclasses.asdict(parts) if dataclasses.is_dataclass(parts) and not isinstance(parts, type) else {}
+
+
+def _refusal(name: str, group: BaseExceptionGroup[HoldfastError], *, code: int, remedy: str = "") -> int:
+    print(f"{name}: {_first(group)}{remedy}", file=sys.stderr)  # noqa: T201 - the last word of a program that gives up
+    return code
+
+
+def _first(group: BaseExceptionGroup[HoldfastError]) -> HoldfastError:
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    print(f"{name}: {error}", file=sys.stderr)  # noqa: T201 - the last word of a program that cannot go on
-    return code
+    assert isinstance(error, HoldfastError)
+    return error
+
+
+def _another_address(settings: Settings | None, group: BaseExceptionGroup[CannotListen]) -> str:
+    error = _first(group)
+    assert isinstance(error, CannotListen)
+    flags = flags_of(settings, error.address) if settings is not None else []
+    return f"; choose another by {' or '.join(flags)}" if flags else ""
 
 
 @asynccontextmanager

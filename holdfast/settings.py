@@ -99,6 +99,19 @@ def load(kind: type[S], argv: Sequence[str] = ()) -> S:
     return settings
 
 
+def flags_of(settings: Settings, value: object) -> list[str]:
+    """The flags of the settings that have this value."""
+    flags = []
+    for name in type(settings).model_fields:
+        given = getattr(settings, name)
+        flag = "--" + name.replace("_", "-")
+        if isinstance(given, Settings):
+            flags += [f"{flag}.{inner.removeprefix('--')}" for inner in flags_of(given, value)]
+        elif given == value:
+            flags.append(flag)
+    return flags
+
+
 def _unknown_variables(kind: type[Settings]) -> list[str]:
     """Variables that begin like this service's settings and are none of them."""
     prefix = kind._prefix()

@@ -22,20 +22,20 @@ from opentelemetry.context import Context
 from prometheus_client import CollectorRegistry, start_http_server
 
 from holdfast.bus import Headers
-from holdfast.errors import ConfigurationError
+from holdfast.errors import CannotListen, ConfigurationError
 
 LEVEL_VARIABLE = "HOLDFAST_LOG_LEVEL"
 FORMAT_VARIABLE = "HOLDFAST_LOG_FORMAT"
 
 
-def configure_logs(service: str) -> None:
-    """Sends all logs of this process, those of libraries too, to standard error. `HOLDFAST_LOG_LEVEL` (info) and
-    `HOLDFAST_LOG_FORMAT` (json, or text; text on a terminal) decide how.
+def configure_logs(service: str, *, level: str = "info") -> None:
+    """Sends all logs of this process, those of libraries too, to standard error. `HOLDFAST_LOG_LEVEL` (by default
+    `level`) and `HOLDFAST_LOG_FORMAT` (json, or text; text on a terminal) decide how.
 
     Raises:
         ConfigurationError: one of the two has a value that means nothing.
     """
-    level = os.environ.get(LEVEL_VARIABLE, "info").upper()
+    level = os.environ.get(LEVEL_VARIABLE, level).upper()
     form = os.environ.get(FORMAT_VARIABLE, "text" if sys.stderr.isatty() else "json")
     if level not in logging.getLevelNamesMapping():
         raise ConfigurationError(f"{LEVEL_VARIABLE} must be debug, info, warning or error, not {level.lower()!r}")
@@ -117,7 +117,7 @@ async def metrics_server(address: str, registry: CollectorRegistry) -> AsyncIter
     """Serves `/metrics` on `host:port` (port 0: any) and yields the port; an empty address serves nothing, port 0.
 
     Raises:
-        ConfigurationError: the address cannot be bound.
+        CannotListen: the address cannot be bound.
     """
     if not address:
         yield 0
@@ -126,7 +126,7 @@ async def metrics_server(address: str, registry: CollectorRegistry) -> AsyncIter
     try:
         server, thread = start_http_server(int(port), addr=host, registry=registry)
     except (OSError, ValueError, OverflowError) as error:
-        raise ConfigurationError(f"cannot serve metrics on {address!r}: {error}") from error
+        raise CannotListen(address, error) from error
     try:
         yield server.server_port
     finally:

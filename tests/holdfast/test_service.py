@@ -11,7 +11,7 @@ PROGRAM = """
 from contextlib import asynccontextmanager
 from typing import Annotated
 from pydantic import Field
-from holdfast.errors import ConfigurationError, Unavailable
+from holdfast.errors import CannotListen, ConfigurationError, Unavailable
 from holdfast.service import run
 from holdfast.settings import Settings
 import asyncio
@@ -19,12 +19,15 @@ import asyncio
 class BellSettings(Settings, env_prefix="HOLDFAST_BELL_"):
     rings: Annotated[int, Field(ge=1)] = 1
     fault: str = ""
+    tower: str = "tower:1"
 
 @asynccontextmanager
 async def serve(settings):
     async with asyncio.TaskGroup() as tasks:
         if settings.fault == "configuration":
             raise ConfigurationError("the bell has no clapper")
+        if settings.fault == "address":
+            raise CannotListen(settings.tower)
         if settings.fault == "log":
             raise Unavailable("the tower cannot be reached")
         print("open", flush=True)
@@ -61,6 +64,8 @@ def test_a_service_that_cannot_start_says_why_in_its_last_line() -> None:
     for flags, code, text in (
         (["--rings", "0"], 2, "--rings"),
         (["--fault", "configuration"], 2, "the bell has no clapper"),
+        (["--fault", "address"], 2, "cannot listen on tower:1: it is in use, or not an address of this host; "),
+        (["--fault", "address"], 2, "choose another by --tower"),
         (["--fault", "log"], 1, "the tower cannot be reached"),
     ):
         with bell(*flags) as process:
