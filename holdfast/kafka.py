@@ -137,6 +137,7 @@ class KafkaBus:
         self._num_partitions: dict[str, int] = {}
         self._send_timeout = send_timeout
         self._resources = AsyncExitStack()
+        self._open = False
 
     async def __aenter__(self) -> Self:
         _check_addresses(self._bootstrap)
@@ -158,11 +159,13 @@ class KafkaBus:
             except (errors.KafkaError, OSError) as error:
                 raise Unavailable(f"no Kafka broker answers at {self._bootstrap}: {error}") from error
             self._resources = resources.pop_all()
+        self._open = True
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._open = False
         await self._resources.aclose()
 
     async def create_topics(self, topics: Sequence[Topic]) -> None:
@@ -262,6 +265,7 @@ class KafkaBus:
 
     async def _check_partitions(self, partitions: Iterable[TopicPartition]) -> None:
         """Raises ConfigurationError unless the log has all of these."""
+        self._check_open()
         for topic, partition in partitions:
             if topic not in self._num_partitions:
                 await self._ask(self._list_topics)
@@ -298,6 +302,7 @@ class KafkaBus:
 
     async def _ask(self, question: Callable[[], Any]) -> Any:
         """The answer of a broker, asked again for at most ASK_SECONDS while it says "not yet"."""
+        self._check_open()
         with _reported(f"the Kafka brokers at {self._bootstrap} do not answer"):
             async with asyncio.timeout(ASK_SECONDS):
                 while True:
@@ -308,6 +313,10 @@ class KafkaBus:
                             raise
                         log.debug("asking kafka again", error=repr(error))
                     await asyncio.sleep(RETRY_SECONDS)
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise Unavailable(f"the connection to Kafka at {self._bootstrap} is closed")
 
     def _new_producer(self) -> aiokafka.AIOKafkaProducer:
         return aiokafka.AIOKafkaProducer(
