@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -33,7 +34,7 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 
-async def until_stopped(parts: object, stop: asyncio.Event) -> None:
+async def until_stopped(settings: Settings, parts: object, stop: asyncio.Event) -> None:
     """What a service does once it is ready: it serves until it is told to stop."""
     await stop.wait()
 
@@ -43,17 +44,17 @@ def run(
     kind: type[S],
     serve: Callable[[S], AbstractAsyncContextManager[T]],
     *,
-    use: Callable[[T, asyncio.Event], Awaitable[None]] = until_stopped,
+    use: Callable[[S, T, asyncio.Event], Awaitable[None]] = until_stopped,
     log_level: str = "info",
 ) -> None:
-    """Runs one service, as the whole program: enters `serve`, and leaves it when `use` returns, which is given what
-    `serve` yields and an event that a signal sets. Exits with 0 after a drain, with 2 and one line that says why where
+    """Runs one service, as the whole program: enters `serve`, and leaves it when `use` returns, which is given the
+    settings, what `serve` yields, and an event that a signal sets. Exits with 0 after a drain, with 2 and one line that says why where
     the service cannot start as configured, with 1 where it failed."""
     settings: S | None = None
     try:
         configure_logs(name, level=log_level)
         settings = load(kind, sys.argv[1:])
-        uvloop.run(_live(name, serve(settings), use))
+        uvloop.run(_live(name, serve(settings), functools.partial(use, settings)))
     except* CannotListen as group:
         sys.exit(_refusal(name, group, code=2, remedy=_another_address(settings, group)))
     except* ConfigurationError as group:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import Field, ValidationError
 
 from holdfast.errors import ConfigurationError
-from holdfast.settings import Settings, load
+from holdfast.settings import Settings, flags_of, load
 
 
 class StationSettings(Settings, env_prefix="HOLDFAST_STATION_"):
@@ -102,3 +102,10 @@ def test_settings_cannot_be_changed_after_the_start() -> None:
     settings = StationSettings()
     with pytest.raises(ValidationError):
         settings.max_trains = 3  # type: ignore[misc]
+
+
+def test_a_value_leads_back_to_its_flag() -> None:
+    """Nested ones too."""
+    assert flags_of(LineSettings(station=StationSettings(max_trains=7)), 7) == ["--station.max-trains"]
+    assert flags_of(LineSettings(), "coast") == ["--name"]
+    assert flags_of(LineSettings(), "nowhere") == []
