@@ -1,0 +1,169 @@
+"""Ids to text as they come, without state.
+
+Every id stands for some bytes, whatever its neighbours are, but for one thing: the tokenizers of the SentencePiece family
+drop the space before the first word of a text. The text of a stream is its bytes read as UTF-8, in which each maximal
+part that cannot become a character is one U+FFFD (Unicode 16, 3.9, "U+FFFD substitution of maximal subparts"; what both
+Python's and Rust's decoders do). A character that is not yet finished is at most three bytes long and is held back.
+
+It may be held back in two places. The ids that it is made of are not consumed, and come again with the next ones; or,
+where one id ends a character and begins another, that id is consumed, its unfinished end not shown, and found again at
+the end of the next message's context.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from holdfast.errors import ConfigurationError, InvalidRequest
+from services.tokenizer.loading import ModelTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """New text of one stream."""
+
+    text: str
+    """Whole characters."""
+    num_consumed: int
+    """How many of the ids the text covers."""
+
+
+class Detokenizer:
+    """The bytes of every id of a model."""
+
+    def __init__(self, tokenizer: ModelTokenizer) -> None:
+        """Raises: ConfigurationError: the tokenizer's decoder is of a kind not known here."""
+        self._spelling = spelling(tokenizer.decoder)
+        self._tokens: list[str] = [""] * tokenizer.vocab_size
+        for token, id in tokenizer.backend.get_vocab().items():
+            if id < tokenizer.vocab_size:
+                self._tokens[id] = token
+        self._bytes = [self._spelling.token(token) for token in self._tokens]
+        self._bytes_without_special = [
+            b"" if id in tokenizer.special_ids else spelled for id, spelled in enumerate(self._bytes)
+        ]
+
+    def decode(
+        self, ids: Sequence[int], *, context: Sequence[int] = (), last: bool = False, show_special_tokens: bool = False
+    ) -> Decoded:
+        """The text of `ids` after `context`, the few ids before them.
+
+        Raises:
+            InvalidRequest: an id is not below the model's vocabulary size; `field` is `ids[i]` or `context[i]`.
+        """
+        table = self._bytes if show_special_tokens else self._bytes_without_special
+        try:
+            before = b"".join([table[id] for id in context])
+            pieces = [table[id] for id in ids]
+        except IndexError:
+            raise self._unknown(context=context, ids=ids) from None
+        if not before:
+            self._begin(pieces, ids)
+        data = _unfinished(before) + b"".join(pieces)
+        text, num_read = codecs.utf_8_decode(data, "replace", False)
+        if last:
+            return Decoded(text, len(ids))
+        return Decoded(text, _num_consumed(pieces, num_unfinished=len(data) - num_read))
+
+    def _begin(self, pieces: list[bytes], ids: Sequence[int]) -> None:
+        """Spells the first id that has text as the first of a text."""
+        for index, piece in enumerate(pieces):
+            if piece:
+                pieces[index] = self._spelling.first_token(self._tokens[ids[index]])
+                return
+
+    def _unknown(self, **fields: Sequence[int]) -> InvalidRequest:
+        """What is wrong with ids of which one is too large."""
+        size = len(self._tokens)
+        name, index, id = next(
+            (name, index, id) for name, ids in fields.items() for index, id in enumerate(ids) if id >= size
+        )
+        return InvalidRequest(f"token id {id} is not below the vocabulary's size, {size}", field=f"{name}[{index}]")
+
+
+def _unfinished(data: bytes) -> bytes:
+    """The bytes at the end that may still become a character."""
+    return data[codecs.utf_8_decode(data, "replace", False)[1] :]
+
+
+def _num_consumed(pieces: list[bytes], *, num_unfinished: int) -> int:
+    """How many pieces come before the unfinished bytes; all, where these begin within a piece (or before the first)."""
+    count = len(pieces)
+    while num_unfinished > 0 and count > 0:
+        count -= 1
+        num_unfinished -= len(pieces[count])
+    return count if num_unfinished == 0 else len(pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """What tokens stand for."""
+
+    token: Callable[[str], bytes]
+    first_token: Callable[[str], bytes]
+    """The same for the first token of a text."""
+
+
+def spelling(decoder: dict[str, Any]) -> Spelling:
+    """How the decoder of a tokenizer.json spells tokens. Known are the byte-level one and the parts from which the
+    decoders of the SentencePiece family are made (huggingface/tokenizers, `decoders`).
+
+    Raises:
+        ConfigurationError: another decoder.
+    """
+    steps = decoder["decoders"] if decoder.get("type") == "Sequence" else [decoder]
+    if {"type": "ByteLevel"}.items() <= steps[0].items() and all(step.get("type") == "Fuse" for step in steps[1:]):
+        return Spelling(_byte_level, _byte_level)
+    replaced: list[tuple[str, str]] = []
+    byte_fallback = False
+    dropped_first = stripped_first = ""
+    for step in steps:
+        match step:
+            case {"type": "Replace", "pattern": {"String": old}, "content": new}:
+                replaced.append((old, new))
+            case {"type": "ByteFallback"}:
+                byte_fallback = True
+            case {"type": "Fuse"}:
+                pass
+            case {"type": "Strip", "content": content, "start": 0 | 1 as start, "stop": 0}:
+                stripped_first = content if start else ""
+            case {"type": "Metaspace", "replacement": mark}:
+                replaced.append((mark, " "))
+                dropped_first = mark if step.get("prepend_scheme", "always") != "never" else ""
+            case _:
+                raise ConfigurationError(f"cannot decode with {step or 'no decoder'}: not a decoder known here")
+
+    def token(text: str) -> bytes:
+        if byte_fallback and (byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", text)):
+            return bytes.fromhex(byte[1])
+        for old, new in replaced:
+            text = text.replace(old, new)
+        return text.encode()
+
+    def first_token(text: str) -> bytes:
+        return token(text.replace(dropped_first, "")).removeprefix(stripped_first.encode())
+
+    return Spelling(token, first_token)
+
+
+def _byte_level(token: str) -> bytes:
+    """The bytes of a token of a byte-level BPE; a token that is not made of its letters is taken as it is written."""
+    try:
+        return bytes([_BYTE_OF_LETTER[letter] for letter in token])
+    except KeyError:
+        return token.encode()
+
+
+def _letters() -> dict[str, int]:
+    """The letter for each byte in byte-level BPE: printable bytes of Latin-1 are themselves, the others, in order, the
+    code points from 256 on (openai/gpt-2, `bytes_to_unicode`)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF_LETTER = _letters()

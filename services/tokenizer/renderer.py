@@ -1,0 +1,168 @@
+"""Runs chat templates in a process of its own, where one that takes too long or too much memory is ended.
+
+A sandbox keeps a template from getting out; nothing in it keeps a template from looping or growing for ever. The process
+has a limit on its memory, and the service ends it when an answer takes too long; the next conversation gets a new one.
+Requests and answers are JSON behind four bytes that say how long it is, one at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import resource
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from services.tokenizer.chat import ChatTemplates, TemplateError
+
+_MEMORY_BYTES = 1 << 30
+"""Address space of the process."""
+
+_START_SECONDS = 60.0
+"""Longest time that the process may take to start and to compile the templates."""
+
+_CHECKOUT = Path(__file__).parents[2]
+
+
+class Renderer:
+    """A model's chat templates in their process. Conversations are rendered one after another."""
+
+    def __init__(self, templates: dict[str, str], special_tokens: dict[str, str], *, limit_seconds: float) -> None:
+        self._hello = {"templates": templates, "special_tokens": special_tokens}
+        self._limit_seconds = limit_seconds
+        self._one_at_a_time = asyncio.Lock()
+        self._process: Process | None = None
+
+    async def render(
+        self, messages: list[dict[str, Any]], variables: dict[str, Any], *, continue_final: bool = False
+    ) -> str:
+        """What `ChatTemplates.render` gives.
+
+        Raises:
+            TemplateError: what that raises, or the template took too long, or its process died of it.
+        """
+        request = {"messages": messages, "variables": variables, "continue_final": continue_final}
+        async with self._one_at_a_time:
+            process = self._process or await self._start()
+            return await self._ask(process, request, limit_seconds=self._limit_seconds)
+
+    async def start(self) -> None:
+        """Starts the process, if it does not run yet.
+
+        Raises:
+            TemplateError: a template is not valid Jinja.
+        """
+        async with self._one_at_a_time:
+            if self._process is None:
+                await self._start()
+
+    async def stop(self) -> None:
+        """Ends the process."""
+        if self._process is not None:
+            process, self._process = self._process, None
+            with suppress(ProcessLookupError):  # it may have ended by itself
+                process.kill()
+            await process.wait()
+
+    async def _start(self) -> Process:
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", __name__),
+            stdin=PIPE,
+            stdout=PIPE,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(_CHECKOUT), os.environ.get("PYTHONPATH", "")])},
+            start_new_session=True,  # a terminal's interrupt is the service's to answer
+        )
+        await self._ask(self._process, self._hello, limit_seconds=_START_SECONDS)
+        return self._process
+
+    async def _ask(self, process: Process, request: dict[str, Any], *, limit_seconds: float) -> str:
+        """The answer to one request. Whatever goes wrong in between ends the process: it may yet answer, too late."""
+        try:
+            async with asyncio.timeout(limit_seconds):
+                answer = await _exchange(process, request)
+        except TimeoutError:
+            await self.stop()
+            raise TemplateError(f"the chat template took more than {limit_seconds:g} seconds") from None
+        except (asyncio.IncompleteReadError, BrokenPipeError, ConnectionResetError):
+            await self.stop()
+            raise TemplateError("the chat template ended its process: it needs too much memory") from None
+        except BaseException:
+            await self.stop()
+            raise
+        if "error" in answer:
+            raise TemplateError(answer["error"])
+        return str(answer["text"])
+
+
+async def _exchange(process: Process, request: dict[str, Any]) -> dict[str, Any]:
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(_framed(request))
+    await process.stdin.drain()
+    size = int.from_bytes(await process.stdout.readexactly(4), "little")
+    answer: dict[str, Any] = json.loads(await process.stdout.readexactly(size))
+    return answer
+
+
+@asynccontextmanager
+async def rendering(
+    templates: dict[str, str], special_tokens: dict[str, str], *, limit_seconds: float
+) -> AsyncIterator[Renderer]:
+    """A renderer whose process runs, and ends with the block.
+
+    Raises:
+        TemplateError: a template is not valid Jinja.
+    """
+    renderer = Renderer(templates, special_tokens, limit_seconds=limit_seconds)
+    try:
+        await renderer.start()
+        yield renderer
+    finally:
+        await renderer.stop()
+
+
+def _framed(value: dict[str, Any]) -> bytes:
+    content = json.dumps(value).encode()
+    return len(content).to_bytes(4, "little") + content
+
+
+def main() -> None:
+    """The process: answers until its input ends, which it does when the service ends, however that ends."""
+    if sys.platform == "linux":  # elsewhere the system does not keep this limit, and time alone is bounded
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    hello = _read(sys.stdin.buffer)
+    templates: ChatTemplates | None = None
+    while hello is not None:
+        try:
+            if templates is None:
+                templates = ChatTemplates(hello["templates"], hello["special_tokens"])
+                answer = {"text": ""}
+            else:
+                answer = {
+                    "text": templates.render(
+                        hello["messages"], hello["variables"], continue_final=hello["continue_final"]
+                    )
+                }
+        except TemplateError as error:
+            answer = {"error": str(error)}
+        sys.stdout.buffer.write(_framed(answer))
+        sys.stdout.buffer.flush()
+        hello = _read(sys.stdin.buffer)
+
+
+def _read(file: BinaryIO) -> dict[str, Any] | None:
+    """The next request; nothing at the end."""
+    size = file.read(4)
+    if len(size) < 4:
+        return None
+    request: dict[str, Any] = json.loads(file.read(int.from_bytes(size, "little")))
+    return request
+
+
+if __name__ == "__main__":
+    main()
