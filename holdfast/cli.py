@@ -189,7 +189,7 @@ class _Conversation:
         messages: list[Message] = [*self._messages, {"role": "user", "content": message}]
         heard: list[str] = []
         try:
-            await show(client.generate(messages=messages, **self._options), heard)
+            _tell(await show(client.generate(messages=messages, **self._options), heard))
         finally:
             if heard:
                 self._messages = [*messages, {"role": "assistant", "content": "".join(heard)}]
@@ -206,7 +206,10 @@ def generate(arguments: argparse.Namespace) -> int:
         async with Client(arguments.address) as client:
             answer = client.generate(prompt, cancel_on_exit=not arguments.no_cancel, **_options(arguments))
             try:
-                await (show_json(answer) if arguments.json else show(answer))
+                if arguments.json:
+                    await show_json(answer)
+                else:
+                    _tell(await show(answer))
             except asyncio.CancelledError:
                 if arguments.no_cancel:
                     again = f"holdfast cancel {answer.request_id}"
@@ -225,7 +228,7 @@ def _standard_input() -> str:
 
 
 async def show(answer: Answer, heard: list[str] | None = None) -> Stopwatch:
-    """Prints the text of an answer as it grows, and at a terminal how fast it came. `heard` gets each piece of text."""
+    """Prints the text of an answer as it grows, and returns how fast it came. `heard` gets each piece of text."""
     watch = Stopwatch()
     async with answer:
         async for event in answer:
@@ -237,9 +240,12 @@ async def show(answer: Answer, heard: list[str] | None = None) -> Stopwatch:
             else:
                 _warn_of(event)
     print(flush=True)
+    return watch
+
+
+def _tell(watch: Stopwatch) -> None:
     if sys.stderr.isatty():
         print(f"[{watch}]", file=sys.stderr)
-    return watch
 
 
 def _warn_of(event: Event) -> None:

@@ -48,8 +48,8 @@ def run(
     log_level: str = "info",
 ) -> None:
     """Runs one service, as the whole program: enters `serve`, and leaves it when `use` returns, which is given the
-    settings, what `serve` yields, and an event that a signal sets. Exits with 0 after a drain, with 2 and one line that says why where
-    the service cannot start as configured, with 1 where it failed."""
+    settings, what `serve` yields, and an event that a signal sets. Exits with 0 after a drain, with 2 and one line that
+    says why where the service cannot start as configured, with 1 where it failed."""
     settings: S | None = None
     try:
         configure_logs(name, level=log_level)
