@@ -9,14 +9,16 @@ from holdfast.events import Finished, Tokens
 
 
 async def main(prompt: str) -> None:
-    async with Client(os.environ.get("HOLDFAST_ADDRESS", DEFAULT_ADDRESS)) as client:
-        # Leaving the block, in whatever way, cancels what is still running.
-        async with client.generate(prompt, max_tokens=50, temperature=0.7, seed=1) as answer:
-            async for event in answer:
-                if isinstance(event, Tokens):
-                    print(event.text, end="", flush=True)
-                elif isinstance(event, Finished):
-                    print(f"\n({event.usage.completion_tokens} tokens, ended by {event.reason.value})")
+    # Leaving the answer's block, in whatever way, cancels what is still running.
+    async with (
+        Client(os.environ.get("HOLDFAST_ADDRESS", DEFAULT_ADDRESS)) as client,
+        client.generate(prompt, max_tokens=50, temperature=0.7, seed=1) as answer,
+    ):
+        async for event in answer:
+            if isinstance(event, Tokens):
+                print(event.text, end="", flush=True)
+            elif isinstance(event, Finished):
+                print(f"\n({event.usage.completion_tokens} tokens; {event.reason.value})")
 
 
 asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else "Once upon a time"))
