@@ -5,9 +5,10 @@ drop the space before the first word of a text. The text of a stream is its byte
 part that cannot become a character is one U+FFFD (Unicode 16, 3.9, "U+FFFD substitution of maximal subparts"; what both
 Python's and Rust's decoders do). A character that is not yet finished is at most three bytes long and is held back.
 
-It may be held back in two places. The ids that it is made of are not consumed, and come again with the next ones; or,
-where one id ends a character and begins another, that id is consumed, its unfinished end not shown, and found again at
-the end of the next message's context.
+It is held back in one of two places. Where it begins with an id, that id and those after it are not consumed, and come
+again with the next ones. Where it begins within an id (or right behind a broken character, which would look unfinished
+without it), all ids are consumed, and its bytes are found again at the end of the next message's context. Either way the
+text shown is that of the consumed ids and of nothing else, which is what makes the two ways fit together.
 """
 
 from __future__ import annotations
@@ -64,10 +65,10 @@ class Detokenizer:
         if not before:
             self._begin(pieces, ids)
         data = _unfinished(before) + b"".join(pieces)
-        text, num_read = codecs.utf_8_decode(data, "replace", False)
-        if last:
+        text, num_read = _read(data)
+        if last or num_read == len(data) or _unfinished(data[:num_read]):
             return Decoded(text, len(ids))
-        return Decoded(text, _num_consumed(pieces, num_unfinished=len(data) - num_read))
+        return Decoded(text, _num_before_the_end(pieces, num_bytes=len(data) - num_read))
 
     def _begin(self, pieces: list[bytes], ids: Sequence[int]) -> None:
         """Spells the first id that has text as the first of a text."""
@@ -85,18 +86,27 @@ class Detokenizer:
         return InvalidRequest(f"token id {id} is not below the vocabulary's size, {size}", field=f"{name}[{index}]")
 
 
+def _read(data: bytes) -> tuple[str, int]:
+    """The text of the bytes, and how many it covers: all but those at the end that may still become a character."""
+    text, num_read = codecs.utf_8_decode(data, "replace", False)
+    unread = data[num_read:]
+    if len(unread) == 2 and unread[0] == 0xED and unread[1] >= 0xA0:  # half a surrogate, for which Python would wait
+        return text + "\ufffd\ufffd", len(data)
+    return text, num_read
+
+
 def _unfinished(data: bytes) -> bytes:
     """The bytes at the end that may still become a character."""
-    return data[codecs.utf_8_decode(data, "replace", False)[1] :]
+    return data[_read(data)[1] :]
 
 
-def _num_consumed(pieces: list[bytes], *, num_unfinished: int) -> int:
-    """How many pieces come before the unfinished bytes; all, where these begin within a piece (or before the first)."""
+def _num_before_the_end(pieces: list[bytes], *, num_bytes: int) -> int:
+    """How many pieces come before the last bytes; all, where these begin within a piece or before the first."""
     count = len(pieces)
-    while num_unfinished > 0 and count > 0:
+    while num_bytes > 0 and count > 0:
         count -= 1
-        num_unfinished -= len(pieces[count])
-    return count if num_unfinished == 0 else len(pieces)
+        num_bytes -= len(pieces[count])
+    return count if num_bytes == 0 else len(pieces)
 
 
 @dataclass(frozen=True, slots=True)
