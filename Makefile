@@ -14,8 +14,11 @@ TORCH ?= $(or $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)/.
 
 COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo podman-compose)
 
-# What a verb hands on: `make run ARGS="--gateway.http 0.0.0.0:8000"`, `make test ARGS="tests/engine -k scheduler"`.
+# What a verb hands on: `make run ARGS="--gateway.address 127.0.0.1:6000"`, `make test ARGS="tests/engine -k scheduler"`.
 ARGS ?=
+
+# What `make run` asks the mesh first; empty for nothing.
+ASK ?= Why is the sky blue?
 
 BIN := $(VENV)/bin
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo $(BIN)/uv)
@@ -30,8 +33,8 @@ help: ## list these verbs
 
 setup: $(INSTALLED) ## create .venv with everything in it, and fetch the default model (TORCH=cpu: the small build of PyTorch)
 
-run: $(INSTALLED) ## start the whole mesh in one process (ARGS="--help" lists the settings)
-	$(BIN)/python -m services $(ARGS)
+run: $(INSTALLED) ## start the whole mesh in one process and ask it something (ASK="...", ARGS="--help" lists the settings)
+	@$(BIN)/python -m services --ask "$(ASK)" $(ARGS)
 
 test: $(INSTALLED) ## run every test, and say which were skipped and why
 	$(BIN)/python -m pytest $(ARGS)
