@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from services.tokenizer.chat import ChatTemplates, TemplateError
 
-_MEMORY_BYTES = 1 << 30
+_MEMORY_BYTES = 512 << 20
 """Address space of the process."""
 
 _START_SECONDS = 60.0

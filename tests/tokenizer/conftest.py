@@ -9,9 +9,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from services.tokenizer.loading import ModelTokenizer, load
 
 from holdfast import models
+from services.tokenizer.loading import ModelTokenizer, load
 from tests.conftest import missing
 
 CONFIGS = {"qwen3": "Qwen3-0.6B", "llama-3": "Meta-Llama-3.1-8B"}

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from services.tokenizer.decode import Decoded, Detokenizer, spelling
-from services.tokenizer.loading import ModelTokenizer
 
 from holdfast.errors import ConfigurationError, InvalidRequest
+from services.tokenizer.decode import Decoded, Detokenizer, spelling
+from services.tokenizer.loading import ModelTokenizer
 from tests.tokenizer.conftest import random_text
 
 NAMES = ["qwen3", "llama-3", "smollm2", "stories260k"]
