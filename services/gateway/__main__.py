@@ -1,0 +1,113 @@
+"""One gateway: `python -m services.gateway`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from holdfast import rpc
+from holdfast.bus import Bus
+from holdfast.service import run
+from holdfast.telemetry import tracing
+from holdfast.topics import TOPICS
+from services.gateway import http
+from services.gateway.admission import Admission
+from services.gateway.cancel import Canceller
+from services.gateway.detokenize import Detokenizer
+from services.gateway.generate import Gateway
+from services.gateway.metrics import Metrics
+from services.gateway.observation import Observer
+from services.gateway.readiness import Readiness
+from services.gateway.servicer import servicer
+from services.gateway.settings import GatewaySettings
+from services.gateway.streams import Streams
+from services.gateway.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayAddresses:
+    """Where a running gateway listens, each as `host:port`."""
+
+    grpc: str
+    http: str
+    """The OpenAI API, health, and `/metrics`."""
+
+
+@asynccontextmanager
+async def serve(settings: GatewaySettings, *, bus: Bus | None = None) -> AsyncIterator[GatewayAddresses]:
+    """A gateway that is ready: the log was reached, and the tokenizer answered. Until then, and whenever one of the two
+    is gone, its health is NOT_SERVING and `/readyz` says what is missing. Leaving the block lets open streams end for
+    `drain_seconds`, while what feeds them still runs.
+
+    Raises:
+        ConfigurationError: an address cannot be bound, the log has other topics, or the tokenizer has become another.
+        Unavailable: the log cannot be reached at the start.
+    """
+    metrics, readiness = Metrics(), Readiness(["log", "tokenizer"])
+    admission = Admission(settings)
+    metrics.watch_open(lambda: admission.num_open)
+    async with AsyncExitStack() as parts:
+        log = bus if bus is not None else await parts.enter_async_context(_kafka(settings))
+        await log.create_topics(TOPICS)
+        channel = await parts.enter_async_context(rpc.channel(settings.tokenizer))
+        tokenizer = Tokenizer(channel, seconds=settings.tokenize_seconds)
+        detokenizer = Detokenizer(tokenizer, readiness)
+        canceller = Canceller(log)
+        streams = Streams(
+            log,
+            reply_partition=settings.reply_partition,
+            tokenizer=tokenizer,
+            detokenizer=detokenizer,
+            readiness=readiness,
+            metrics=metrics,
+        )
+        await parts.enter_async_context(running(streams.run(), detokenizer.run()))
+        await parts.enter_async_context(canceller.publishing())
+        gateway = Gateway(
+            settings,
+            bus=log,
+            tokenizer=tokenizer,
+            streams=streams,
+            canceller=canceller,
+            admission=admission,
+            observer=Observer(metrics, parts.enter_context(tracing("gateway"))),
+        )
+        server = await parts.enter_async_context(
+            rpc.serving(settings.address, [servicer(gateway)], drain=settings.drain_seconds)
+        )
+        app = http.application(gateway, readiness, metrics, keepalive=settings.keepalive_seconds)
+        web = await parts.enter_async_context(http.serving(settings.http_address, app, drain=settings.drain_seconds))
+        await readiness.tell(lambda ready: server.health.ready() if ready else server.health.not_ready())
+        await readiness.wait()
+        yield GatewayAddresses(grpc=server.address, http=web)
+
+
+@asynccontextmanager
+async def _kafka(settings: GatewaySettings) -> AsyncIterator[Bus]:
+    from holdfast.kafka import KafkaBus  # the embedded mesh runs without it
+
+    async with KafkaBus(settings.kafka, client_id=f"gateway-{settings.reply_partition}") as bus:
+        yield bus
+
+
+@asynccontextmanager
+async def running(*works: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Runs what never ends by itself while the block runs. Where one fails, the block is cancelled and its error raised."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(work) for work in works]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+def main() -> None:
+    """`python -m services.gateway`."""
+    run("gateway", GatewaySettings, serve)
+
+
+if __name__ == "__main__":
+    main()

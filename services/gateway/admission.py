@@ -1,0 +1,114 @@
+"""Whether a request may come in: how many at once, how much each, until when."""
+
+from __future__ import annotations
+
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from google.protobuf.duration_pb2 import Duration
+
+from holdfast.errors import InvalidRequest, Overloaded
+from holdfast.events import Model
+from holdfast.v1 import gateway_pb2, generation_pb2
+from services.gateway.settings import GatewaySettings
+from services.gateway.validation import check_lengths, check_request
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request that may come in, and what was decided for it."""
+
+    request: gateway_pb2.GenerateRequest
+    request_id: str
+    """The client's, or drawn."""
+    request_class: generation_pb2.RequestClass.ValueType
+    num_choices: int
+    seed: int
+    """The client's, or drawn."""
+    accepted_at: float
+    """Seconds since the epoch."""
+    deadline: float | None
+    """Seconds since the epoch after which nobody wants the answer; None for never."""
+
+    def time_left(self) -> float | None:
+        """Seconds until the deadline, not below 0."""
+        return None if self.deadline is None else max(0.0, self.deadline - time.time())
+
+
+class Admission:
+    """Keeps the limits of one gateway."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._settings = settings
+        self._num_open = 0
+
+    @property
+    def num_open(self) -> int:
+        """Requests that hold a place."""
+        return self._num_open
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place among the open requests, for as long as the block runs.
+
+        Raises:
+            Overloaded: all are taken.
+        """
+        if self._num_open >= self._settings.max_streams:
+            raise Overloaded(f"{self._num_open} requests are open, as many as this gateway takes; try again later")
+        self._num_open += 1
+        try:
+            yield
+        finally:
+            self._num_open -= 1
+
+    def admit(
+        self,
+        request: gateway_pb2.GenerateRequest,
+        model: Model,
+        *,
+        call_time_left: float | None = None,
+        draw_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+    ) -> Admitted:
+        """Checks all that can be checked before the prompt is tokenized, and decides what the client left open.
+        `call_time_left`: seconds until the call itself ends.
+
+        Raises:
+            InvalidRequest: a field has a value that it may not have, or asks for more than this gateway gives.
+            NotFound: the mesh does not serve the model.
+        """
+        check_request(request, model, max_prompt_bytes=self._settings.max_prompt_bytes)
+        num_choices = request.num_choices if request.HasField("num_choices") else 1
+        if num_choices > self._settings.max_choices:
+            raise InvalidRequest(
+                f"num_choices must be at most {self._settings.max_choices} at this gateway, not {num_choices}",
+                field="num_choices",
+            )
+        timeout = self._timeout(request.timeout) if request.HasField("timeout") else call_time_left
+        now = time.time()
+        return Admitted(
+            request=request,
+            request_id=request.request_id or draw_id(),
+            request_class=request.request_class or generation_pb2.REQUEST_CLASS_INTERACTIVE,
+            num_choices=num_choices,
+            seed=request.sampling.seed if request.sampling.HasField("seed") else secrets.randbits(64),
+            accepted_at=now,
+            deadline=None if timeout is None else now + timeout,
+        )
+
+    def check_prompt(self, admitted: Admitted, prompt_ids: Sequence[int], model: Model) -> None:
+        """Raises InvalidRequest unless prompt and answer fit."""
+        check_lengths(len(prompt_ids), admitted.request.stop, model, max_prompt=self._settings.max_prompt_tokens)
+
+    def _timeout(self, timeout: Duration) -> float:
+        seconds = timeout.seconds + timeout.nanos / 1e9
+        if not 0 < seconds <= self._settings.max_timeout_seconds:
+            raise InvalidRequest(
+                f"timeout must be above 0 and at most {self._settings.max_timeout_seconds:g} seconds, not {seconds:g}",
+                field="timeout",
+            )
+        return seconds

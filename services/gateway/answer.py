@@ -1,0 +1,284 @@
+"""One open request as its client sees it: events to take, when they are due, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from holdfast.accept import Source
+from holdfast.errors import HoldfastError, Overloaded, StreamFailed
+from holdfast.events import Finished, FinishReason, Tokens
+from holdfast.v1 import generation_pb2
+from services.gateway import cursor
+from services.gateway.choice import Choice, ChoiceEnd, Manner, Part, Piece
+
+
+class State(enum.Enum):
+    """Where an answer stands; it moves once, away from OPEN."""
+
+    OPEN = "open"
+    """More may come from the log."""
+    FINISHED = "finished"
+    """Every choice has ended; what is left is for the client to take."""
+    CLOSED = "closed"
+    """The client left before the end."""
+    BROKEN = "broken"
+    """It cannot go on; `next` raises why."""
+
+
+class Answer:
+    """The answer to one request.
+
+    Three hands touch it, all in one event loop: what comes from the log (`accept`, `decoded`), the clock (`expire`),
+    and the one client that takes events (`next`) until `at_end`. Nothing but `next` waits.
+
+    A client that reads slowly gets more in each event, not more events. Beyond `max_waiting` tokens its answer breaks
+    with Overloaded; the last cursor it got says where it stood.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        *,
+        prompt_ids: list[int],
+        num_choices: int,
+        manner: Manner,
+        source: Source,
+        reply_partition: int,
+        start_offset: int,
+        epoch: int,
+        cancel_on_disconnect: bool,
+        flush: float,
+        max_waiting: int,
+        on_end: Callable[[Answer], None],
+        cancel: Callable[[int | None, str], None],
+    ) -> None:
+        """`cancel_on_disconnect`: the request ends with a client that leaves, or reads too slowly. `flush`: seconds
+        between two events of the middle. `on_end`: called once, when the answer leaves OPEN. `cancel`: wishes that a
+        choice of the request, or all of it, end, and says why."""
+        self.request_id = request_id
+        self.source = source
+        self.prompt_tokens = len(prompt_ids)
+        self.state = State.OPEN
+        self.error: HoldfastError | None = None
+        self.first_token_at: float | None = None
+        """Loop time at which the first token was ready to be taken."""
+        self.last_token_at: float | None = None
+        self._on_end = on_end
+        self._cancel = cancel
+        self._choices = [
+            Choice(index, prompt_ids=prompt_ids, manner=manner, on_stop=self._stop_string)
+            for index in range(num_choices)
+        ]
+        self._loop = asyncio.get_running_loop()
+        self._flush = flush
+        self._max_waiting = max_waiting
+        self._reply_partition = reply_partition
+        self._next_offset = start_offset
+        self._epoch = epoch
+        self._cancel_on_disconnect = cancel_on_disconnect
+        self._num_open = num_choices
+        self._num_waiting = 0
+        self._news: dict[Choice, None] = {}
+        """The choices that have something to take, in the order they got it."""
+
+        # When events are due.
+        self._urgent = False
+        self._next_flush = 0.0
+        self._client: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    # The client's side.
+
+    @property
+    def cursor(self) -> str:
+        """Where the client stands."""
+        unread = [c.oldest_offset for c in self._choices if c.oldest_offset is not None]
+        return cursor.encode(
+            generation_pb2.Cursor(
+                reply_partition=self._reply_partition,
+                offset=min(unread, default=self._next_offset),
+                request_id=self.request_id,
+                next_index=[choice.taken.count for choice in self._choices],
+                prefix_hash=[choice.taken.hash for choice in self._choices],
+                epoch=self._epoch,
+                source=generation_pb2.SourcePartition(
+                    request_class=generation_pb2.RequestClass.ValueType(self.source.request_class),
+                    partition=self.source.partition,
+                ),
+            )
+        )
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the client has every choice's end."""
+        return self._num_open == 0 and not self._news
+
+    @property
+    def ends(self) -> list[ChoiceEnd]:
+        """How those choices ended that did."""
+        return [choice.end for choice in self._choices if choice.end is not None]
+
+    @property
+    def num_shown(self) -> list[int]:
+        """For each choice the tokens that were shown, or wait to be taken."""
+        return [choice.num_shown for choice in self._choices]
+
+    async def next(self, *, timeout: float | None = None) -> list[Tokens | Finished]:
+        """All that is there, at least one event, once it is due: the first tokens of a choice and an end at once, the
+        rest at most every `flush` seconds. [] after `timeout` seconds without any. Not to be called at the end.
+
+        Raises:
+            HoldfastError: the answer is broken.
+        """
+        assert not self.at_end and self._client is None
+        if not self._is_due():
+            self._client = self._loop.create_future()
+            self._set_timer()
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._client
+            except TimeoutError:
+                return []
+            finally:
+                self._client = None
+                self._clear_timer()
+        if self.error is not None:
+            raise self.error
+        self._urgent = False
+        self._next_flush = self._loop.time() + self._flush
+        news, self._news, self._num_waiting = self._news, {}, 0
+        return [event for choice in news for event in choice.take(lambda: self.cursor)]
+
+    async def events(self) -> AsyncIterator[Tokens | Finished]:
+        """Every event, until the end.
+
+        Raises:
+            HoldfastError: the answer is broken.
+        """
+        while not self.at_end:
+            for event in await self.next():
+                yield event
+
+    def close(self) -> None:
+        """The client is gone. Changes nothing where the answer has ended."""
+        if self.state is State.OPEN:
+            self._end(State.CLOSED)
+            if self._cancel_on_disconnect:
+                self._cancel(None, "the client left")
+
+    # The log's side.
+
+    def accept(self, part: Part, *, offset: int, epoch: int) -> Choice | None:
+        """Takes what a record at `offset` says about one choice. Returns the choice if it may have something to decode."""
+        if self.state is not State.OPEN:
+            return None
+        self._next_offset, self._epoch = offset + 1, epoch
+        if part.choice >= len(self._choices):
+            self.fail(StreamFailed(f"the log holds tokens of choice {part.choice} of {len(self._choices)}"))
+            return None
+        choice = self._choices[part.choice]
+        return None if choice.is_closed else self._accept(choice, part, offset)
+
+    def _accept(self, choice: Choice, part: Part, offset: int) -> Choice | None:
+        try:
+            choice.accept(part, offset=offset)
+        except HoldfastError as error:
+            self.fail(error)
+            return None
+        if choice.is_closed:
+            self._changed(choice, urgent=True)
+            return None
+        return choice
+
+    def decoded(self, choice: Choice, pieces: Sequence[Piece], texts: Sequence[str], num_consumed: int) -> None:
+        """Takes the text of a choice's ids."""
+        if self.state is not State.OPEN or choice.is_closed:
+            return
+        is_first, num_before = choice.is_untouched, choice.num_waiting
+        choice.decoded(pieces, texts, num_consumed)
+        if num_new := choice.num_waiting - num_before:
+            self.last_token_at = self._loop.time()
+            self.first_token_at = self.first_token_at or self.last_token_at
+            self._num_waiting += num_new
+        self._changed(choice, urgent=is_first or choice.is_closed)
+        if self._num_waiting > self._max_waiting and self.state is State.OPEN:
+            self._overflow()
+
+    def fail(self, error: HoldfastError) -> None:
+        """The answer cannot go on, and nobody can go on with it: the request ends, too."""
+        if self.state is State.OPEN:
+            self._break(error)
+            self._cancel(None, f"its stream failed: {error}")
+
+    def lose(self, error: HoldfastError) -> None:
+        """This gateway cannot follow the answer any more; the request goes on."""
+        if self.state is State.OPEN:
+            self._break(error)
+
+    def expire(self) -> None:
+        """The deadline passed: every open choice ends with what it has."""
+        if self.state is not State.OPEN:
+            return
+        self._cancel(None, "its deadline passed")
+        for choice in self._choices:
+            if not choice.is_closed:
+                choice.cut(FinishReason.DEADLINE)
+                self._changed(choice, urgent=True)
+
+    def _stop_string(self, choice: int) -> None:
+        self._cancel(choice, "a stop string was found")
+
+    def _overflow(self) -> None:
+        self._break(
+            Overloaded(
+                f"the client reads too slowly: more than {self._max_waiting} tokens wait for it; the last cursor says "
+                "from where the stream can be read on"
+            )
+        )
+        if self._cancel_on_disconnect:
+            self._cancel(None, "the client reads too slowly")
+
+    def _break(self, error: HoldfastError) -> None:
+        self.error = error
+        self._news.clear()
+        self._end(State.BROKEN)
+        self._wake()
+
+    def _end(self, state: State) -> None:
+        assert self.state is State.OPEN
+        self.state = state
+        self._on_end(self)
+
+    # When events are due.
+
+    def _changed(self, choice: Choice, *, urgent: bool) -> None:
+        if choice.has_news:
+            self._news[choice] = None
+            self._urgent = self._urgent or urgent
+        if choice.is_closed:
+            self._num_open -= 1
+            if self._num_open == 0:
+                self._end(State.FINISHED)
+        if self._client is not None:
+            self._wake() if self._is_due() else self._set_timer()
+
+    def _is_due(self) -> bool:
+        if self.error is not None:
+            return True
+        return bool(self._news) and (self._urgent or self._loop.time() >= self._next_flush)
+
+    def _set_timer(self) -> None:
+        """Wakes the client when what waits for it is due."""
+        if self._timer is None and self._news:
+            self._timer = self._loop.call_at(self._next_flush, self._wake)
+
+    def _clear_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _wake(self) -> None:
+        if self._client is not None and not self._client.done():
+            self._client.set_result(None)

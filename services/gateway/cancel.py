@@ -1,0 +1,61 @@
+"""Wishes that requests end, on their way to the log."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+
+from holdfast.bus import Bus
+from holdfast.errors import HoldfastError
+from holdfast.topics import CONTROL
+from holdfast.v1.generation_pb2 import Cancel
+
+log = structlog.get_logger(__name__)
+
+
+class Canceller:
+    """Publishes cancellations. `wish` may be called where nothing may wait, such as the end of a call that was
+    cancelled itself; what was wished is published in order while `publishing` is entered, the rest before it is left."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._wishes: asyncio.Queue[Cancel | None] = asyncio.Queue()
+        """Bounded by the open requests: each wishes once for each of its choices, and once for all. None ends it."""
+
+    async def cancel(self, request_id: str, reason: str) -> None:
+        """Returns when the log has the wish.
+
+        Raises:
+            Unavailable: the log cannot be reached.
+        """
+        await self._publish(Cancel(request_id=request_id, reason=reason))
+
+    def wish(self, request_id: str, choice: int | None, reason: str) -> None:
+        """Has a request, or one choice of it, end as soon as the log can be told."""
+        self._wishes.put_nowait(Cancel(request_id=request_id, choice=choice, reason=reason))
+
+    @asynccontextmanager
+    async def publishing(self) -> AsyncIterator[None]:
+        """Publishes wishes while the block runs, and before it is left those that are left."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._publish_wishes())
+            try:
+                yield
+            finally:
+                self._wishes.put_nowait(None)
+
+    async def _publish_wishes(self) -> None:
+        while (wish := await self._wishes.get()) is not None:
+            await self._try(wish)
+
+    async def _try(self, wish: Cancel) -> None:
+        try:
+            await self._publish(wish)
+        except HoldfastError as error:  # its engine goes on to max_tokens or the deadline, and nobody listens
+            log.warning("a cancellation could not be published", request_id=wish.request_id, reason=str(error))
+
+    async def _publish(self, wish: Cancel) -> None:
+        await self._bus.publish(CONTROL.partition(0), wish.SerializeToString(), key=wish.request_id.encode())

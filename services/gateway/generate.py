@@ -1,0 +1,198 @@
+"""One request's life in the gateway, from top to bottom: admit, tokenize, publish, stream, finish."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+
+from opentelemetry.context import Context
+
+from holdfast.accept import Source
+from holdfast.bus import Bus
+from holdfast.errors import InvalidRequest
+from holdfast.events import Accepted, Model
+from holdfast.telemetry import inject
+from holdfast.topics import REQUESTS
+from holdfast.v1 import gateway_pb2
+from holdfast.v1 import generation_pb2 as pb
+from services.gateway.admission import Admission, Admitted
+from services.gateway.answer import Answer
+from services.gateway.cancel import Canceller
+from services.gateway.choice import Manner
+from services.gateway.observation import Observation, Observer
+from services.gateway.routing import Routing
+from services.gateway.settings import GatewaySettings
+from services.gateway.streams import Streams
+from services.gateway.tokenizer import Tokenizer
+from services.gateway.validation import check_request_id
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """How a request came."""
+
+    face: str
+    """grpc or http."""
+    time_left: float | None = None
+    """Seconds until the call itself ends; None for never."""
+    trace: Context = field(default_factory=Context)
+    """The client's span."""
+    spelled: bool = False
+    """Whether the client wants the text of tokens beside their log-probabilities."""
+
+
+class Gateway:
+    """What a gateway does, whichever face it is asked through. Everything raises `holdfast.errors`."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        *,
+        bus: Bus,
+        tokenizer: Tokenizer,
+        streams: Streams,
+        canceller: Canceller,
+        admission: Admission,
+        observer: Observer,
+    ) -> None:
+        self._settings = settings
+        self._bus = bus
+        self._tokenizer = tokenizer
+        self._streams = streams
+        self._canceller = canceller
+        self._admission = admission
+        self._observer = observer
+        self._routing = Routing()
+
+    @asynccontextmanager
+    async def generate(self, request: gateway_pb2.GenerateRequest, call: Call) -> AsyncIterator[Answer]:
+        """The answer to a request. The block is entered once the log has the request; leaving it before the answer's
+        end cancels the request, or not, as it asks."""
+        with (
+            self._observer.request(request, face=call.face, parent=call.trace) as seen,
+            self._admission.place(),
+        ):
+            admitted = self._admit(request, call, seen)
+            prompt_ids = await self._tokenize(admitted, seen)
+            with self._routing.partition(admitted.request_class) as partition:
+                answer = self._answer(admitted, prompt_ids, partition, spelled=call.spelled)
+                with self._streams.open(answer):
+                    await self._publish(admitted, prompt_ids, partition, seen)
+                    seen.answer = answer
+                    with _expiring(answer, admitted):
+                        yield answer
+
+    async def submit(self, request: gateway_pb2.GenerateRequest, call: Call) -> Accepted:
+        """Has a request run in the background; returns once the log has it."""
+        if request.cancel_on_disconnect:
+            raise InvalidRequest(
+                "cancel_on_disconnect must be false: a submitted request has no connection",
+                field="request.cancel_on_disconnect",
+            )
+        with (
+            self._observer.request(request, face=call.face, parent=call.trace) as seen,
+            self._admission.place(),
+        ):
+            admitted = self._admit(request, call, seen)
+            prompt_ids = await self._tokenize(admitted, seen)
+            with self._routing.partition(admitted.request_class) as partition:
+                answer = self._answer(admitted, prompt_ids, partition)
+                await self._publish(admitted, prompt_ids, partition, seen)
+        return Accepted(admitted.request_id, cursor=answer.cursor, prompt_tokens=len(prompt_ids))
+
+    async def cancel(self, request_id: str) -> None:
+        """Has a request end, wherever it runs; returns once the log has the wish."""
+        check_request_id(request_id)
+        await self._canceller.cancel(request_id, "a client asked for it")
+
+    def models(self) -> list[Model]:
+        """The models that this mesh serves."""
+        return [self._tokenizer.model]
+
+    def _admit(self, request: gateway_pb2.GenerateRequest, call: Call, seen: Observation) -> Admitted:
+        model = self._tokenizer.model
+        admitted = self._admission.admit(request, model, call_time_left=call.time_left)
+        seen.admit(admitted, model.name)
+        self._streams.check_new(admitted.request_id)
+        return admitted
+
+    async def _tokenize(self, admitted: Admitted, seen: Observation) -> list[int]:
+        with seen.phase("tokenize"):
+            prompt_ids = await self._tokenizer.encode(admitted.request, time_left=admitted.time_left())
+        self._admission.check_prompt(admitted, prompt_ids, self._tokenizer.model)
+        return prompt_ids
+
+    async def _publish(self, admitted: Admitted, prompt_ids: list[int], partition: int, seen: Observation) -> None:
+        """Returns once the log has the request."""
+        record = pb.GenerationRequest(
+            request_id=admitted.request_id,
+            model=self._tokenizer.model.name,
+            request_class=admitted.request_class,
+            prompt_token_ids=prompt_ids,
+            sampling=admitted.request.sampling,
+            stop=admitted.request.stop,
+            num_choices=admitted.num_choices,
+            reply_partition=self._streams.reply_partition,
+            reply_start_offset=self._streams.position,
+        )
+        record.sampling.seed = admitted.seed
+        record.accepted_at.FromNanoseconds(round(admitted.accepted_at * 1e9))
+        if admitted.deadline is not None:
+            record.deadline.FromNanoseconds(round(admitted.deadline * 1e9))
+        topic = REQUESTS[admitted.request_class]
+        with seen.phase("publish") as span, self._cancelled_if_unknown(admitted):
+            await self._bus.publish(
+                topic.partition(partition),
+                record.SerializeToString(),
+                key=admitted.request_id.encode(),
+                headers=inject(span),
+            )
+
+    @contextmanager
+    def _cancelled_if_unknown(self, admitted: Admitted) -> Iterator[None]:
+        """Where publishing fails, or is left, the log may have the request all the same: nobody was told so, and nobody
+        waits for it."""
+        try:
+            yield
+        except BaseException:
+            self._canceller.wish(admitted.request_id, None, "it may not have been accepted")
+            raise
+
+    def _answer(self, admitted: Admitted, prompt_ids: list[int], partition: int, *, spelled: bool = False) -> Answer:
+        request, source = admitted.request, Source(admitted.request_class, partition)
+        return Answer(
+            admitted.request_id,
+            prompt_ids=prompt_ids,
+            num_choices=admitted.num_choices,
+            manner=Manner(
+                stop=tuple(request.stop.stop),
+                show_special_tokens=request.show_special_tokens,
+                return_token_ids=request.return_token_ids,
+                spelled=spelled and request.sampling.HasField("logprobs"),
+            ),
+            source=source,
+            reply_partition=self._streams.reply_partition,
+            start_offset=self._streams.position,
+            epoch=self._streams.epochs.highest(source),
+            cancel_on_disconnect=request.cancel_on_disconnect,
+            flush=self._settings.flush_ms / 1000,
+            max_waiting=self._settings.max_buffered_tokens,
+            on_end=self._streams.forget,
+            cancel=lambda choice, reason: self._canceller.wish(admitted.request_id, choice, reason),
+        )
+
+
+@contextmanager
+def _expiring(answer: Answer, admitted: Admitted) -> Iterator[None]:
+    """Ends the answer at its deadline, though no engine should be there to do it."""
+    time_left = admitted.time_left()
+    if time_left is None:
+        yield
+        return
+    timer = asyncio.get_running_loop().call_later(time_left, answer.expire)
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,0 +1,416 @@
+"""The HTTP face: the OpenAI API, health and metrics.
+
+Token streams are written to the ASGI `send` directly, from templates. A client that leaves - while its prompt is read,
+computed, or its answer written, streamed or not - cancels its request, unless it asked otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
+
+import structlog
+import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from holdfast import __version__
+from holdfast.errors import (
+    CannotListen,
+    HoldfastError,
+    InternalError,
+    NotFound,
+    RequestTooLarge,
+    RetryableError,
+    wire,
+)
+from holdfast.events import Finished
+from holdfast.telemetry import extract
+from services.gateway.answer import Answer
+from services.gateway.choice import SpelledTokens
+from services.gateway.generate import Call, Gateway
+from services.gateway.metrics import Metrics
+from services.gateway.openai import Asked, Value, read_chat, read_completion, read_json
+from services.gateway.openai_reply import (
+    ChatReply,
+    CompletionReply,
+    Ledger,
+    Reply,
+    Whole,
+    error_json,
+    finish_reason,
+    model_json,
+    models_json,
+    spelled_logprobs,
+)
+from services.gateway.readiness import Readiness
+from services.gateway.validation import check_request_id
+
+log = structlog.get_logger(__name__)
+
+MAX_BODY_BYTES = 16 << 20
+
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class ClientLeft(Exception):
+    """Nobody waits for the response."""
+
+
+def application(gateway: Gateway, readiness: Readiness, metrics: Metrics, *, keepalive: float) -> Starlette:
+    """All routes. `keepalive`: a stream silent for so many seconds gets a comment."""
+
+    async def healthz(request: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    async def readyz(request: Request) -> Response:
+        missing = readiness.missing
+        return JSONResponse({"ready": not missing, "missing": missing}, status_code=503 if missing else 200)
+
+    async def exposition(request: Request) -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def version(request: Request) -> Response:
+        return JSONResponse({"name": "holdfast", "version": __version__})
+
+    async def models(request: Request) -> Response:
+        return JSONResponse(models_json(gateway.models()))
+
+    async def model(request: Request) -> Response:
+        name = request.path_params["name"]
+        for each in gateway.models():
+            if each.name == name:
+                return JSONResponse(model_json(each))
+        raise NotFound(f"no model {name!r} here; /v1/models lists those there are")
+
+    return Starlette(
+        routes=[
+            Route("/v1/chat/completions", Completions(gateway, read_chat, keepalive=keepalive), methods=["POST"]),
+            Route("/v1/completions", Completions(gateway, read_completion, keepalive=keepalive), methods=["POST"]),
+            Route("/v1/models", models),
+            Route("/v1/models/{name:path}", model),
+            Route("/healthz", healthz),
+            Route("/readyz", readyz),
+            Route("/metrics", exposition),
+            Route("/version", version),
+        ],
+        exception_handlers={HoldfastError: _refused, HTTPException: _not_routed},
+    )
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HoldfastError)
+    return error_response(error)
+
+
+async def _not_routed(request: Request, error: Exception) -> Response:
+    """A path or a method that there is not."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": "no_such_route"}}
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+def error_response(error: HoldfastError, *, chat: bool = False, headers: Mapping[str, str] | None = None) -> Response:
+    """A refusal."""
+    headers = dict(headers or {})
+    if isinstance(error, RetryableError):
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+    return JSONResponse(error_json(error, chat=chat), status_code=wire(error).http, headers=headers)
+
+
+class Completions:
+    """One of the two routes that generate: an ASGI application."""
+
+    def __init__(self, gateway: Gateway, read: Callable[[Mapping[str, Value]], Asked], *, keepalive: float) -> None:
+        self._gateway = gateway
+        self._read = read
+        self._chat = read is read_chat
+        self._keepalive = keepalive
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        request_id = headers.get("x-request-id") or f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
+        exchange = Exchange(send, request_id, chat=self._chat)
+        try:
+            body = await read_body(receive, headers)
+            async with connected(receive):
+                await self._serve(exchange, body, headers)
+        except ClientLeft:
+            return
+        except HoldfastError as error:
+            await exchange.refuse(error)
+        except Exception as error:
+            log.exception("unexpected error in a call", exc_info=error)
+            await exchange.refuse(InternalError("internal error; the service's log has it"))
+
+    async def _serve(self, exchange: Exchange, body: bytes, headers: Mapping[str, str]) -> None:
+        check_request_id(exchange.request_id, field="x-request-id")
+        asked = self._read(read_json(body))
+        context = extract(tuple((name, value.encode("latin-1")) for name, value in headers.items()))
+        async with AsyncExitStack() as stack:
+            answers = []
+            for index, request in enumerate(asked.requests):
+                request.request_id = (
+                    exchange.request_id if len(asked.requests) == 1 else f"{exchange.request_id}-{index}"
+                )
+                call = Call("http", trace=context, spelled=True)
+                answers.append(await stack.enter_async_context(self._gateway.generate(request, call)))
+            writer = (Streamed if asked.stream else InOnePiece)(exchange, asked, answers, self._reply(exchange, asked))
+            await writer.write(self._keepalive)
+
+    def _reply(self, exchange: Exchange, asked: Asked) -> Reply:
+        return (ChatReply if self._chat else CompletionReply)(
+            reply_id=exchange.request_id,
+            created=int(time.time()),
+            model=self._gateway.models()[0].name,
+            include_usage=asked.stream and asked.include_usage,
+            logprobs=asked.requests[0].sampling.HasField("logprobs"),
+        )
+
+
+class Exchange:
+    """The response to one call: what was sent of it, and how to go on."""
+
+    def __init__(self, send: Send, request_id: str, *, chat: bool) -> None:
+        self.request_id = request_id
+        self._send = send
+        self._chat = chat
+        self._streams = False
+
+    async def begin_stream(self) -> None:
+        """The response is a stream of events."""
+        self._streams = True
+        headers = [*STREAM_HEADERS, (b"x-request-id", self.request_id.encode("latin-1"))]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def write(self, text: str) -> None:
+        """More of a stream. Waits while the client has too much to read."""
+        await self._send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+
+    async def end_stream(self) -> None:
+        """The end of a stream."""
+        await self._send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+    async def respond(self, body: object) -> None:
+        """The response in one piece."""
+        await self._give(JSONResponse(body, headers={"x-request-id": self.request_id}))
+
+    async def refuse(self, error: HoldfastError) -> None:
+        """The error: as the response, or where a stream has begun, as its last event."""
+        if self._streams:
+            await self.write(f"data: {json.dumps(error_json(error, chat=self._chat))}\n\n")
+            await self.end_stream()
+        else:
+            echoed = {"x-request-id": self.request_id} if self.request_id.isprintable() else {}
+            await self._give(error_response(error, chat=self._chat, headers=echoed))
+
+    async def _give(self, response: Response) -> None:
+        async def nothing() -> dict[str, str]:
+            return {"type": "http.disconnect"}
+
+        await response({"type": "http"}, nothing, self._send)
+
+
+class Streamed:
+    """Writes answers as server-sent events. Where there is one answer, each event's id is its cursor."""
+
+    def __init__(self, exchange: Exchange, asked: Asked, answers: list[Answer], reply: Reply) -> None:
+        self._exchange = exchange
+        self._asked = asked
+        self._answers = answers
+        self._reply = reply
+        self._ledger = Ledger()
+
+    async def write(self, keepalive: float) -> None:
+        """The whole response, errors of the answers too."""
+        await self._exchange.begin_stream()
+        try:
+            await self._begin()
+            await _all_of(self._follow(index, keepalive) for index in range(len(self._answers)))
+        except HoldfastError as error:
+            await self._exchange.refuse(error)
+            return
+        if self._asked.include_usage:
+            await self._event(self._reply.usage_chunk(self._ledger))
+        await self._exchange.end_stream()
+
+    async def _begin(self) -> None:
+        for index, answer in enumerate(self._answers):
+            self._ledger.prompt(answer.prompt_tokens)
+            for choice in range(self._asked.num_choices):
+                await self._event(self._reply.first_chunk(index * self._asked.num_choices + choice), answer.cursor)
+
+    async def _follow(self, index: int, keepalive: float) -> None:
+        answer, num_choices = self._answers[index], self._asked.num_choices
+        while not answer.at_end:
+            events = await answer.next(timeout=keepalive)
+            if not events:
+                await self._exchange.write(": keep-alive\n\n")
+            for event in events:
+                choice = index * num_choices + event.choice
+                if isinstance(event, Finished):
+                    self._ledger.finished(event.usage, first=event.choice == 0)
+                    await self._event(self._reply.last_chunk(choice, finish_reason(event)), event.cursor)
+                else:
+                    assert isinstance(event, SpelledTokens)
+                    await self._event(self._reply.chunk(choice, event), event.cursor)
+
+    async def _event(self, data: str, cursor: str = "") -> None:
+        if not data:
+            return
+        name = f"id: {cursor}\n" if cursor and len(self._answers) == 1 else ""
+        await self._exchange.write(f"{name}data: {data}\n\n")
+
+
+class InOnePiece:
+    """Collects answers and writes one object."""
+
+    def __init__(self, exchange: Exchange, asked: Asked, answers: list[Answer], reply: Reply) -> None:
+        self._exchange = exchange
+        self._num_choices = asked.num_choices
+        self._answers = answers
+        self._reply = reply
+        self._ledger = Ledger()
+        self._choices = [Whole() for _ in answers for _ in range(asked.num_choices)]
+
+    async def write(self, keepalive: float) -> None:
+        """The whole response; raises the errors of the answers."""
+        await _all_of(self._collect(index) for index in range(len(self._answers)))
+        await self._exchange.respond(self._reply.whole(self._choices, self._ledger))
+
+    async def _collect(self, index: int) -> None:
+        answer = self._answers[index]
+        self._ledger.prompt(answer.prompt_tokens)
+        while not answer.at_end:
+            for event in await answer.next():
+                whole = self._choices[index * self._num_choices + event.choice]
+                if isinstance(event, Finished):
+                    self._ledger.finished(event.usage, first=event.choice == 0)
+                    whole.finish_reason = finish_reason(event)
+                else:
+                    assert isinstance(event, SpelledTokens)
+                    whole.text.append(event.text)
+                    whole.logprobs += spelled_logprobs(event)
+
+
+async def read_body(receive: Receive, headers: Mapping[str, str]) -> bytes:
+    """The request's body.
+
+    Raises:
+        RequestTooLarge: it has more than MAX_BODY_BYTES.
+        ClientLeft: the client did not wait for its end.
+    """
+    announced = headers.get("content-length", "0")
+    size = int(announced) if announced.isascii() and announced.isdecimal() else 0
+    parts: list[bytes] = []
+    more = True
+    while more and size <= MAX_BODY_BYTES:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+        size = max(size, sum(map(len, parts)))
+    if size > MAX_BODY_BYTES:
+        raise RequestTooLarge(f"the body has more than {MAX_BODY_BYTES:,} bytes, the most that is taken")
+    return b"".join(parts)
+
+
+@asynccontextmanager
+async def connected(receive: Receive) -> AsyncIterator[None]:
+    """Cancels the block when the client leaves. What the block raises is raised as it is.
+
+    Raises:
+        ClientLeft: the client left.
+    """
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        raise ClientLeft
+
+    with unwrapped():
+        async with asyncio.TaskGroup() as group:
+            watcher = group.create_task(watch())
+            yield
+            watcher.cancel()
+
+
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """Raises the first error of a task group as itself: the others were only cancelled by it."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
+
+
+async def _all_of(works: Iterable[Coroutine[None, None, None]]) -> None:
+    """Does them all at once; the first error ends the others."""
+    with unwrapped():
+        async with asyncio.TaskGroup() as group:
+            for work in works:
+                group.create_task(work)
+
+
+class _Server(uvicorn.Server):
+    """A server that leaves the process's signals alone: whoever runs the service handles them."""
+
+    def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
+        return nullcontext()
+
+
+@asynccontextmanager
+async def serving(address: str, app: Starlette, *, drain: float) -> AsyncIterator[str]:
+    """An HTTP server on `host:port` (port 0: any); yields the address that was really bound. Leaving the block takes no
+    new connections, lets running calls end for at most `drain` seconds and cancels what is left.
+
+    Raises:
+        CannotListen: the address cannot be bound.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        listener = socket.create_server(
+            (host.strip("[]"), int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+        )
+    except (OSError, ValueError, OverflowError) as error:
+        raise CannotListen(address) from error
+    config = uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(drain),
+    )
+    server = _Server(config)
+    with listener:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(server.serve(sockets=[listener]))
+            try:
+                yield f"{host}:{listener.getsockname()[1]}"
+            finally:
+                server.should_exit = True

@@ -1,0 +1,397 @@
+"""The OpenAI API's requests as ours: `/v1/chat/completions` and `/v1/completions`. Pure.
+
+What a parameter means here, and which are known:
+
+* as OpenAI documents them: model, messages or prompt (text, texts, ids, lists of ids), stream, stream_options
+  (include_usage), max_tokens, max_completion_tokens, temperature, top_p, n, stop, seed, presence_penalty,
+  frequency_penalty, logit_bias, logprobs, top_logprobs; without max_tokens a chat may fill the context and a
+  completion has 16 tokens;
+* more, named as other servers name them: top_k (-1 or 0: all), min_p, repetition_penalty, min_tokens, stop_token_ids,
+  ignore_eos, skip_special_tokens, chat_template_kwargs, continue_final_message with add_generation_prompt; and timeout
+  (seconds) and cancel_on_disconnect (true by default) as in our contract;
+* without any effect: what only tells OpenAI who asks and what it may keep (`IGNORED`);
+* a value that changes nothing, of parameters that are not supported (`NEUTRAL`): `"tools": []`, `"echo": false`;
+* everything else is refused, by name. null is as if the parameter was not there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from holdfast.errors import InvalidRequest
+from holdfast.v1 import gateway_pb2, generation_pb2, tokenizer_pb2
+from services.gateway.validation import MAX_CHOICES
+
+MAX_PROMPTS = 128
+DEFAULT_COMPLETION_TOKENS = 16
+
+IGNORED = frozenset(
+    {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"}
+)
+
+Value = object
+"""What JSON holds: dict, list, str, int, float, bool; never None, which is as if it was not there."""
+
+NEUTRAL: Mapping[str, Callable[[Value, Mapping[str, Value]], bool]] = {
+    "tools": lambda value, body: value == [],
+    "tool_choice": lambda value, body: value in ("none", "auto"),
+    "functions": lambda value, body: value == [],
+    "function_call": lambda value, body: value in ("none", "auto"),
+    "parallel_tool_calls": lambda value, body: isinstance(value, bool),
+    "response_format": lambda value, body: value == {"type": "text"},
+    "modalities": lambda value, body: value == ["text"],
+    "echo": lambda value, body: value is False,
+    "suffix": lambda value, body: value == "",
+    "best_of": lambda value, body: value == body.get("n", 1),
+}
+"""Given the value and the whole body: whether it changes nothing."""
+
+SAMPLING = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+
+COMMON = frozenset(
+    {
+        *SAMPLING,
+        "model",
+        "stream",
+        "stream_options",
+        "max_tokens",
+        "n",
+        "stop",
+        "seed",
+        "logit_bias",
+        "logprobs",
+        "top_k",
+        "min_tokens",
+        "stop_token_ids",
+        "ignore_eos",
+        "skip_special_tokens",
+        "timeout",
+        "cancel_on_disconnect",
+    }
+)
+CHAT = COMMON | {
+    "messages",
+    "max_completion_tokens",
+    "top_logprobs",
+    "chat_template_kwargs",
+    "continue_final_message",
+    "add_generation_prompt",
+}
+COMPLETION = COMMON | {"prompt"}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a call asks for."""
+
+    requests: list[gateway_pb2.GenerateRequest]
+    """One for each prompt, without ids."""
+    chat: bool
+    stream: bool
+    include_usage: bool
+    """Whether a stream tells its usage at the end."""
+
+    @property
+    def num_choices(self) -> int:
+        """Of each request."""
+        return self.requests[0].num_choices
+
+
+def read_json(body: bytes) -> dict[str, Value]:
+    """The JSON object that a body must be.
+
+    Raises:
+        InvalidRequest: it is none.
+    """
+    try:
+        values = json.loads(body.decode())
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the body is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InvalidRequest(f"the body must be a JSON object, not {_kind(values)}")
+    return values
+
+
+def read_chat(values: Mapping[str, Value]) -> Asked:
+    """The request of `/v1/chat/completions`.
+
+    Raises:
+        InvalidRequest: a parameter is not supported, or has a value that it may not have; `field` names it.
+    """
+    fields = Fields(values, CHAT)
+    request = _request(fields)
+    request.chat.CopyFrom(_conversation(fields))
+    most = [count for name in ("max_tokens", "max_completion_tokens") if (count := fields.integer(name, 1)) is not None]
+    if most:
+        request.stop.max_tokens = min(most)
+    top = fields.integer("top_logprobs", 0)
+    if fields.flag("logprobs"):
+        request.sampling.logprobs = top or 0
+    elif top is not None:
+        raise InvalidRequest("top_logprobs needs logprobs to be true", field="top_logprobs")
+    return _asked(fields, [request], chat=True)
+
+
+def read_completion(values: Mapping[str, Value]) -> Asked:
+    """The request, or several, of `/v1/completions`.
+
+    Raises:
+        InvalidRequest: as `read_chat`.
+    """
+    fields = Fields(values, COMPLETION)
+    request = _request(fields)
+    request.stop.max_tokens = fields.integer("max_tokens", 1) or DEFAULT_COMPLETION_TOKENS
+    if request.stop.min_tokens > request.stop.max_tokens and "max_tokens" not in fields:
+        request.stop.max_tokens = request.stop.min_tokens
+    if (top := fields.integer("logprobs", 0)) is not None:
+        request.sampling.logprobs = top
+    requests = []
+    for prompt in _prompts(fields):
+        each = gateway_pb2.GenerateRequest()
+        each.CopyFrom(request)
+        if isinstance(prompt, str):
+            each.prompt = _utf8("prompt", prompt)
+        else:
+            each.token_ids.ids.extend(prompt)
+        requests.append(each)
+    return _asked(fields, requests, chat=False)
+
+
+def param(field: str, *, chat: bool) -> str:
+    """What the OpenAI API calls a field of our contract."""
+    if field in ("prompt", "token_ids.ids", "input", "chat"):
+        return "messages" if chat else "prompt"
+    names = {"num_choices": "n", "chat.template_args_json": "chat_template_kwargs"}
+    if field == "sampling.logprobs" and chat:
+        return "top_logprobs"
+    return names.get(field) or field.removeprefix("sampling.").removeprefix("stop.").removeprefix("chat.")
+
+
+class Fields:
+    """The parameters of a body: each of a known name, taken by type."""
+
+    def __init__(self, values: Mapping[str, Value], known: frozenset[str]) -> None:
+        """Raises InvalidRequest where one is not supported."""
+        self._values = {name: value for name, value in values.items() if value is not None and name not in IGNORED}
+        for name, value in self._values.items():
+            if name in known:
+                continue
+            if name not in NEUTRAL:
+                raise InvalidRequest(f"the parameter {name} is not known here; leave it out", field=name)
+            if not NEUTRAL[name](value, self._values):
+                raise InvalidRequest(f"the parameter {name} is not supported; leave it out", field=name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def get(self, name: str) -> Value | None:
+        """The value as it is, None where there is none."""
+        return self._values.get(name)
+
+    def number(self, name: str) -> float | None:
+        value = self._values.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise _wrong(name, "must be a number", value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise _wrong(name, "is too large", value) from error
+
+    def integer(self, name: str, low: int, high: int = (1 << 32) - 1) -> int | None:
+        value = self._values.get(name)
+        return None if value is None else _integer(name, value, low, high)
+
+    def flag(self, name: str) -> bool:
+        value = self._values.get(name, False)
+        if not isinstance(value, bool):
+            raise _wrong(name, "must be true or false", value)
+        return value
+
+    def text(self, name: str) -> str:
+        value = self._values.get(name, "")
+        if not isinstance(value, str):
+            raise _wrong(name, "must be a string", value)
+        return _utf8(name, value)
+
+    def items(self, name: str) -> list[Value]:
+        value = self._values.get(name, [])
+        if not isinstance(value, list):
+            raise _wrong(name, "must be a list", value)
+        return value
+
+    def members(self, name: str) -> dict[str, Value]:
+        value = self._values.get(name, {})
+        if not isinstance(value, dict):
+            raise _wrong(name, "must be an object", value)
+        return value
+
+
+def _request(fields: Fields) -> gateway_pb2.GenerateRequest:
+    """What both APIs have in common; nothing of input and length."""
+    request = gateway_pb2.GenerateRequest(
+        model=fields.text("model"),
+        sampling=_sampling(fields),
+        num_choices=1 if (n := fields.integer("n", 1, MAX_CHOICES)) is None else n,
+        cancel_on_disconnect="cancel_on_disconnect" not in fields or fields.flag("cancel_on_disconnect"),
+        show_special_tokens="skip_special_tokens" in fields and not fields.flag("skip_special_tokens"),
+    )
+    rules = request.stop
+    if (min_tokens := fields.integer("min_tokens", 0)) is not None:
+        rules.min_tokens = min_tokens
+    rules.stop_token_ids.extend(_ids("stop_token_ids", fields.items("stop_token_ids")))
+    rules.stop.extend(_stop_strings(fields))
+    rules.ignore_eos = fields.flag("ignore_eos")
+    if (timeout := fields.number("timeout")) is not None:
+        if not 0 < timeout < 1e9:
+            raise _wrong("timeout", "must be a number of seconds above 0", timeout)
+        request.timeout.FromNanoseconds(max(1, round(timeout * 1e9)))
+    return request
+
+
+def _sampling(fields: Fields) -> generation_pb2.SamplingParams:
+    sampling = generation_pb2.SamplingParams(**{name: fields.number(name) for name in SAMPLING})  # type: ignore[arg-type]
+    if (top_k := fields.integer("top_k", -1)) is not None and top_k > 0:
+        sampling.top_k = top_k
+    if (seed := fields.integer("seed", -(1 << 63), (1 << 64) - 1)) is not None:
+        sampling.seed = seed % (1 << 64)
+    for token, bias in fields.members("logit_bias").items():
+        if not re.fullmatch("[0-9]{1,10}", token):
+            raise _wrong("logit_bias", "must map token ids, as strings of digits, to numbers", token)
+        if isinstance(bias, bool) or not isinstance(bias, int | float):
+            raise _wrong("logit_bias", "must map token ids to numbers", bias)
+        # Far outside of what is allowed all values are as wrong, and some of JSON's integers no float.
+        sampling.logit_bias[_integer("logit_bias", int(token), 0)] = max(-1e30, min(1e30, bias))
+    return sampling
+
+
+def _stop_strings(fields: Fields) -> list[str]:
+    value = fields.get("stop")
+    strings = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(strings, list) or not all(isinstance(each, str) for each in strings):
+        raise _wrong("stop", "must be a string or a list of strings", value)
+    return [_utf8("stop", each) for each in strings]
+
+
+def _conversation(fields: Fields) -> tokenizer_pb2.ChatInput:
+    if "messages" not in fields:
+        raise InvalidRequest("messages is missing; it must be a list of messages", field="messages")
+    go_on, begin = fields.flag("continue_final_message"), fields.get("add_generation_prompt")
+    if begin is not None and begin is not (not go_on):
+        raise _wrong("add_generation_prompt", "must be false with continue_final_message, and true without", begin)
+    variables = fields.members("chat_template_kwargs")
+    return tokenizer_pb2.ChatInput(
+        messages=[_message(f"messages[{i}]", each) for i, each in enumerate(fields.items("messages"))],
+        template_args_json=_json("chat_template_kwargs", variables),
+        continue_final_message=go_on,
+    )
+
+
+def _message(path: str, value: Value) -> tokenizer_pb2.ChatMessage:
+    if not isinstance(value, dict):
+        raise _wrong(path, "must be an object with role and content", value)
+    role = value.get("role")
+    if not isinstance(role, str) or not role:
+        raise _wrong(f"{path}.role", "must be a string such as user", role)
+    more = {name: each for name, each in value.items() if name not in ("role", "content") and each is not None}
+    return tokenizer_pb2.ChatMessage(
+        role=_utf8(f"{path}.role", role),
+        content=_content(f"{path}.content", value.get("content")),
+        fields_json=_json(path, more),
+    )
+
+
+def _content(path: str, value: Value | None) -> str:
+    """The text of a message; none for a message of tool calls."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return _utf8(path, value)
+    if not isinstance(value, list):
+        raise _wrong(path, "must be a string or a list of text parts", value)
+    return "".join(_part(f"{path}[{i}]", part) for i, part in enumerate(value))
+
+
+def _part(path: str, value: Value) -> str:
+    if not isinstance(value, dict) or value.get("type") != "text":
+        kind = value.get("type") if isinstance(value, dict) else value
+        raise _wrong(f"{path}.type", "must be text; this model reads nothing else", kind)
+    text = value.get("text")
+    if not isinstance(text, str):
+        raise _wrong(f"{path}.text", "must be a string", text)
+    return _utf8(path, text)
+
+
+def _prompts(fields: Fields) -> Sequence[str | list[int]]:
+    value = fields.get("prompt")
+    if value is None:
+        raise InvalidRequest("prompt is missing; it must be text, token ids, or a list of such", field="prompt")
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise _wrong("prompt", "must be text, token ids, or a list of such, not empty", value)
+    if all(isinstance(each, int) for each in value):
+        return [_ids("prompt", value)]
+    if len(value) > MAX_PROMPTS:
+        raise _wrong("prompt", f"may have at most {MAX_PROMPTS} prompts", len(value))
+    return [each if isinstance(each, str) else _ids(f"prompt[{i}]", each) for i, each in enumerate(value)]
+
+
+def _asked(fields: Fields, requests: list[gateway_pb2.GenerateRequest], *, chat: bool) -> Asked:
+    options = fields.members("stream_options")
+    stream = fields.flag("stream")
+    if options and not stream:
+        raise InvalidRequest("stream_options needs stream to be true", field="stream_options")
+    if unknown := sorted(options.keys() - {"include_usage", "include_obfuscation"}):
+        raise InvalidRequest(f"stream_options has no {', '.join(unknown)}", field=f"stream_options.{unknown[0]}")
+    include_usage = options.get("include_usage") or False
+    if not isinstance(include_usage, bool):
+        raise _wrong("stream_options.include_usage", "must be true or false", include_usage)
+    return Asked(requests, chat=chat, stream=stream, include_usage=include_usage)
+
+
+def _ids(name: str, value: Value) -> list[int]:
+    if not isinstance(value, list):
+        raise _wrong(name, "must be text or a list of token ids", value)
+    return [_integer(name, each, 0) for each in value]
+
+
+def _integer(name: str, value: Value, low: int, high: int = (1 << 32) - 1) -> int:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _wrong(name, "must be an integer", value)
+    if not low <= value <= high:
+        raise _wrong(name, f"must be from {low} to {high}" if high < 1 << 31 else f"must be at least {low}", value)
+    return value
+
+
+def _json(field: str, value: dict[str, Value]) -> str:
+    return _utf8(field, json.dumps(value)) if value else ""
+
+
+def _utf8(field: str, text: str) -> str:
+    """The text, where it can be sent: JSON can spell halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{field} is not valid Unicode: an unpaired surrogate at {error.start}", field=field
+        ) from error
+    return text
+
+
+def _wrong(name: str, right: str, value: Value | None) -> InvalidRequest:
+    given = json.dumps(value, default=str)
+    return InvalidRequest(f"{name} {right}, not {given if len(given) <= 60 else given[:60] + '...'}", field=name)
+
+
+def _kind(value: Value) -> str:
+    kinds = {list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
+    return kinds.get(type(value), "null")

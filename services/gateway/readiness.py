@@ -1,0 +1,50 @@
+"""Whether this gateway can serve: what it needs, what of that is missing, and who is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+
+NOT_YET = "it has not answered yet"
+
+
+class Readiness:
+    """Ready while nothing that the gateway needs is missing. The log is missing until it was read from and whenever it
+    cannot be; the tokenizer while there is no call to it."""
+
+    def __init__(self, needs: Iterable[str]) -> None:
+        self._missing = dict.fromkeys(needs, NOT_YET)
+        self._ready = asyncio.Event()
+        self._listeners: list[Callable[[bool], Awaitable[None]]] = []
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """What is missing, and why; empty where the gateway can serve."""
+        return dict(self._missing)
+
+    async def found(self, need: str) -> None:
+        """This is there."""
+        self._missing.pop(need, None)
+        await self._tell()
+
+    async def lost(self, need: str, reason: str) -> None:
+        """This is not there."""
+        self._missing[need] = reason
+        await self._tell()
+
+    async def tell(self, listener: Callable[[bool], Awaitable[None]]) -> None:
+        """Has the listener told now, and whenever it may have changed, whether the gateway is ready."""
+        self._listeners.append(listener)
+        await listener(not self._missing)
+
+    async def wait(self) -> None:
+        """Until the gateway is ready."""
+        await self._ready.wait()
+
+    async def _tell(self) -> None:
+        if self._missing:
+            self._ready.clear()
+        else:
+            self._ready.set()
+        for listener in self._listeners:
+            await listener(not self._missing)

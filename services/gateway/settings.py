@@ -1,0 +1,47 @@
+"""What a gateway can be told."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from holdfast.settings import Settings
+from holdfast.topics import TOKENS
+
+
+class GatewaySettings(Settings, env_prefix="HOLDFAST_GATEWAY_"):
+    """One gateway."""
+
+    address: str = "127.0.0.1:50051"
+    """Where gRPC is served, `host:port`; port 0 for any."""
+    http_address: str = "127.0.0.1:8000"
+    """Where HTTP is served (the OpenAI API, health, metrics), `host:port`; port 0 for any."""
+    tokenizer: str = "127.0.0.1:50052"
+    """`host:port` of the tokenizer; a name with several addresses is used in turns."""
+    kafka: str = "127.0.0.1:9092"
+    """Bootstrap servers of the log, `host:port,host:port`."""
+    reply_partition: Annotated[int, Field(ge=0, lt=TOKENS.num_partitions)] = 0
+    """The partition of the token topic that answers come to; each gateway of a mesh has its own."""
+    drain_seconds: Annotated[float, Field(ge=0)] = 30.0
+    """How long open streams may go on after the stop signal."""
+
+    max_streams: Annotated[int, Field(ge=1)] = 1024
+    """Most requests between call and last token at once; what comes beyond is refused with RESOURCE_EXHAUSTED."""
+    max_choices: Annotated[int, Field(ge=1, le=128)] = 128
+    """Most continuations of one request."""
+    max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Most tokens of a prompt; by default what the model's context leaves."""
+    max_prompt_bytes: Annotated[int, Field(ge=1, le=15 << 20)] = 4 << 20
+    """Most bytes of a prompt's text: what the tokenizer is given at all."""
+    max_timeout_seconds: Annotated[float, Field(gt=0)] = 86_400.0
+    """Longest `timeout` that a request may ask for."""
+    tokenize_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """How long the tokenizer may take for a prompt."""
+
+    flush_ms: Annotated[float, Field(ge=0)] = 20.0
+    """Least time between two messages of a stream, except its first and last ones; 0 sends tokens as they come."""
+    max_buffered_tokens: Annotated[int, Field(ge=1)] = 4096
+    """Most tokens that wait for a client that reads slowly; beyond, its stream ends with RESOURCE_EXHAUSTED."""
+    keepalive_seconds: Annotated[float, Field(gt=0)] = 15.0
+    """An HTTP stream that has been silent for so long gets a comment."""

@@ -1,0 +1,105 @@
+"""The tokenizer as the gateway uses it: what model it has, and prompts to ids."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+
+import grpc
+import grpc.aio
+import structlog
+
+from holdfast.errors import ConfigurationError, DeadlineExceeded, InvalidRequest, Unavailable, from_rpc_error
+from holdfast.events import Model
+from holdfast.v1 import gateway_pb2, tokenizer_pb2, tokenizer_pb2_grpc
+
+log = structlog.get_logger(__name__)
+
+BACKOFF_SECONDS = 0.1
+"""Between two questions to a tokenizer that is there but refuses to answer. Until one is there, gRPC backs off."""
+
+
+class Tokenizer:
+    """A client of the tokenizer service over one channel."""
+
+    def __init__(self, channel: grpc.aio.Channel, *, seconds: float) -> None:
+        """`seconds`: how long it may take for a prompt."""
+        self._stub: tokenizer_pb2_grpc.TokenizerServiceAsyncStub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
+        self._seconds = seconds
+        self._info: tokenizer_pb2.GetTokenizerInfoResponse | None = None
+        self._since = datetime.now(UTC)
+
+    @property
+    def model(self) -> Model:
+        """The model whose tokenizer it is: the one this gateway serves.
+
+        Raises:
+            Unavailable: no tokenizer has answered yet.
+        """
+        if self._info is None:
+            raise Unavailable("no tokenizer has answered yet, so this gateway does not know its model")
+        return Model(
+            name=self._info.model,
+            context_length=self._info.context_length,
+            vocab_size=self._info.vocab_size,
+            chat=self._info.chat,
+            created=self._since,
+        )
+
+    async def wait_until_it_answers(self) -> None:
+        """Returns once a tokenizer has said what it is.
+
+        Raises:
+            ConfigurationError: it is another one than before: ids and texts of open streams would not fit together.
+        """
+        info = None
+        while info is None:
+            try:
+                info = await self._stub.GetTokenizerInfo(
+                    tokenizer_pb2.GetTokenizerInfoRequest(), wait_for_ready=True, timeout=self._seconds
+                )
+            except grpc.RpcError as error:
+                log.warning("waiting for the tokenizer", reason=str(from_rpc_error(error)))
+                await asyncio.sleep(BACKOFF_SECONDS)
+        if self._info is not None and (info.digest, info.model) != (self._info.digest, self._info.model):
+            raise ConfigurationError(
+                f"the tokenizer changed from {self._info.model} ({self._info.digest[:12]}) to {info.model} "
+                f"({info.digest[:12]}); start the gateway again to serve that"
+            )
+        self._info = info
+
+    async def encode(self, request: gateway_pb2.GenerateRequest, *, time_left: float | None) -> list[int]:
+        """The ids of a request's input.
+
+        Raises:
+            InvalidRequest: the tokenizer refuses it, or the model's chat template does.
+            DeadlineExceeded: the request's time was over before.
+            Unavailable: the tokenizer does not answer.
+        """
+        if request.HasField("token_ids"):
+            return list(request.token_ids.ids)
+        timeout = self._seconds if time_left is None else min(self._seconds, time_left)
+        try:
+            if request.HasField("chat"):
+                chat = tokenizer_pb2.EncodeChatRequest(chat=request.chat)
+                return list((await self._stub.EncodeChat(chat, timeout=timeout)).ids.ids)
+            texts = tokenizer_pb2.EncodeRequest(texts=[request.prompt])
+            return list((await self._stub.Encode(texts, timeout=timeout)).ids[0].ids)
+        except grpc.RpcError as error:
+            ours = from_rpc_error(error)
+            if isinstance(ours, DeadlineExceeded) and timeout == self._seconds:
+                raise Unavailable(f"the tokenizer did not answer within {self._seconds:g} seconds") from error
+            if isinstance(ours, InvalidRequest):
+                raise InvalidRequest(str(ours), field=_field(request, ours.field)) from error
+            raise ours from error
+
+    def decode(self) -> grpc.aio.StreamStreamCall[tokenizer_pb2.DecodeRequest, tokenizer_pb2.DecodeResponse]:
+        """A new call that decodes; the caller ends it."""
+        return self._stub.Decode()
+
+
+def _field(request: gateway_pb2.GenerateRequest, field: str) -> str:
+    """The tokenizer's field as a field of the gateway's request."""
+    if request.HasField("prompt"):
+        return "prompt"
+    return field if field.startswith("chat") else "chat"
