@@ -115,10 +115,11 @@ class Reader(Protocol):
     """Reads explicit partitions, alone: no group, no rebalance, no commits."""
 
     async def read(self, *, max_records: int = 1024, timeout: float | None = None) -> list[Record]:
-        """The next records, at least one, as soon as there are some; [] after `timeout` seconds without any.
+        """The next records, at least one, as soon as there are some; [] after `timeout` seconds without any. A log that
+        is away for a while is waited for. Cancelled, it has taken nothing.
 
         Raises:
-            Unavailable: the log cannot be reached, or what was to be read is no longer kept.
+            Unavailable: what was to be read is not, or no longer, kept; the log refuses; the bus is closed.
         """
         ...
 
@@ -160,13 +161,18 @@ class Member(Protocol):
 
 
 class Bus(Protocol):
-    """A connection to the log; opened and closed as an async context manager by whoever composes a service."""
+    """A connection to the log; opened and closed as an async context manager by whoever composes a service.
+
+    Everything that names a topic raises ConfigurationError where the log has no such partition, and Unavailable where
+    the log cannot be reached or the bus is closed.
+    """
 
     async def create_topics(self, topics: Sequence[Topic]) -> None:
         """Creates what is missing.
 
         Raises:
             ConfigurationError: a topic exists with another number of partitions.
+            Unavailable: the log cannot be reached.
         """
         ...
 

@@ -13,6 +13,8 @@ What aiokafka 0.14 does beside what `holdfast.bus` promises, and what this modul
 * An idempotent send is repeated for ever, and a failed one leaves a gap in the sequence numbers that fails all later
   ones; so acks have a time limit here, and a producer is replaced after any failure.
 * A full batch lets later sends overtake those that wait; so sends to one partition take turns.
+* Its admin client takes a coordinator that is not ready for one that knows no commits; so what is missing is asked for
+  again.
 * Asking a broker for a topic's metadata may create it with one partition; so topics are looked up in the list of all.
 """
 
@@ -145,7 +147,7 @@ class KafkaBus:
             self._admin = AIOKafkaAdminClient(**self._client, request_timeout_ms=int(ASK_SECONDS * 1000))
             resources.push_async_callback(self._admin.close)
             self._offsets = aiokafka.AIOKafkaConsumer(**self._client, request_timeout_ms=int(ASK_SECONDS * 1000))
-            resources.push_async_callback(self._offsets.stop)
+            resources.push_async_callback(_stop, self._offsets)
             self._interactive = await resources.enter_async_context(
                 _Sender(self._new_producer, self._names, self._send_timeout)
             )
@@ -250,13 +252,23 @@ class KafkaBus:
         wanted = list(map(self._names.theirs, partitions))
         if not wanted:
             return {}
-        name = self._names.prefix + group
-        answer = await self._ask(lambda: self._admin.list_consumer_group_offsets(name, partitions=wanted))
+        answer = await self._ask(lambda: self._fetch_committed(self._names.prefix + group, wanted))
         return {
             self._names.ours(partition): Position(kept.offset, kept.metadata or "")
             for partition, kept in answer.items()
             if kept.offset >= 0
         }
+
+    async def _fetch_committed(
+        self, group: str, partitions: list[aiokafka.TopicPartition]
+    ) -> dict[aiokafka.TopicPartition, aiokafka.OffsetAndMetadata]:
+        """What was committed in each of these partitions, -1 where nothing was."""
+        answer: dict[aiokafka.TopicPartition, aiokafka.OffsetAndMetadata]
+        answer = await self._admin.list_consumer_group_offsets(group, partitions=partitions)
+        # A coordinator that is not ready answers with an error for the whole group, which aiokafka does not look at.
+        if len(answer) < len(partitions):
+            raise errors.GroupLoadInProgressError
+        return answer
 
     async def _ends(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
         """The offset that the next record of each partition will get."""
@@ -564,7 +576,20 @@ async def _started(consumer: aiokafka.AIOKafkaConsumer, bootstrap: str) -> Async
                 await consumer.start()
         yield
     finally:
+        await _stop(consumer)
+
+
+async def _stop(consumer: aiokafka.AIOKafkaConsumer) -> None:
+    """Leaves the group and closes the connections. aiokafka cancels fetches that wait for a broker which is away, and
+    lets those cancellations out as if they were ours, with its connections still open."""
+    try:
         await consumer.stop()
+    except asyncio.CancelledError:
+        await consumer._client.close()
+        task = asyncio.current_task()
+        assert task is not None
+        if task.cancelling():
+            raise
 
 
 @contextmanager

@@ -10,14 +10,15 @@ import functools
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
-from holdfast.errors import CannotListen, HoldfastError, InternalError, from_rpc_error, to_status
+from holdfast.errors import CannotListen, HoldfastError, InternalError, InvalidRequest, from_rpc_error, to_status
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ async def serving(address: str, servicers: Sequence[Servicer], *, drain: float) 
     from grpc_health.v1.health import SERVICE_NAME as HEALTH
     from grpc_reflection.v1alpha import reflection
 
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[_Readable()])
     names = [servicer.name for servicer in servicers]
     health = Health(names)
     for servicer in servicers:
@@ -166,6 +167,40 @@ async def serving(address: str, servicers: Sequence[Servicer], *, drain: float) 
         await server.stop(drain)
 
 
+class _Readable(grpc.aio.ServerInterceptor):
+    """Hands a message that cannot be read (broken UTF-8, say) to the handler as the error that it is: by itself grpcio
+    ends the call with UNKNOWN and logs a traceback."""
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_deserializer is None:
+            return handler
+        return handler._replace(request_deserializer=functools.partial(_parsed, handler.request_deserializer))
+
+
+def _parsed(parse: Callable[[bytes], Any], content: bytes) -> Any:
+    try:
+        return parse(content)
+    except DecodeError as error:
+        return InvalidRequest(f"the request cannot be read: {error}")
+
+
+def _readable(request: Any) -> Any:
+    """The request, or its stream.
+
+    Raises:
+        InvalidRequest: it could not be read; from a stream, when its turn comes.
+    """
+    if isinstance(request, InvalidRequest):
+        raise request
+    return _each_readable(request) if hasattr(request, "__aiter__") else request
+
+
+async def _each_readable(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _readable(request)
+
+
 def unary(method: Callable[..., Any]) -> Any:
     """A unary handler whose errors of ours become the call's status. An error that is not ours is logged and becomes
     INTERNAL, without its text: that may hold what a client must not see."""
@@ -173,7 +208,7 @@ def unary(method: Callable[..., Any]) -> Any:
     @functools.wraps(method)
     async def handler(self: Any, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
-            return await method(self, request, context)
+            return await method(self, _readable(request), context)
         except Exception as error:  # noqa: BLE001 - every call gets an answer
             await _abort(context, error)
 
@@ -185,14 +220,12 @@ def stream(method: Callable[..., Any]) -> Any:
 
     @functools.wraps(method)
     async def handler(self: Any, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        responses = method(self, request, context)
         try:
-            async for response in responses:
-                yield response
+            async with aclosing(method(self, _readable(request), context)) as responses:
+                async for response in responses:
+                    yield response
         except Exception as error:  # noqa: BLE001 - every call gets an answer
             await _abort(context, error)
-        finally:
-            await responses.aclose()
 
     return handler
 

@@ -1,0 +1,130 @@
+"""What is true of the log in Kafka alone: brokers that are not there, that go away and that come back."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from deploy.kafka import broker
+from holdfast.bus import Position
+from holdfast.errors import ConfigurationError, Unavailable
+from holdfast.kafka import KafkaBus
+from holdfast.topics import Topic
+from tests.conftest import missing
+
+LINE = Topic("line", 1, timedelta(hours=1))
+PLACE = LINE.partition(0)
+
+
+@asynccontextmanager
+async def running(folder: Path, *, port: int = 0) -> AsyncIterator[str]:
+    """A broker of the test's own, started and stopped without holding up the event loop."""
+    with ExitStack() as stack:
+        try:
+            address = await asyncio.to_thread(stack.enter_context, broker.running(folder, port=port))
+        except broker.BrokerError as error:
+            missing(f"no Kafka broker: {error}")
+        try:
+            yield address
+        finally:
+            await asyncio.to_thread(stack.close)
+
+
+async def test_no_broker_is_unavailable_and_says_where() -> None:
+    """Opening a bus where nobody listens fails within its time limit with an error that has the address."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        with pytest.raises(Unavailable, match=f"no Kafka broker answers at {address}"):
+            async with KafkaBus(address):
+                pass
+
+
+async def test_a_silent_broker_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something that accepts connections and says nothing is given up after the time limit."""
+    monkeypatch.setattr("holdfast.kafka.START_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(Unavailable, match=address):
+            async with KafkaBus(address):
+                pass
+
+
+@pytest.mark.parametrize("bootstrap", ["", "localhost", "localhost:", ":9092", "a:1,b", "a:kafka", "a:65536", "a:0"])
+async def test_a_wrong_address_is_refused(bootstrap: str) -> None:
+    """Bootstrap servers that are not host:port,host:port are a ConfigurationError that shows them."""
+    with pytest.raises(ConfigurationError, match=f"not '{bootstrap}'"):
+        async with KafkaBus(bootstrap):
+            pass
+
+
+@pytest.mark.kafka
+async def test_namespaces_share_a_cluster(kafka: str) -> None:
+    """Two meshes with namespaces of their own have topics and groups of their own."""
+    one, two = (f"test-{uuid.uuid4().hex[:12]}" for _ in range(2))
+    async with KafkaBus(kafka, namespace=one) as first, KafkaBus(kafka, namespace=two) as second:
+        await first.create_topics([LINE])
+        with pytest.raises(ConfigurationError):
+            await second.publish(PLACE, b"")
+        await second.create_topics([LINE])
+        await first.publish(PLACE, b"first")
+        assert (await second.lag("g", [LINE]))[PLACE].end == 0
+
+
+@pytest.mark.kafka
+@pytest.mark.timeout(300)
+async def test_a_broker_may_go_and_come_back(tmp_path: Path) -> None:
+    """While a broker is away sends are Unavailable within their time limit and reads wait; when it is back, all goes on
+    through the same objects: acked records, positions and the order are there, and nothing is there twice."""
+    async with AsyncExitStack() as stack:
+        async with running(tmp_path) as address:
+            bus = await stack.enter_async_context(KafkaBus(address, send_timeout=1.0, heartbeat=0.2))
+            await bus.create_topics([LINE])
+            await bus.publish(PLACE, b"acked")
+            reader = await stack.enter_async_context(bus.reader({PLACE: 0}))
+            member = await stack.enter_async_context(bus.join("g", [LINE]))
+            while not await member.read(max_records=1):
+                pass
+            await member.commit({PLACE: Position(1, "kept")})
+            assert [record.value for record in await reader.read()] == [b"acked"]
+
+        began = time.monotonic()
+        with pytest.raises(Unavailable, match="may have the record"):
+            await bus.publish(PLACE, b"unknown")
+        assert time.monotonic() - began < 3
+        assert await reader.read(timeout=0.2) == []
+
+        async with running(tmp_path, port=int(address.rpartition(":")[2])):
+            async with asyncio.timeout(60):
+                while True:
+                    try:
+                        await bus.publish(PLACE, b"back")
+                        break
+                    except Unavailable:
+                        pass
+                values = [record.value for record in await reader.read()]
+                while b"back" not in values:
+                    values += [record.value for record in await reader.read()]
+                assert values.index(b"back") > values.index(b"unknown")
+                assert values.count(b"unknown") == 1
+                taken = []
+                while not taken or taken[-1].value != b"back":
+                    taken += await member.read(max_records=10)
+                assert (await member.committed())[PLACE] == Position(1, "kept")
+            await bus.publish(PLACE, b"last")
+
+        # Closing gives up what cannot be sent.
+        unsent = await bus.send(PLACE, b"unsent")
+        began = time.monotonic()
+        await stack.aclose()
+        assert time.monotonic() - began < 30
+        with pytest.raises(Unavailable):
+            await unsent
