@@ -140,3 +140,16 @@ async def test_a_message_over_the_limit_is_refused_with_its_size() -> None:
 def test_messages_of_the_contract_import_together() -> None:
     """The generated modules share one descriptor pool."""
     assert engine_pb2.DESCRIPTOR.package == gateway_pb2.DESCRIPTOR.package == "holdfast.v1"
+
+
+async def test_a_message_that_cannot_be_read_is_the_callers_fault() -> None:
+    """A string that is not UTF-8, which no protobuf library writes, is answered with INVALID_ARGUMENT, for both kinds of
+    handlers."""
+    not_utf_8 = b"\x0a\x02\xff\xfe"
+    async with counting() as (_, _, channel):
+        with pytest.raises(grpc.aio.AioRpcError, match="cannot be read.*CancelRequest") as caught:
+            await channel.unary_unary(f"/{NAME}/Cancel")(not_utf_8)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        with pytest.raises(grpc.aio.AioRpcError, match="cannot be read.*GenerateRequest") as caught:
+            await channel.unary_stream(f"/{NAME}/Generate")(not_utf_8).read()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
