@@ -88,7 +88,8 @@ async def serve(settings: GatewaySettings, *, bus: Bus | None = None) -> AsyncIt
 async def _kafka(settings: GatewaySettings) -> AsyncIterator[Bus]:
     from holdfast.kafka import KafkaBus  # the embedded mesh runs without it
 
-    async with KafkaBus(settings.kafka, client_id=f"gateway-{settings.reply_partition}") as bus:
+    client_id = f"gateway-{settings.reply_partition}"
+    async with KafkaBus(settings.kafka, client_id=client_id, namespace=settings.kafka_namespace) as bus:
         yield bus
 
 

@@ -21,6 +21,8 @@ class GatewaySettings(Settings, env_prefix="HOLDFAST_GATEWAY_"):
     """`host:port` of the tokenizer; a name with several addresses is used in turns."""
     kafka: str = "127.0.0.1:9092"
     """Bootstrap servers of the log, `host:port,host:port`."""
+    kafka_namespace: str = ""
+    """Stands before the names of all topics and groups, so that several meshes can share a cluster."""
     reply_partition: Annotated[int, Field(ge=0, lt=TOKENS.num_partitions)] = 0
     """The partition of the token topic that answers come to; each gateway of a mesh has its own."""
     drain_seconds: Annotated[float, Field(ge=0)] = 30.0
