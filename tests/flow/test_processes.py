@@ -1,0 +1,98 @@
+"""The mesh as it is deployed: each service a process of its own, Kafka between them."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from holdfast import rpc
+from holdfast.client import Client
+from holdfast.events import Finished, FinishReason, Tokens
+from holdfast.v1 import engine_pb2_grpc
+from tests.flow.mesh import ANYWHERE, Engine, Process, process
+
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(300)]
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """A gateway, a tokenizer, and two engines that share the work."""
+
+    client: Client
+    gateway: Process
+    tokenizer: Process
+    engines: list[tuple[Process, Engine]]
+
+
+@pytest.fixture
+async def mesh(kafka: str, stories260k: Path) -> AsyncIterator[Processes]:
+    async with AsyncExitStack() as parts:
+        enter = parts.enter_async_context
+        log = {"kafka": kafka, "kafka_namespace": f"test-{uuid.uuid4().hex[:12]}"}
+        tokenizer = await enter(process("tokenizer", model=stories260k, address=ANYWHERE))
+        engines = []
+        for number in (1, 2):
+            options = {"name": f"engine-{number}", "address": ANYWHERE, "threads": 1, "cache_bytes": 64 << 20}
+            engine = await enter(process("engine", model=stories260k, drain_seconds=1, **options, **log))
+            channel = await enter(rpc.channel(engine.addresses["address"]))
+            engines.append((engine, Engine(engine_pb2_grpc.EngineServiceStub(channel))))
+        at_tokenizer = {"tokenizer": tokenizer.addresses["address"]}
+        addresses = {"address": ANYWHERE, "http_address": ANYWHERE}
+        gateway = await enter(process("gateway", drain_seconds=1, **addresses, **at_tokenizer, **log))
+        client = await enter(Client(gateway.addresses["grpc"]))
+        yield Processes(client=client, gateway=gateway, tokenizer=tokenizer, engines=engines)
+
+
+async def story(client: Client) -> str:
+    return await client.generate(token_ids=[1], max_tokens=200, temperature=0, timeout=120).read()
+
+
+async def test_four_processes_stream_the_published_text_and_engines_share_the_work(
+    mesh: Processes, published: str
+) -> None:
+    """Both engines generate; together exactly what was asked for."""
+    stories = await asyncio.gather(*(story(mesh.client) for _ in range(16)))
+    assert stories == [published] * 16
+    generated = [(await engine.load()).num_generated_tokens for _, engine in mesh.engines]
+    assert all(count > 0 for count in generated)
+    assert sum(generated) == 16 * 200
+
+
+async def test_requests_survive_the_death_of_their_engine(mesh: Processes, published: str) -> None:
+    """Killed without a word, in the middle of its streams: the other engine takes over its partitions, and every stream
+    goes on to its end without a gap, a duplicate or a different token."""
+    await asyncio.gather(*(story(mesh.client) for _ in range(4)))  # both engines have joined
+    (victim, engine), (_, survivor) = mesh.engines
+
+    async def listen() -> str:
+        text, num_tokens = "", 0
+        async with mesh.client.generate(token_ids=[1], max_tokens=200, temperature=0, timeout=120) as answer:
+            async for event in answer:
+                if isinstance(event, Tokens):
+                    text += event.text
+                    num_tokens += event.num_tokens
+                if isinstance(event, Finished):
+                    assert (event.reason, num_tokens) == (FinishReason.LENGTH, 200)
+        return text
+
+    async with asyncio.TaskGroup() as tasks:
+        streams = [tasks.create_task(listen()) for _ in range(32)]
+        await engine.until(lambda load: load.num_running > 0)
+        victim.kill()
+    assert [stream.result() for stream in streams] == [published] * 32
+    assert await story(mesh.client) == published
+    assert (await survivor.load()).num_generated_tokens > 0
+
+
+async def test_a_stopped_service_ends_with_success(mesh: Processes) -> None:
+    """SIGTERM drains and returns 0, each of them."""
+    parts = [mesh.gateway, *(engine for engine, _ in mesh.engines), mesh.tokenizer]
+    for part in parts:
+        part.process.terminate()
+        assert await asyncio.wait_for(part.process.wait(), 60) == 0, "".join(part.log)
