@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from services.engine.batch import Admission, Growth, Step
-from services.engine.sequence import Sequence
+from services.engine.sequence import SamplingParams, Sequence
 
 
 class Wants(enum.Flag):
@@ -59,6 +59,15 @@ class Selection:
 
     def __len__(self) -> int:
         return len(self.slots)
+
+    def take(self, rows: Seq[int], rows_D: Tensor) -> Selection:
+        """Some of the rows; both say the same."""
+        return Selection(
+            [self.slots[row] for row in rows],
+            [self.positions[row] for row in rows],
+            self.slots_R.index_select(0, rows_D),
+            self.positions_R.index_select(0, rows_D),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,47 +111,39 @@ class SamplingState:
 
     def __init__(self, num_slots: int, *, device: torch.device) -> None:
         self._device = device
-        self._wants = [Wants(0)] * num_slots
-        self._floats = torch.zeros((num_slots, 6), dtype=torch.float32, device=device)
+        self._floats = torch.zeros((num_slots, 3), dtype=torch.float32, device=device)
         self._integers = torch.zeros((num_slots, 4), dtype=torch.int64, device=device)
-        # Host copies of what decides what the steps do, and tensors of what is of different length in each slot.
-        self.num_prompt = [0] * num_slots
-        self.min_tokens = [0] * num_slots
-        self.num_logprobs = [0] * num_slots
-        self.biases: dict[int, tuple[Tensor, Tensor]] = {}
-        """Token ids, and what is added to their logits."""
-        self.stop_ids: dict[int, Tensor] = {}
-        """The tokens that `min_tokens` forbids."""
+        self._sequences: list[Sequence | None] = [None] * num_slots
+        self._wants = [Wants(0)] * num_slots
+        # Of few slots, and of a different length in each.
+        self._biases: dict[int, tuple[Tensor, Tensor]] = {}
+        self._stop_ids: dict[int, Tensor] = {}
 
     def admit(self, slot: int, sequence: Sequence) -> None:
         """The slot's sequence asks for this."""
         params = sequence.sampling
-        self._wants[slot] = _wants(sequence)
-        self.num_prompt[slot] = len(sequence.prompt_ids)
-        self.min_tokens[slot] = sequence.stop.min_tokens
-        self.num_logprobs[slot] = params.logprobs or 0
-        floats = (
-            params.temperature,
-            params.top_p,
-            params.min_p,
-            params.repetition_penalty,
-            params.presence_penalty,
-            params.frequency_penalty,
-        )
-        self._floats[slot] = torch.tensor(floats, dtype=torch.float32)
-        integers = (params.top_k, params.seed & 0xFFFFFFFF, params.seed >> 32, sequence.choice)
-        self._integers[slot] = torch.tensor(integers, dtype=torch.int64)
-        if params.logit_bias:
+        wants = _wants(sequence)
+        self._sequences[slot] = sequence
+        self._wants[slot] = wants
+        if Wants.DRAW in wants:
+            floats = (params.temperature, params.top_p, params.min_p)
+            integers = (params.top_k, params.seed & 0xFFFFFFFF, params.seed >> 32, sequence.choice)
+            self._floats[slot] = torch.tensor(floats, dtype=torch.float32)
+            self._integers[slot] = torch.tensor(integers, dtype=torch.int64)
+        if Wants.BIAS in wants:
             ids, values = zip(*params.logit_bias, strict=True)
-            self.biases[slot] = (torch.tensor(ids, device=self._device), torch.tensor(values, device=self._device))
-        if Wants.MIN_TOKENS in self._wants[slot]:
-            self.stop_ids[slot] = torch.tensor(sorted(sequence.stop.stop_token_ids), device=self._device)
+            self._biases[slot] = (
+                torch.tensor(ids, device=self._device),
+                torch.tensor(values, dtype=torch.float32, device=self._device),
+            )
+        if Wants.MIN_TOKENS in wants:
+            self._stop_ids[slot] = torch.tensor(sorted(sequence.stop.stop_token_ids), device=self._device)
 
     def release(self, slot: int) -> None:
         """The slot's sequence left."""
-        self._wants[slot] = Wants(0)
-        self.biases.pop(slot, None)
-        self.stop_ids.pop(slot, None)
+        self._sequences[slot] = None
+        self._biases.pop(slot, None)
+        self._stop_ids.pop(slot, None)
 
     def wants(self, slot: int) -> Wants:
         """What this slot asks for."""
@@ -152,54 +153,58 @@ class SamplingState:
         """What any of the slots asks for."""
         return reduce(or_, {self._wants[slot] for slot in slots}, Wants(0))
 
-    def parameters(self, slots_R: Tensor) -> Parameters:
-        """The numbers of these slots, one row each."""
-        return Parameters(self._floats.index_select(0, slots_R), self._integers.index_select(0, slots_R))
+    def params(self, slot: int) -> SamplingParams:
+        """What this slot's sequence asks for, in its own words."""
+        return self._sequence(slot).sampling
+
+    def num_prompt(self, slot: int) -> int:
+        """Tokens of its prompt."""
+        return len(self._sequence(slot).prompt_ids)
+
+    def min_tokens(self, slot: int) -> int:
+        """Tokens before which it must not end."""
+        return self._sequence(slot).stop.min_tokens
+
+    def bias(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Token ids, and what is added to their logits."""
+        return self._biases[slot]
+
+    def stop_ids(self, slot: int) -> Tensor:
+        """The tokens that it must not end with."""
+        return self._stop_ids[slot]
+
+    def parameters(self, selection: Selection) -> Parameters:
+        """The numbers of these slots, which are all drawn from."""
+        temperature_R, top_p_R, min_p_R = self._floats.index_select(0, selection.slots_R).unbind(1)
+        integers = self._integers.index_select(0, selection.slots_R)
+        return Parameters(
+            temperature_R=temperature_R,
+            top_k_R=integers[:, 0],
+            most_top_k=max(self.params(slot).top_k for slot in selection.slots),
+            top_p_R=top_p_R,
+            min_p_R=min_p_R,
+            seed_R2=integers[:, 1:3],
+            choice_R=integers[:, 3],
+        )
+
+    def _sequence(self, slot: int) -> Sequence:
+        sequence = self._sequences[slot]
+        assert sequence is not None, f"slot {slot} holds no sequence"
+        return sequence
 
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """The numbers of some slots, [R] each."""
+    """The numbers by which rows are drawn from."""
 
-    _floats: Tensor
-    _integers: Tensor
-
-    @property
-    def temperature_R(self) -> Tensor:
-        return self._floats[:, 0]
-
-    @property
-    def top_p_R(self) -> Tensor:
-        return self._floats[:, 1]
-
-    @property
-    def min_p_R(self) -> Tensor:
-        return self._floats[:, 2]
-
-    @property
-    def repetition_R(self) -> Tensor:
-        return self._floats[:, 3]
-
-    @property
-    def presence_R(self) -> Tensor:
-        return self._floats[:, 4]
-
-    @property
-    def frequency_R(self) -> Tensor:
-        return self._floats[:, 5]
-
-    @property
-    def top_k_R(self) -> Tensor:
-        return self._integers[:, 0]
-
-    @property
-    def seed_R2(self) -> Tensor:
-        """The low and the high 32 bits."""
-        return self._integers[:, 1:3]
-
-    @property
-    def choice_R(self) -> Tensor:
-        return self._integers[:, 3]
+    temperature_R: Tensor
+    top_k_R: Tensor
+    most_top_k: int
+    top_p_R: Tensor
+    min_p_R: Tensor
+    seed_R2: Tensor
+    """int64: the low and the high 32 bits."""
+    choice_R: Tensor
 
 
 class DeviceState:
@@ -270,8 +275,8 @@ class DeviceState:
             positions,
         )
         flat = torch.tensor([number for part in numbers for number in part]).to(self.device, non_blocking=True)
-        slots_S, starts_S, query_starts_S1, kv_lengths_S, sample_rows_R, slots_R, positions_R = flat.split(
-            [len(part) for part in numbers]
+        slots_S, starts_S, query_starts_S1, kv_lengths_S, sample_rows_R, slots_R, positions_R = torch.split(
+            flat, [len(part) for part in numbers]
         )
         slots_N, positions_N = slots_S, starts_S
         if query_starts[-1] > len(works):
