@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from holdfast import rpc
 from holdfast.bus import Bus
@@ -24,6 +25,10 @@ from services.gateway.servicer import servicer
 from services.gateway.settings import GatewaySettings
 from services.gateway.streams import Streams
 from services.gateway.tokenizer import Tokenizer
+
+A = TypeVar("A")
+B = TypeVar("B")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +79,13 @@ async def serve(settings: GatewaySettings, *, bus: Bus | None = None) -> AsyncIt
             admission=admission,
             observer=Observer(metrics, parts.enter_context(tracing("gateway"))),
         )
-        server = await parts.enter_async_context(
-            rpc.serving(settings.address, [servicer(gateway)], drain=settings.drain_seconds)
-        )
         app = http.application(gateway, readiness, metrics, keepalive=settings.keepalive_seconds)
-        web = await parts.enter_async_context(http.serving(settings.http_address, app, drain=settings.drain_seconds))
+        server, web = await parts.enter_async_context(
+            together(
+                rpc.serving(settings.address, [servicer(gateway)], drain=settings.drain_seconds),
+                http.serving(settings.http_address, app, drain=settings.drain_seconds),
+            )
+        )
         await readiness.tell(lambda ready: server.health.ready() if ready else server.health.not_ready())
         await readiness.wait()
         yield GatewayAddresses(grpc=server.address, http=web)
@@ -103,6 +110,30 @@ async def running(*works: Coroutine[None, None, None]) -> AsyncIterator[None]:
         finally:
             for task in tasks:
                 task.cancel()
+
+
+@asynccontextmanager
+async def together(
+    first: AbstractAsyncContextManager[A], second: AbstractAsyncContextManager[B]
+) -> AsyncIterator[tuple[A, B]]:
+    """Enters both, and leaves both at once: the drain of one does not wait for that of the other."""
+    leave = asyncio.Event()
+
+    async def hold(context: AbstractAsyncContextManager[T], entered: asyncio.Future[T]) -> None:
+        async with context as value:
+            entered.set_result(value)
+            await leave.wait()
+
+    loop = asyncio.get_running_loop()
+    a: asyncio.Future[A] = loop.create_future()
+    b: asyncio.Future[B] = loop.create_future()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(hold(first, a))
+        group.create_task(hold(second, b))
+        try:
+            yield await a, await b
+        finally:
+            leave.set()
 
 
 def main() -> None:

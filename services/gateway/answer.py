@@ -33,8 +33,8 @@ class Answer:
     Three hands touch it, all in one event loop: what comes from the log (`accept`, `decoded`), the clock (`expire`),
     and the one client that takes events (`next`) until `at_end`. Nothing but `next` waits.
 
-    A client that reads slowly gets more in each event, not more events. Beyond `max_waiting` tokens its answer breaks
-    with Overloaded; the last cursor it got says where it stood.
+    A client that reads slowly gets more in each event, not more events. Beyond `max_waiting` tokens for each choice its
+    answer breaks with Overloaded; the last cursor it got says where it stood.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Answer:
         ]
         self._loop = asyncio.get_running_loop()
         self._flush = flush
-        self._max_waiting = max_waiting
+        self._max_waiting = max_waiting * num_choices
         self._reply_partition = reply_partition
         self._next_offset = start_offset
         self._epoch = epoch
@@ -126,8 +126,8 @@ class Answer:
         return [choice.num_shown for choice in self._choices]
 
     async def next(self, *, timeout: float | None = None) -> list[Tokens | Finished]:
-        """All that is there, at least one event, once it is due: the first tokens of a choice and an end at once, the
-        rest at most every `flush` seconds. [] after `timeout` seconds without any. Not to be called at the end.
+        """All that is there, at least one event, once it is due: the first tokens of a choice, an end, and half of what
+        may wait at once, the rest at most every `flush` seconds. [] after `timeout` seconds without any. Not to be called at the end.
 
         Raises:
             HoldfastError: the answer is broken.
@@ -267,7 +267,9 @@ class Answer:
     def _is_due(self) -> bool:
         if self.error is not None:
             return True
-        return bool(self._news) and (self._urgent or self._loop.time() >= self._next_flush)
+        if not self._news:
+            return False
+        return self._urgent or self._num_waiting * 2 >= self._max_waiting or self._loop.time() >= self._next_flush
 
     def _set_timer(self) -> None:
         """Wakes the client when what waits for it is due."""

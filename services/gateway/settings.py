@@ -43,7 +43,8 @@ class GatewaySettings(Settings, env_prefix="HOLDFAST_GATEWAY_"):
 
     flush_ms: Annotated[float, Field(ge=0)] = 20.0
     """Least time between two messages of a stream, except its first and last ones; 0 sends tokens as they come."""
-    max_buffered_tokens: Annotated[int, Field(ge=1)] = 4096
-    """Most tokens that wait for a client that reads slowly; beyond, its stream ends with RESOURCE_EXHAUSTED."""
+    max_buffered_tokens: Annotated[int, Field(ge=512)] = 4096
+    """Most tokens of a choice that wait for a client that reads slowly; beyond, its stream ends with
+    RESOURCE_EXHAUSTED."""
     keepalive_seconds: Annotated[float, Field(gt=0)] = 15.0
     """An HTTP stream that has been silent for so long gets a comment."""
