@@ -22,7 +22,7 @@ What it promises:
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
@@ -146,6 +146,9 @@ class Scheduler:
         self.limits = limits
         self.pace = pace or Pace()
         self.totals = Totals()
+        self.on_full: Callable[[int, bytes, bytes], None] | None = None
+        """Told of every block that is newly known by its hash: the block, its hash, and that of the one before it
+        (empty for a first one)."""
         self._free_slots = list(range(limits.max_sequences))
         heapify(self._free_slots)  # the lowest first, so that slots in use lie close together
         self._loading: set[Sequence] = set()
@@ -430,7 +433,11 @@ class Scheduler:
         if self.pool.keeps_prefixes and end_full > first_full:
             hashes = self._hashes(sequence, end_full)
             for index in range(first_full, end_full):
-                self.pool.register(sequence.blocks[index], hashes[index])
+                self._name(sequence.blocks[index], hashes[index], hashes[index - 1] if index else b"")
+
+    def _name(self, block: int, block_hash: bytes, parent: bytes) -> None:
+        if self.pool.register(block, block_hash) and self.on_full is not None:
+            self.on_full(block, block_hash, parent)
 
     def _append(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None, *, now: float) -> None:
         reason = sequence.append(token_id, logprobs)

@@ -1,0 +1,149 @@
+"""How far the engine is in each partition it owns: what it may commit.
+
+Requests end in another order than they came. What is committed is the **low watermark**, the offset of the first record
+that is not done, and beside it, as the position's metadata, the offsets above it that are. A new owner reads on from
+the watermark and skips those.
+
+    offsets    40 41 42 43 44 45 46 47
+    done        x  x     x  x     x         watermark 42, done above it 43-44, 46
+                                            next to read 48
+
+The metadata names ranges relative to the watermark, in base 36: `1-2,4-4`. It is cut where it would be longer than a
+position may hold; what is cut is answered again, and ignored by whoever reads the tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from holdfast.bus import MAX_METADATA_BYTES, Position, TopicPartition
+
+_DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(slots=True)
+class _Progress:
+    """One partition's records from the watermark on."""
+
+    open: set[int] = field(default_factory=set)
+    """Begun and not done."""
+    done: set[int] = field(default_factory=set)
+    """Done, at or above the watermark."""
+    next: int = 0
+    """The offset behind the last record that was begun."""
+    committed: Position | None = None
+
+    @property
+    def watermark(self) -> int:
+        return min(self.open, default=self.next)
+
+    def position(self) -> Position:
+        return Position(self.watermark, _encode(self.watermark, self._ranges()))
+
+    def forget_below_watermark(self) -> None:
+        self.done = {offset for offset in self.done if offset >= self.watermark}
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        """First and last offset of each run of records done above the watermark. Offsets that are no records do not
+        part a run, once all before its end was read: until then one between may be a record that is not done."""
+        ranges: list[tuple[int, int]] = []
+        edges = sorted(self.open)
+        for offset in sorted(self.done):
+            if ranges and self._joins(ranges[-1][1], offset, edges):
+                ranges[-1] = (ranges[-1][0], offset)
+            else:
+                ranges.append((offset, offset))
+        return ranges
+
+    def _joins(self, last: int, offset: int, edges: list[int]) -> bool:
+        nothing_open_between = bisect_left(edges, last) == bisect_left(edges, offset)
+        return offset == last + 1 or (offset < self.next and nothing_open_between)
+
+
+class Commits:
+    """The progress in all partitions that this engine owns."""
+
+    def __init__(self) -> None:
+        self._partitions: dict[TopicPartition, _Progress] = {}
+        self.changed = asyncio.Event()
+        """Set when something may be due; whoever commits clears it."""
+
+    def gain(self, partition: TopicPartition, committed: Position | None) -> None:
+        """The partition is ours from now on; what was committed of it before."""
+        progress = self._partitions[partition] = _Progress(committed=committed)
+        if committed is not None:
+            progress.next = committed.offset
+            progress.done = _decode(committed)
+
+    def lose(self, partitions: Collection[TopicPartition]) -> None:
+        """They are another engine's now."""
+        for partition in partitions:
+            self._partitions.pop(partition, None)
+
+    def begin(self, partition: TopicPartition, offset: int) -> bool:
+        """A record was read. False where it was begun or done before: after a rebalance records come again."""
+        progress = self._partitions[partition]
+        if offset in progress.open or offset in progress.done or offset < progress.watermark:
+            progress.next = max(progress.next, offset + 1)
+            return False
+        progress.open.add(offset)
+        progress.next = max(progress.next, offset + 1)
+        return True
+
+    def finish(self, partition: TopicPartition, offset: int) -> None:
+        """The record's last answer is in the log. Does nothing where the partition was lost meanwhile."""
+        progress = self._partitions.get(partition)
+        if progress is not None and offset in progress.open:
+            progress.open.remove(offset)
+            progress.done.add(offset)
+            progress.forget_below_watermark()
+            self.changed.set()
+
+    def due(self) -> dict[TopicPartition, Position]:
+        """The positions that are not committed yet."""
+        positions = {partition: progress.position() for partition, progress in self._partitions.items()}
+        return {
+            partition: position
+            for partition, position in positions.items()
+            if position != (self._partitions[partition].committed or Position(0))
+        }
+
+    def committed(self, positions: Mapping[TopicPartition, Position]) -> None:
+        """The group has these now."""
+        for partition, position in positions.items():
+            if partition in self._partitions:
+                self._partitions[partition].committed = position
+
+
+def _encode(watermark: int, ranges: Iterable[tuple[int, int]]) -> str:
+    text = ""
+    for first, last in ranges:
+        more = f"{',' if text else ''}{_base36(first - watermark)}-{_base36(last - watermark)}"
+        if len(text) + len(more) > MAX_METADATA_BYTES:
+            break
+        text += more
+    return text
+
+
+def _decode(position: Position) -> set[int]:
+    """The offsets done above a committed watermark. Metadata of another version means nothing here: none are."""
+    done: set[int] = set()
+    try:
+        for part in filter(None, position.metadata.split(",")):
+            first, _, last = part.partition("-")
+            done.update(range(position.offset + int(first, 36), position.offset + int(last, 36) + 1))
+    except ValueError:
+        return set()
+    return done
+
+
+def _base36(number: int) -> str:
+    digits = ""
+    while True:
+        number, digit = divmod(number, 36)
+        digits = _DIGITS[digit] + digits
+        if not number:
+            return digits

@@ -1,0 +1,334 @@
+"""From the log to the scheduler: which requests this engine takes, and when it lets go of them.
+
+It is a member of two groups, one for each request topic, so that interactive requests can be asked for first. It takes
+as many records as it has slots, and none beyond: what it does not take another engine could start. A record that cannot
+be honoured is answered with the reason; one that is no request at all is logged and passed over.
+
+A rebalance gives and takes partitions. What is kept goes on (its records come again and are known by their ids and
+offsets); what is lost is dropped without another word: the new owner answers now.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+from google.protobuf.message import DecodeError
+
+from holdfast import topics
+from holdfast.bus import NOTHING_OWNED, Bus, Member, Ownership, Position, Reader, Record, TopicPartition
+from holdfast.errors import HoldfastError, NotOwner, RequestError, Unavailable
+from holdfast.topics import Topic
+from holdfast.v1 import generation_pb2 as pb
+from services.engine.commits import Commits
+from services.engine.emit import Emitter
+from services.engine.metrics import EngineMetrics
+from services.engine.requests import Request, Requests
+from services.engine.sequence import FinishReason, Sequence
+from services.engine.validation import MAX_CHOICES, Served, deadline_of, sequences_of
+
+COMMIT_SECONDS = 1.0
+"""How long a request that is done may wait for its commit."""
+
+MAX_CANCELS = 4096
+"""Most cancellations remembered, for requests that were not read yet; the oldest are forgotten first."""
+
+log = structlog.get_logger(__name__)
+
+
+class Steps(Protocol):
+    """The step thread's door for sequences."""
+
+    def add(self, sequences: Iterable[Sequence]) -> None: ...
+    def cancel(self, sequences: Iterable[Sequence]) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Side:
+    """One of the two groups."""
+
+    topic: Topic
+    group: str
+    interactive: bool
+    member: Member
+    ownership: Ownership = NOTHING_OWNED
+    """What was owned when it was last looked at."""
+    num_asked: int = 0
+    """How many records the read under way may return."""
+    reading: asyncio.Timeout | None = None
+    """Ends the read under way."""
+
+    def interrupt(self) -> None:
+        """Has the read under way return now, with nothing. A read that is cancelled takes no record."""
+        if self.reading is not None and not self.reading.expired():
+            self.reading.reschedule(asyncio.get_running_loop().time())
+
+
+class Intake:
+    """What takes requests. Lives in the event loop."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        requests: Requests,
+        emitter: Emitter,
+        steps: Steps,
+        *,
+        served: Served,
+        commits: Commits,
+        epochs: dict[TopicPartition, int],
+        metrics: EngineMetrics,
+        max_sequences: int,
+        batch_share: int,
+        incarnation: int = 0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`epochs` is kept here: the epoch of each source partition that is owned. `batch_share`: slots that batch
+        requests hold against interactive ones, which may take all others from them."""
+        self._bus = bus
+        self._requests = requests
+        self._emitter = emitter
+        self._steps = steps
+        self._served = served
+        self._commits = commits
+        self._epochs = epochs
+        self._metrics = metrics
+        self._max_sequences = max_sequences
+        self._batch_share = batch_share
+        self._incarnation = incarnation
+        self._clock = clock
+        self._sides: list[_Side] = []
+        self._cancels: OrderedDict[tuple[str, int | None], int] = OrderedDict()
+        self.is_draining = False
+        self._joined = asyncio.Event()
+        self._drained = asyncio.Event()
+        self._left = asyncio.Event()
+        requests.when_fewer = self._look_for_room
+
+    async def run(self) -> None:
+        """Takes requests; returns once it was drained, when the groups are left.
+
+        Raises:
+            Unavailable: the log cannot be read any more.
+        """
+        async with (
+            self._bus.reader({topics.CONTROL.partition(0): None}) as control,
+            self._join(topics.REQUESTS_INTERACTIVE, "holdfast-engines-interactive", interactive=True) as interactive,
+            self._join(topics.REQUESTS_BATCH, "holdfast-engines-batch", interactive=False) as batch,
+            asyncio.TaskGroup() as tasks,
+        ):
+            hearing = tasks.create_task(self._hear(control))
+            async with asyncio.TaskGroup() as until_drained:
+                until_drained.create_task(self._read(interactive))
+                until_drained.create_task(self._read(batch))
+                until_drained.create_task(self._commit_regularly())
+            hearing.cancel()
+        self._left.set()
+
+    async def until_joined(self) -> None:
+        """Returns once both groups have given this engine its share."""
+        await self._joined.wait()
+
+    async def drain(self) -> None:
+        """Takes no more requests; returns when those taken are answered and the groups are left. May be called again,
+        and by several."""
+        self.is_draining = True
+        for side in self._sides:
+            side.interrupt()
+        await self._requests.until_empty()
+        self._drained.set()
+        self._commits.changed.set()
+        for side in self._sides:
+            side.interrupt()
+        await self._left.wait()
+
+    async def commit(self) -> None:
+        """Commits what is due. What fails is due again."""
+        due = self._commits.due()
+        for side in self._sides:
+            positions = {each: position for each, position in due.items() if each.topic == side.topic.name}
+            if not positions:
+                continue
+            try:
+                await side.member.commit(positions)
+            except NotOwner as error:
+                log.info("not committed: the group moves", group=side.group, error=str(error))
+            except Unavailable as error:
+                log.warning("not committed", group=side.group, error=str(error))
+            else:
+                self._commits.committed(positions)
+
+    # The groups.
+
+    @asynccontextmanager
+    async def _join(self, topic: Topic, group: str, *, interactive: bool) -> AsyncIterator[_Side]:
+        async with self._bus.join(group, [topic], incarnation=self._incarnation) as member:
+            side = _Side(topic, group, interactive, member)
+            self._sides.append(side)
+            try:
+                yield side
+            finally:
+                self._sides.remove(side)
+
+    async def _read(self, side: _Side) -> None:
+        while not self._drained.is_set():
+            records = await self._next(side)
+            await self._meet(side)
+            for record in records:
+                self._take(record, interactive=side.interactive)
+
+    async def _next(self, side: _Side) -> list[Record]:
+        """The next records, as many as there is room for. Returns without any when the group moves, when there is
+        room for the first time, or when the engine is drained."""
+        side.num_asked = self._room(side)
+        try:
+            async with asyncio.timeout(None) as side.reading:
+                return await side.member.read(max_records=side.num_asked)
+        except TimeoutError:
+            return []
+        finally:
+            side.reading = None
+
+    def _room(self, side: _Side) -> int:
+        if self.is_draining:
+            return 0
+        interactive, batch = (self._requests.num_open(interactive=each) for each in (True, False))
+        others = min(batch, self._batch_share) if side.interactive else batch
+        return max(0, self._max_sequences - interactive - others)
+
+    def _look_for_room(self) -> None:
+        for side in self._sides:
+            if side.num_asked == 0 and self._room(side):
+                side.interrupt()
+
+    async def _meet(self, side: _Side) -> None:
+        """Looks whether the group gave or took partitions."""
+        before, now = side.ownership, side.member.ownership
+        if now is before:
+            return
+        kept = before.partitions & now.partitions if now.continues(before) else frozenset[TopicPartition]()
+        self._lose(before.partitions - kept)
+        side.ownership = now
+        self._epochs.update(dict.fromkeys(now.partitions, now.epoch))
+        committed = await self._committed(side)
+        for partition in now.partitions - kept:
+            self._commits.gain(partition, committed.get(partition))
+        log.info("partitions", group=side.group, owned=len(now.partitions), kept=len(kept), epoch=now.epoch)
+        if all(each.ownership is not NOTHING_OWNED for each in self._sides):
+            self._joined.set()
+
+    async def _committed(self, side: _Side) -> dict[TopicPartition, Position]:
+        try:
+            return await side.member.committed()
+        except Unavailable as error:
+            log.warning("requests that were answered may be answered again", group=side.group, error=str(error))
+            return {}
+
+    def _lose(self, partitions: Collection[TopicPartition]) -> None:
+        """Another engine answers their requests now."""
+        for partition in partitions:
+            self._epochs.pop(partition, None)
+        self._commits.lose(partitions)
+        for request in self._requests.drop(partitions):
+            log.info("request left to another engine", request_id=request.request_id)
+            self._steps.cancel(request.sequences)
+
+    async def _commit_regularly(self) -> None:
+        while not self._drained.is_set():
+            await self._commits.changed.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(COMMIT_SECONDS):
+                    await self._drained.wait()
+            self._commits.changed.clear()
+            await self.commit()
+
+    # Records.
+
+    def _take(self, record: Record, *, interactive: bool) -> None:
+        """Takes one request, or answers why not. A record that was taken before is passed over."""
+        source = record.topic_partition
+        if not self._commits.begin(source, record.offset):
+            return
+        message = self._readable(record)
+        if message is None or self._requests.get(message.request_id) is not None:
+            log.warning("record passed over", request_id=message.request_id if message else None, source=source)
+            self._commits.finish(source, record.offset)
+            return
+        sequences, reason, error = self._sequences(message, record, interactive=interactive)
+        request = Request(
+            request_id=message.request_id,
+            source=source,
+            offset=record.offset,
+            headers=record.headers,
+            reply_partition=message.reply_partition,
+            interactive=interactive,
+            num_choices=min(max(message.num_choices, 1), MAX_CHOICES),
+            sequences=sequences,
+        )
+        self._requests.add(request)
+        if reason is not None:
+            log.info("request refused", request_id=request.request_id, reason=reason.value, error=str(error or ""))
+            self._emitter.refuse(request, reason, error)
+            return
+        self._steps.add(sequences)
+        self._steps.cancel([each for each in sequences if self._was_cancelled(record, message.request_id, each.choice)])
+
+    def _readable(self, record: Record) -> pb.GenerationRequest | None:
+        """The request in a record; None where there is none, or nowhere to answer it."""
+        try:
+            message = pb.GenerationRequest.FromString(record.value)
+        except DecodeError:
+            message = pb.GenerationRequest()
+        if message.request_id and message.reply_partition < topics.TOKENS.num_partitions:
+            return message
+        self._metrics.unreadable_records.inc()
+        return None
+
+    def _sequences(
+        self, message: pb.GenerationRequest, record: Record, *, interactive: bool
+    ) -> tuple[tuple[Sequence, ...], FinishReason | None, HoldfastError | None]:
+        """A request's sequences, or why there are none."""
+        if self._was_cancelled(record, message.request_id, None):
+            return (), FinishReason.CANCELLED, None
+        deadline = deadline_of(message)
+        if deadline is not None and deadline <= self._clock():
+            return (), FinishReason.DEADLINE, None
+        arrival = record.timestamp_ms / 1000
+        if message.HasField("accepted_at"):
+            arrival = message.accepted_at.seconds + message.accepted_at.nanos / 1e9
+        try:
+            return sequences_of(message, self._served, interactive=interactive, arrival=arrival), None, None
+        except RequestError as error:
+            return (), FinishReason.ERROR, error
+
+    # Cancellations.
+
+    async def _hear(self, control: Reader) -> None:
+        while True:
+            for record in await control.read():
+                try:
+                    self._cancel(pb.Cancel.FromString(record.value), record.timestamp_ms)
+                except DecodeError:
+                    log.warning("record passed over", source=record.topic_partition)
+
+    def _cancel(self, cancel: pb.Cancel, timestamp_ms: int) -> None:
+        """Ends a request, or one choice of it, and remembers to do so where it is still to come."""
+        choice = cancel.choice if cancel.HasField("choice") else None
+        self._cancels[cancel.request_id, choice] = timestamp_ms
+        self._cancels.move_to_end((cancel.request_id, choice))
+        if len(self._cancels) > MAX_CANCELS:
+            self._cancels.popitem(last=False)
+        request = self._requests.get(cancel.request_id)
+        if request is not None:
+            self._steps.cancel([each for each in request.sequences if choice in (None, each.choice)])
+
+    def _was_cancelled(self, record: Record, request_id: str, choice: int | None) -> bool:
+        """Whether that was asked for after the record was written: an id may be used again."""
+        return self._cancels.get((request_id, choice), -1) >= record.timestamp_ms

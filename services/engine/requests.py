@@ -1,0 +1,112 @@
+"""What the engine holds of each request, from the record that brought it to the ack of its last token.
+
+A choice goes through three states here: **open** (it may hold a slot), **told** (its last token is on its way to the
+log) and **settled** (the log has it). A request whose choices are all settled is done: its offset may be committed, and
+it is forgotten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+from holdfast.accept import Prefix
+from holdfast.bus import Headers, TopicPartition
+from services.engine.commits import Commits
+from services.engine.sequence import Sequence
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request that was taken from the log."""
+
+    request_id: str
+    source: TopicPartition
+    offset: int
+    headers: Headers
+    """Of its record: they carry the trace."""
+    reply_partition: int
+    interactive: bool
+    num_choices: int
+    sequences: tuple[Sequence, ...] = ()
+    """One for each choice; none where the request was refused."""
+
+    # `Requests` fills these.
+    open: set[int] = field(default_factory=set)
+    unsettled: set[int] = field(default_factory=set)
+
+    # `emit` fills this.
+    prefixes: list[Prefix] = field(default_factory=list)
+    """For each choice what its records said so far."""
+
+    def __post_init__(self) -> None:
+        self.open = set(range(len(self.sequences)))
+        self.unsettled = set(range(self.num_choices))
+        self.prefixes = [Prefix()] * self.num_choices
+
+
+class Requests:
+    """All requests that this engine holds, by id. Lives in the event loop."""
+
+    def __init__(self, commits: Commits) -> None:
+        """`commits` is told of every request whose last token the log has."""
+        self._commits = commits
+        self._requests: dict[str, Request] = {}
+        self._num_open = {True: 0, False: 0}
+        self.when_fewer: Callable[[], None] = lambda: None
+        """Called when a choice is no longer open."""
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def get(self, request_id: str) -> Request | None:
+        return self._requests.get(request_id)
+
+    def of(self, sequence: Sequence) -> Request | None:
+        """The request that a sequence answers; None where it was dropped, though it may have come again."""
+        request = self._requests.get(sequence.request_id)
+        return request if request is not None and sequence in request.sequences else None
+
+    def num_open(self, *, interactive: bool) -> int:
+        """Choices of one class that may hold a slot."""
+        return self._num_open[interactive]
+
+    def add(self, request: Request) -> None:
+        assert request.request_id not in self._requests
+        self._requests[request.request_id] = request
+        self._num_open[request.interactive] += len(request.open)
+        self._empty.clear()
+
+    def told(self, request: Request, choice: int) -> None:
+        """The choice ended; its last record is on its way."""
+        if choice in request.open:
+            request.open.remove(choice)
+            self._num_open[request.interactive] -= 1
+            self.when_fewer()
+
+    def settle(self, request: Request, choice: int) -> None:
+        """The log has the choice's last record."""
+        request.unsettled.discard(choice)
+        if not request.unsettled and self._requests.get(request.request_id) is request:
+            self._remove(request)
+            self._commits.finish(request.source, request.offset)
+
+    def drop(self, partitions: Collection[TopicPartition]) -> list[Request]:
+        """Forgets the requests of these partitions: they are another engine's now. Returns them."""
+        dropped = [each for each in self._requests.values() if each.source in partitions]
+        for request in dropped:
+            self._num_open[request.interactive] -= len(request.open)
+            request.open.clear()
+            self._remove(request)
+        if dropped:
+            self.when_fewer()
+        return dropped
+
+    async def until_empty(self) -> None:
+        """Returns once no request is held."""
+        await self._empty.wait()
+
+    def _remove(self, request: Request) -> None:
+        del self._requests[request.request_id]
+        if not self._requests:
+            self._empty.set()
