@@ -22,8 +22,6 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     """Bootstrap servers of the log, `host:port,host:port`."""
     kafka_namespace: str = ""
     """Stands before the names of all topics and groups, so that several meshes can share a cluster."""
-    kafka_namespace: str = ""
-    """Stands before the names of all topics and groups, so that several meshes can share a cluster."""
     incarnation: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
     """Raise it when the engines' consumer group was deleted: epochs must never fall."""
     address: str = "127.0.0.1:50053"
