@@ -305,7 +305,7 @@ class Choice:
         self.end = ChoiceEnd(reason, usage, stop)
 
     def _contradiction(self, verdict: Verdict, part: Part) -> str:
-        where = f"choice {self.index}: after token {self._accepted.count - 1} the log holds"
+        where = f"choice {self.index} after {self._accepted.count} tokens: the log holds"
         if verdict is Verdict.GAP:
-            return f"{where} tokens from {part.first_index} on; what lies between is missing"
-        return f"{where} the tokens of an engine that had written another text before them"
+            return f"{where} those from {part.first_index} on; what lies between is missing"
+        return f"{where} those of an engine that had written another text before them"

@@ -219,7 +219,12 @@ async def open_mesh(**settings: Any) -> AsyncIterator[Mesh]:
             await parts.enter_async_context(bus.reader(requests)),
             await parts.enter_async_context(bus.reader({CONTROL.partition(0): None})),
         )
-        given = {"address": "127.0.0.1:0", "http_address": "127.0.0.1:0", "flush_ms": 0, "drain_seconds": 0} | settings
+        given: dict[str, Any] = {
+            "address": "127.0.0.1:0",
+            "http_address": "127.0.0.1:0",
+            "flush_ms": 0,
+            "drain_seconds": 0,
+        } | settings
         addresses = await parts.enter_async_context(serve(GatewaySettings(tokenizer=server.address, **given), bus=bus))
         channel = await parts.enter_async_context(rpc.channel(addresses.grpc))
         yield Mesh(

@@ -1,0 +1,237 @@
+"""When an answer's events are due, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from holdfast.accept import Source, extend_hash
+from holdfast.errors import Overloaded, StreamFailed
+from holdfast.events import Finished, FinishReason, Tokens, Usage
+from services.gateway import cursor
+from services.gateway.answer import Answer, State
+from services.gateway.choice import Finish, Manner, Part
+
+NEVER = 3600.0
+
+
+@dataclass
+class Feed:
+    """An answer, and the hand of log and tokenizer on it."""
+
+    num_choices: int = 1
+    flush: float = 0.0
+    max_waiting: int = 4096
+    cancel_on_disconnect: bool = False
+    ended: list[State] = field(default_factory=list)
+    cancelled: list[int | None] = field(default_factory=list)
+    offset: int = 70
+
+    def __post_init__(self) -> None:
+        self._written: dict[int, list[int]] = {index: [] for index in range(self.num_choices)}
+        self.answer = Answer(
+            "r-1",
+            prompt_ids=[1, 2],
+            num_choices=self.num_choices,
+            manner=Manner(),
+            source=Source(1, 9),
+            reply_partition=3,
+            start_offset=70,
+            epoch=4,
+            cancel_on_disconnect=self.cancel_on_disconnect,
+            flush=self.flush,
+            max_waiting=self.max_waiting,
+            on_end=lambda answer: self.ended.append(answer.state),
+            cancel=lambda choice, reason: self.cancelled.append(choice),
+        )
+
+    def say(self, text: str, *, choice: int = 0, finish: FinishReason | None = None, decode: bool = True) -> None:
+        """The next tokens of a choice, in a record of their own, with their text."""
+        before = self._written[choice]
+        end = Finish(finish, Usage(2, 0, 9)) if finish is not None else None
+        self.accept(Part(choice, len(before), list(text.encode()), (), extend_hash(0, before), end), decode=decode)
+        before += text.encode()
+
+    def accept(self, part: Part, *, decode: bool = True) -> None:
+        self.offset += 1
+        choice = self.answer.accept(part, offset=self.offset, epoch=5)
+        while choice is not None and decode and (pieces := choice.to_decode()):
+            self.answer.decoded(choice, pieces, [bytes(pieces[0].ids).decode()], len(pieces[0].ids))
+
+
+def texts(events: Sequence[Tokens | Finished]) -> list[str]:
+    return [event.text if isinstance(event, Tokens) else event.reason.value for event in events]
+
+
+async def test_the_first_tokens_and_the_end_come_at_once_and_the_rest_together() -> None:
+    """However rarely events may come, a choice's first tokens and its end do not wait; what waits comes in one event."""
+    feed = Feed(flush=NEVER)
+    feed.say("a")
+    assert texts(await feed.answer.next()) == ["a"]
+    for text in "bcd":
+        feed.say(text)
+    assert await feed.answer.next(timeout=0.01) == []
+    feed.say("e", finish=FinishReason.LENGTH)
+    assert texts(await feed.answer.next()) == ["bcde", "length"]
+    assert feed.answer.at_end
+
+
+async def test_the_middle_comes_at_most_once_in_a_flush_time() -> None:
+    """Tokens that come soon after an event wait for the rest of the flush time, and no longer."""
+    feed = Feed(flush=0.05)
+    feed.say("a")
+    await feed.answer.next()
+    before = asyncio.get_running_loop().time()
+    feed.say("b")
+    feed.say("c")
+    assert texts(await feed.answer.next(timeout=5)) == ["bc"]
+    assert 0.04 <= asyncio.get_running_loop().time() - before < 4
+
+
+async def test_a_client_that_waits_is_woken_by_the_flush_time() -> None:
+    """Tokens that come while the client waits are due when the flush time is over."""
+    feed = Feed(flush=0.05)
+    feed.say("a")
+    await feed.answer.next()
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(feed.answer.next(timeout=5))
+        await asyncio.sleep(0)
+        feed.say("b")
+    assert texts(waiting.result()) == ["b"]
+
+
+async def test_without_a_flush_time_every_token_is_due() -> None:
+    """With flush 0 nothing waits."""
+    feed = Feed(flush=0)
+    for text in "abc":
+        feed.say(text)
+        assert texts(await feed.answer.next()) == [text]
+
+
+async def test_the_first_tokens_of_every_choice_come_at_once() -> None:
+    """A choice that begins late does not wait for the flush time of another."""
+    feed = Feed(num_choices=2, flush=NEVER)
+    feed.say("a")
+    await feed.answer.next()
+    feed.say("A", choice=1)
+    assert texts(await feed.answer.next()) == ["A"]
+
+
+async def test_choices_end_one_by_one() -> None:
+    """The answer ends with its last choice; what comes for an ended one is ignored."""
+    feed = Feed(num_choices=2)
+    feed.say("a", finish=FinishReason.LENGTH)
+    assert texts(await feed.answer.next()) == ["a", "length"]
+    assert (feed.answer.at_end, feed.ended) == (False, [])
+    feed.say("b")
+    feed.say("A", choice=1, finish=FinishReason.STOP)
+    assert texts(await feed.answer.next()) == ["", "stop"]
+    assert (feed.answer.at_end, feed.ended, feed.answer.state) == (True, [State.FINISHED], State.FINISHED)
+
+
+async def test_cursors_say_where_the_client_stands() -> None:
+    """A cursor counts and hashes what was taken of each choice, and points at or before the first record that was not."""
+    feed = Feed(num_choices=2, flush=NEVER)
+    start = cursor.decode(feed.answer.cursor)
+    assert (start.offset, list(start.next_index), start.epoch, start.reply_partition) == (70, [0, 0], 4, 3)
+    feed.say("ab")
+    feed.say("c", choice=1, decode=False)
+    (tokens,) = await feed.answer.next()
+    now = cursor.decode(tokens.cursor)
+    assert (list(now.next_index), list(now.prefix_hash)) == ([2, 0], [extend_hash(0, b"ab"), 0])
+    assert (now.offset, now.epoch, now.source.partition) == (72, 5, 9)
+    assert cursor.decode(feed.answer.cursor) == now
+
+
+async def test_a_client_that_leaves_cancels_where_it_said_so() -> None:
+    """Closing an open answer cancels its request iff it asked for that; closing an ended one changes nothing."""
+    for asked in (False, True):
+        feed = Feed(cancel_on_disconnect=asked)
+        feed.say("a")
+        feed.answer.close()
+        feed.answer.close()
+        assert (feed.ended, feed.cancelled) == ([State.CLOSED], [None] * asked)
+    feed = Feed(cancel_on_disconnect=True)
+    feed.say("a", finish=FinishReason.LENGTH)
+    feed.answer.close()
+    assert (feed.ended, feed.cancelled) == ([State.FINISHED], [])
+
+
+async def test_what_contradicts_breaks_the_answer_and_ends_the_request() -> None:
+    """A record that does not fit breaks the answer; a client that waits is told, and the request is cancelled."""
+    feed = Feed()
+    feed.say("a")
+    await feed.answer.next()
+    asyncio.get_running_loop().call_soon(feed.accept, Part(0, 1, [98], (), prefix_hash=7))
+    with pytest.raises(StreamFailed, match="another text"):
+        await feed.answer.next(timeout=5)
+    assert (feed.ended, feed.cancelled) == ([State.BROKEN], [None])
+
+
+async def test_a_choice_that_was_not_asked_for_breaks_the_answer() -> None:
+    """Tokens of a choice beyond num_choices are an error of whoever wrote them."""
+    feed = Feed()
+    feed.accept(Part(1, 0, [98], (), prefix_hash=0))
+    with pytest.raises(StreamFailed, match="choice 1 of 1"):
+        await feed.answer.next()
+
+
+async def test_a_client_that_reads_too_slowly_loses_the_stream() -> None:
+    """More waiting tokens than allowed break the answer with Overloaded; the request ends iff the client asked so."""
+    for asked in (False, True):
+        feed = Feed(max_waiting=4, cancel_on_disconnect=asked)
+        feed.say("abc")
+        await feed.answer.next()
+        feed.say("defgh")
+        with pytest.raises(Overloaded, match="reads too slowly"):
+            await feed.answer.next()
+        assert (feed.answer.state, feed.cancelled) == (State.BROKEN, [None] * asked)
+        assert cursor.decode(feed.answer.cursor).next_index == [3]
+
+
+async def test_half_of_what_may_wait_is_due_at_once() -> None:
+    """The flush time does not make a client slow: at half of the limit events are due."""
+    feed = Feed(flush=NEVER, max_waiting=4)
+    feed.say("a")
+    await feed.answer.next()
+    feed.say("bc")
+    assert texts(await feed.answer.next()) == ["bc"]
+
+
+async def test_the_deadline_ends_every_open_choice_with_what_it_has() -> None:
+    """At the deadline open choices end with DEADLINE and their text so far, ended ones stay, the request is cancelled."""
+    feed = Feed(num_choices=2)
+    feed.say("a", finish=FinishReason.STOP)
+    feed.say("bc", choice=1)
+    feed.answer.expire()
+    assert texts(await feed.answer.next()) == ["", "stop", "bc", "deadline"]
+    assert (feed.ended, feed.cancelled) == ([State.FINISHED], [None])
+    feed.answer.expire()
+    assert feed.cancelled == [None]
+
+
+async def test_a_lost_answer_breaks_and_its_request_goes_on() -> None:
+    """Where this gateway cannot follow, nobody is cancelled."""
+    feed = Feed(cancel_on_disconnect=True)
+    feed.answer.lose(StreamFailed("gone"))
+    with pytest.raises(StreamFailed, match="gone"):
+        await feed.answer.next()
+    feed.answer.close()
+    assert feed.cancelled == []
+
+
+async def test_when_tokens_came_is_known() -> None:
+    """The times of the first and the last token are kept for metrics."""
+    feed = Feed()
+    times = []
+    for text in "ab":
+        times.append(feed.answer.first_token_at)
+        feed.say(text)
+        times.append(feed.answer.first_token_at)
+    assert times[0] is None
+    assert times[1] == times[2] == times[3] is not None
+    assert feed.answer.last_token_at is not None
+    assert feed.answer.last_token_at >= (times[3] or 0)
