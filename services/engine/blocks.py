@@ -133,6 +133,14 @@ class BlockPool:
         self._blocks[block_hash] = block
         return True
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Takes the names of active blocks: what they hold is of no use. Who shares them keeps them."""
+        for block in blocks:
+            assert self._num_references[block] > 0, f"block {block} is nobody's"
+            block_hash, self._hashes[block] = self._hashes[block], None
+            if block_hash is not None:
+                del self._blocks[block_hash]
+
     def _retire(self, block: int) -> None:
         if self._hashes[block] is None:
             self._free.append(block)

@@ -18,7 +18,7 @@ from opentelemetry import trace
 
 from holdfast import topics
 from holdfast.bus import Bus, TopicPartition
-from holdfast.errors import HoldfastError, InvalidRequest, Unavailable, wire
+from holdfast.errors import HoldfastError, InternalError, InvalidRequest, Unavailable, wire
 from holdfast.v1 import generation_pb2 as pb
 from services.engine.metrics import EngineMetrics
 from services.engine.requests import Request, Requests
@@ -138,7 +138,7 @@ class Emitter:
         for choice in range(request.num_choices):
             finish = pb.Finish(reason=_REASONS[reason], usage=pb.Usage())
             if error is not None:
-                finish.error.CopyFrom(pb.StreamError(code=wire(error).grpc.value[0], message=str(error)))
+                finish.error.CopyFrom(_error(error))
             stream = pb.StreamTokens(request_id=request.request_id, choice=choice, finish=finish)
             streams[request.reply_partition, request.source].append((stream, request))
             self._metrics.refused(reason.value)
@@ -260,6 +260,10 @@ def _finish(sequence: Sequence, reason: FinishReason) -> pb.Finish:
         ),
     )
     if reason is FinishReason.ERROR:
-        code = wire(InvalidRequest("")).grpc.value[0]
-        finish.error.CopyFrom(pb.StreamError(code=code, message=sequence.error))
+        never_ran = sequence.started_at is None
+        finish.error.CopyFrom(_error((InvalidRequest if never_ran else InternalError)(sequence.error)))
     return finish
+
+
+def _error(error: HoldfastError) -> pb.StreamError:
+    return pb.StreamError(code=wire(error).grpc.value[0], message=str(error))

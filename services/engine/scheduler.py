@@ -256,9 +256,13 @@ class Scheduler:
         step = result.step
         assert step.number == self._num_committed + 1, "steps are committed in the order of their plans"
         self._num_committed = step.number
-        samples = iter(zip(result.token_ids, result.logprobs, strict=True))
+        samples = enumerate(zip(result.token_ids, result.logprobs, strict=True))
         for work in step.works:
-            self._land(work, next(samples) if work.samples else None, now)
+            index, sample = next(samples) if work.samples else (-1, None)
+            if self._land(work) and index in result.failed:
+                self._fail(work.sequence, now)
+            elif not work.sequence.is_finished:
+                self._take_result(work, sample, now)
         self._give_back()
         return self.take_news()
 
@@ -411,17 +415,24 @@ class Scheduler:
 
     # Results.
 
-    def _land(self, work: Work, sample: tuple[int, TokenLogprobs | None] | None, now: float) -> None:
-        """Takes one work's result."""
+    def _land(self, work: Work) -> bool:
+        """The work is no longer in flight. Returns whether anybody still wants its result."""
         sequence = work.sequence
         sequence.num_in_flight -= 1
         sequence.num_pending -= work.samples
-        if sequence.is_finished:
-            return
-        if sequence.phase is Phase.RUNNING:
-            self._compute_until(sequence, work)
+        return not sequence.is_finished
+
+    def _take_result(self, work: Work, sample: tuple[int, TokenLogprobs | None] | None, now: float) -> None:
+        if work.sequence.phase is Phase.RUNNING:
+            self._compute_until(work.sequence, work)
         if sample is not None:
-            self._append(sequence, *sample, now=now)
+            self._append(work.sequence, *sample, now=now)
+
+    def _fail(self, sequence: Sequence, now: float) -> None:
+        """What was computed of it is no number: nobody else must find it in the cache."""
+        self.pool.forget(sequence.blocks)
+        sequence.error = "the model's output is not a number after these tokens; the engine cannot continue them"
+        self._end(sequence, FinishReason.ERROR, now)
 
     def _compute_until(self, sequence: Sequence, work: Work) -> None:
         """Notes that the tokens are computed, and the hashes of the blocks that are full with them."""

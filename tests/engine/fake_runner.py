@@ -65,6 +65,8 @@ class FakeRunner:
         self.slots: dict[int, Slot] = {}
         self.cache: dict[tuple[int, int], tuple[int, int]] = {}
         """(block, offset) → (position, digest)."""
+        self.sick: Sequence | None = None
+        """A sequence whose logits are no numbers."""
 
     def launch(self, step: Step) -> Launched:
         self._apply(step)
@@ -73,7 +75,9 @@ class FakeRunner:
         return Launched(step, tuple(sampled), blocks)
 
     def collect(self, launched: Launched) -> StepResult:
-        return StepResult(launched.step, launched.sampled, (None,) * len(launched.sampled))
+        sampling = [work.sequence for work in launched.step.works if work.samples]
+        failed = frozenset(index for index, each in enumerate(sampling) if each is self.sick)
+        return StepResult(launched.step, launched.sampled, (None,) * len(launched.sampled), failed)
 
     def _apply(self, step: Step) -> None:
         for slot in step.released:

@@ -299,6 +299,19 @@ def test_the_youngest_waits_where_others_hold_its_blocks() -> None:
     assert only.finish is FinishReason.LENGTH
 
 
+@LOOKAHEADS
+def test_a_sequence_whose_logits_are_no_numbers_fails_alone(lookahead: int) -> None:
+    """It ends with ERROR, others go on, and what was computed of it is not found by anybody."""
+    driver = Driver(lookahead=lookahead, max_sequences=2, num_blocks=64)
+    sick, well = driver.add(sequence([1] * 9, max_tokens=9)), driver.add(sequence([2] * 9, max_tokens=9))
+    driver.runner.sick = sick
+    driver.run()
+    assert (sick.finish, well.finish) == (FinishReason.ERROR, FinishReason.LENGTH)
+    assert "not a number" in sick.error
+    assert driver.scheduler.hashes_beyond_cache(sequence([1] * 9)) == sick.block_hashes[:2]
+    driver.check_all_answered()
+
+
 def test_a_step_must_hold_a_token_of_every_slot() -> None:
     """Limits under which decodes would not fit into a step are refused."""
     with pytest.raises(ValueError, match="max_step_tokens must be at least max_sequences"):
