@@ -13,8 +13,8 @@ What aiokafka 0.14 does beside what `holdfast.bus` promises, and what this modul
 * An idempotent send is repeated for ever, and a failed one leaves a gap in the sequence numbers that fails all later
   ones; so acks have a time limit here, and a producer is replaced after any failure.
 * A full batch lets later sends overtake those that wait; so sends to one partition take turns.
-* Its admin client takes a coordinator that is not ready for one that knows no commits; so what is missing is asked for
-  again.
+* Its consumers and its admin client take a coordinator that is not ready for one that knows no commits, and a consumer
+  then goes to the beginning; so what is missing is asked for again, and members are sent to their positions.
 * Asking a broker for a topic's metadata may create it with one partition; so topics are looked up in the list of all.
 """
 
@@ -512,8 +512,9 @@ class _KafkaMember(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc] # 
     async def read(self, *, max_records: int, timeout: float | None = None) -> list[Record]:
         deadline = _deadline(timeout)
         while True:
-            if self._met is not self._ownership:
-                self._met = self._ownership
+            if self._met is not (ownership := self._ownership):
+                await self._go_to_committed(ownership)
+                self._met = ownership
                 return []
             records = await self._take(max_records, deadline)
             if records or (_left_ms(deadline) == 0 and self._met is self._ownership):
@@ -547,6 +548,12 @@ class _KafkaMember(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc] # 
         # A `_take` that waits ends. Even one that is about to get records loses none: cancelled, it takes nothing.
         if self._taking is not None and not self._taking.expired():
             self._taking.reschedule(asyncio.get_running_loop().time())
+
+    async def _go_to_committed(self, ownership: Ownership) -> None:
+        """Reads from the committed positions on. Where there is none, aiokafka goes to the beginning."""
+        for partition, position in (await self._bus.committed(self._group, ownership.partitions)).items():
+            if ownership is self._ownership:
+                self._consumer.seek(self._names.theirs(partition), position.offset)
 
     async def _take(self, max_records: int, deadline: float | None) -> list[Record]:
         """Records of what is owned; [] at the deadline, or because a rebalance ended."""
