@@ -78,3 +78,6 @@ class StepResult:
     """One for each work that samples, in the order of the works."""
     logprobs: tuple[TokenLogprobs | None, ...]
     """The same, None where the sequence did not ask for them."""
+    failed: frozenset[int] = frozenset()
+    """Indices of `token_ids` that mean nothing, for the model's logits there were not numbers: such a sequence cannot
+    go on."""

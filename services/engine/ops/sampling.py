@@ -15,6 +15,7 @@ Shapes: R rows, V vocabulary, C candidates or counters, G groups.
 
 from __future__ import annotations
 
+import math
 from typing import TypeVar
 
 import numpy as np
@@ -85,22 +86,27 @@ def keep_top_p(p_RV: Tensor, top_p_R: Tensor) -> Tensor:
     if p_RV.device.type == "cpu":
         floors = [_nucleus_floor(p_V, top_p) for p_V, top_p in zip(p_RV.numpy(), top_p_R.tolist(), strict=True)]
         return _drop_below(p_RV, torch.tensor(floors))
+    return _drop_below(p_RV, nucleus_floors(p_RV, top_p_R))
+
+
+def nucleus_floors(p_RV: Tensor, top_p_R: Tensor) -> Tensor:
+    """How likely a token of each row must be to stay under `keep_top_p`."""
     values_RV = p_RV.sort(-1, descending=True).values
     before_RV = values_RV.cumsum(-1, dtype=torch.float64) - values_RV
     # A token stays as long as those before it do not reach the target.
-    count_R = (before_RV < (top_p_R * values_RV.sum(-1))[:, None]).sum(-1).clamp_(min=1)
-    return _drop_below(p_RV, torch.where(top_p_R < 1, values_RV.gather(1, count_R[:, None] - 1)[:, 0], 0.0))
+    target_R = top_p_R.double() * values_RV.sum(-1, dtype=torch.float64)
+    count_R = (before_RV < target_R[:, None]).sum(-1).clamp_(min=1)
+    return torch.where(top_p_R < 1, values_RV.gather(1, count_R[:, None] - 1)[:, 0], 0.0)
 
 
 def _nucleus_floor(p_V: NDArray[np.float32], top_p: float) -> float:
-    """How likely a token must be to stay. The tokens dropped sum up to (1 - top_p) of all, so none of V tokens that
-    is less likely than a V-th of that stays: few are left to sort."""
-    if top_p >= 1:
+    """The same for one row, at less than a tenth of the cost. The tokens dropped sum up to (1 - top_p) of all, so none
+    of V tokens that is less likely than a V-th of that stays, and few are left to sort."""
+    total = float(p_V.sum())
+    if top_p >= 1 or math.isnan(total):
         return 0.0
-    total = p_V.sum()
     values = np.sort(p_V[p_V >= (1 - top_p) * total / len(p_V) * 0.999])[::-1]  # 0.999, for `total` is rounded
     before = values.cumsum(dtype=np.float64) - values
-    # A token stays as long as those before it do not reach the target.
     count = int(np.count_nonzero(before < top_p * total))
     return float(values[max(count, 1) - 1])
 

@@ -1,0 +1,116 @@
+"""Builds what computes: model, cache, slots and runner, as the settings say and as the machine allows."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import torch
+
+from holdfast.errors import ConfigurationError
+from services.engine import models
+from services.engine.kv_cache import KVCache
+from services.engine.model_runner import ModelRunner
+from services.engine.models import Model
+from services.engine.sampler import Sampler
+from services.engine.settings import EngineSettings
+from services.engine.state import DeviceState
+
+log = structlog.stdlib.get_logger(__name__)
+
+GPU_SHARE = 0.85
+"""Of the memory that is free once the model is loaded, what the KV cache takes. The rest is for activations."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Computer:
+    """What computes steps."""
+
+    model: Model
+    cache: KVCache
+    runner: ModelRunner
+    max_model_len: int
+    """Most tokens of a sequence."""
+    device: torch.device
+
+
+def build(settings: EngineSettings, folder: Path) -> Computer:
+    """Loads the model of a folder and sets up everything around it. Sets the number of threads that torch uses in this
+    process. Raises `ConfigurationError` where the settings do not fit the model or the machine."""
+    device = _device(settings)
+    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    model = models.load(
+        folder,
+        implementation=settings.implementation,
+        dtype=_DTYPES.get(settings.dtype),
+        device=device,
+        load_format=settings.load_format,
+    )
+    cache = _cache(settings, model, device)
+    max_model_len = _max_model_len(settings, model, cache)
+    state = DeviceState(
+        num_slots=settings.max_sequences, max_len=max_model_len, block_size=settings.block_size, device=device
+    )
+    log.info(
+        "model loaded",
+        folder=str(folder),
+        device=str(device),
+        dtype=str(model.kv_shape.dtype).removeprefix("torch."),
+        cache_blocks=cache.num_blocks,
+        cache_tokens=cache.num_blocks * cache.block_size,
+        max_model_len=max_model_len,
+        threads=torch.get_num_threads(),
+    )
+    return Computer(model, cache, ModelRunner(model, cache, state, Sampler(state)), max_model_len, device)
+
+
+def _device(settings: EngineSettings) -> torch.device:
+    if settings.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError("device is cuda, but PyTorch sees no CUDA device here; say cpu or auto")
+    return torch.device(settings.device)
+
+
+def _cache(settings: EngineSettings, model: Model, device: torch.device) -> KVCache:
+    block_bytes = model.kv_shape.token_bytes * settings.block_size
+    num_blocks = settings.cache_blocks or _memory(settings, device) // block_bytes
+    if num_blocks < 2:
+        raise ConfigurationError(
+            f"a block of {settings.block_size} tokens takes {block_bytes:,} bytes; cache_bytes "
+            f"({settings.cache_bytes:,}) must hold two at least"
+        )
+    try:
+        return KVCache(model.kv_shape, num_blocks=num_blocks, block_size=settings.block_size, device=device)
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        raise ConfigurationError(
+            f"no memory for a KV cache of {num_blocks:,} blocks of {block_bytes:,} bytes; ask for less with cache_blocks"
+        ) from error
+
+
+def _memory(settings: EngineSettings, device: torch.device) -> int:
+    """Bytes that the cache may take."""
+    if device.type == "cpu":
+        return settings.cache_bytes
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free * GPU_SHARE)
+
+
+def _max_model_len(settings: EngineSettings, model: Model, cache: KVCache) -> int:
+    holds = cache.num_blocks * cache.block_size
+    if settings.max_model_len is None:
+        return min(model.max_positions, holds)
+    if settings.max_model_len > model.max_positions:
+        raise ConfigurationError(
+            f"max_model_len is {settings.max_model_len}, but the model's context has {model.max_positions} tokens"
+        )
+    if settings.max_model_len > holds:
+        raise ConfigurationError(
+            f"the cache is too small for one sequence of max_model_len ({settings.max_model_len}) tokens: its "
+            f"{cache.num_blocks} blocks hold {holds}; raise cache_bytes or cache_blocks, or lower max_model_len"
+        )
+    return settings.max_model_len

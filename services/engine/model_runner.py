@@ -1,0 +1,119 @@
+"""Runs steps: from the scheduler's decision to what was sampled.
+
+`launch` applies a step's delta to the slots, computes the batch and samples, and writes the sampled tokens to the slots,
+where the next step finds them; the host need not have seen them. `collect` waits for what the host wants to know. So a
+device that works by itself may be given the next step before the last one is collected; on a CPU `launch` does it all.
+
+How a step is computed is an executor's business. `Eager` runs any step on any device, operation by operation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from services.engine.batch import Step, StepResult
+from services.engine.kv_cache import KVCache
+from services.engine.models import Model
+from services.engine.sampler import Reported, Sampled, Sampler
+from services.engine.sequence import TokenLogprobs
+from services.engine.state import DeviceState
+
+
+class Eager:
+    """Computes a step operation by operation."""
+
+    def __init__(self, model: Model, cache: KVCache, state: DeviceState, sampler: Sampler) -> None:
+        self._model = model
+        self._cache = cache
+        self._state = state
+        self._sampler = sampler
+
+    def run(self, step: Step) -> Sampled | None:
+        """What the step sampled; None where none of its works does."""
+        batch = self._state.apply(step)
+        logits_RV = self._model.forward(batch, self._cache)
+        if not len(batch.selection):
+            return None
+        sampled = self._sampler(logits_RV, batch.selection)
+        self._state.append(batch.selection, sampled.token_ids_R)
+        return sampled
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step on its way."""
+
+    step: Step
+    sampled: Sampled | None
+    """In the host's memory once the copy is done."""
+    copied: torch.Event | None
+    """None where nothing had to be copied."""
+
+
+class ModelRunner:
+    """Computes steps in the order of their launches, for one thread."""
+
+    def __init__(self, model: Model, cache: KVCache, state: DeviceState, sampler: Sampler) -> None:
+        self._executor = Eager(model, cache, state, sampler)
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> Launched:
+        """Starts a step."""
+        sampled = self._executor.run(step)
+        if sampled is None or sampled.token_ids_R.device.type == "cpu":
+            return Launched(step, sampled, None)
+        sampled = _on_host(sampled)
+        copied = torch.Event("cuda")
+        copied.record()
+        return Launched(step, sampled, copied)
+
+    def collect(self, launched: Launched) -> StepResult:
+        """Waits for a step and says what it sampled."""
+        if launched.copied is not None:
+            launched.copied.synchronize()
+        if launched.sampled is None:
+            return StepResult(launched.step, (), ())
+        return _result(launched.step, launched.sampled)
+
+
+def _on_host(sampled: Sampled) -> Sampled:
+    """The same in pinned memory, as soon as the copies that this starts are done."""
+    reported = sampled.reported
+    return Sampled(
+        token_ids_R=_pinned(sampled.token_ids_R),
+        is_sound_R=_pinned(sampled.is_sound_R),
+        reported=reported
+        and Reported(
+            rows=reported.rows,
+            chosen_P=_pinned(reported.chosen_P),
+            top_PC=_pinned(reported.top_PC),
+            top_ids_PC=_pinned(reported.top_ids_PC),
+        ),
+    )
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _result(step: Step, sampled: Sampled) -> StepResult:
+    token_ids = tuple(sampled.token_ids_R.tolist())
+    logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
+    if sampled.reported is not None:
+        sampling = [work.sequence.sampling for work in step.works if work.samples]
+        for row, each in zip(sampled.reported.rows, _logprobs(sampled.reported), strict=True):
+            logprobs[row] = TokenLogprobs(each.logprob, each.top[: sampling[row].logprobs])
+    failed = () if sampled.is_sound_R.all() else (~sampled.is_sound_R).nonzero()[:, 0].tolist()
+    return StepResult(step, token_ids, tuple(logprobs), frozenset(failed))
+
+
+def _logprobs(reported: Reported) -> list[TokenLogprobs]:
+    """Of each reporting row, with as many likeliest tokens as the row that wants most."""
+    columns = (reported.chosen_P.tolist(), reported.top_ids_PC.tolist(), reported.top_PC.tolist())
+    return [
+        TokenLogprobs(chosen, tuple(zip(ids, values, strict=True)))
+        for chosen, ids, values in zip(*columns, strict=True)
+    ]
