@@ -22,8 +22,8 @@ from services.tokenizer.settings import TokenizerSettings
 SERVICE = tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"].full_name
 
 _INLINE_IDS = 1024
-"""Most ids that one message of a Decode stream may carry to be decoded on the event loop: at most some milliseconds of work. The ids
-of a step are fewer."""
+"""Most ids that one message of a Decode stream may carry to be decoded on the event loop: some milliseconds of work at
+most. The ids of a step are fewer."""
 
 
 class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.errors import ConfigurationError, InvalidRequest
-from services.tokenizer.decode import Decoded, Detokenizer, spelling
+from services.tokenizer.decode import Decoded, Detokenizer
 from services.tokenizer.loading import ModelTokenizer
+from services.tokenizer.spelling import spelling
 from tests.tokenizer.conftest import random_text
 
 NAMES = ["qwen3", "llama-3", "smollm2", "stories260k"]
@@ -205,11 +208,39 @@ def test_an_unknown_decoder_stops_the_start() -> None:
         spelling({})
 
 
-@pytest.mark.parametrize(("scheme", "expected"), [("always", "a b"), ("first", "a b"), ("never", " a b")])
-def test_metaspace_drops_the_first_space_unless_it_never_added_one(scheme: str, expected: str) -> None:
-    """A Metaspace decoder's first token loses its mark where the scheme put one there."""
-    spelled = spelling({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": True})
-    assert (spelled.first_token("▁a") + spelled.token("▁b")).decode() == expected
+REPLACE = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+BYTES, FUSE = {"type": "ByteFallback"}, {"type": "Fuse"}
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+
+BYTE_LEVEL_DECODER = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+
+DECODERS = {
+    "Llama 2": {"type": "Sequence", "decoders": [REPLACE, BYTES, FUSE, STRIP]},
+    "Gemma": {"type": "Sequence", "decoders": [REPLACE, BYTES, FUSE]},
+    "Metaspace": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
+    "Metaspace, first": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False},
+    "Metaspace, never": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False},
+    "byte level": BYTE_LEVEL_DECODER,
+    "byte level in a sequence": {"type": "Sequence", "decoders": [BYTE_LEVEL_DECODER, FUSE]},
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_of_all_families_spell_as_the_library_does(name: str) -> None:
+    """Any tokens come out of a stream as the tokenizers library decodes them at once, spaces at the start included."""
+    from tokenizers import Tokenizer, models
+
+    byte_tokens = [f"<0x{byte:02X}>" for byte in "中".encode()]
+    tokens = ["▁", "▁▁", "▁a", "a▁b", "▁▁b", "ab", "Ġa", "ж", "中", "<s>", "<0x0A>", *byte_tokens]
+    backend = Tokenizer(models.BPE(vocab={token: id for id, token in enumerate(tokens)}, merges=[]))
+    content = json.loads(backend.to_str()) | {"decoder": DECODERS[name]}
+    tokenizer = _tokenizer(Tokenizer.from_str(json.dumps(content)))
+    detokenizer = Detokenizer(tokenizer)
+    rng = random.Random(name)
+    words = [[id] for id in range(len(tokens) - 3)] + [list(range(len(tokens) - 3, len(tokens)))]
+    for _ in range(500):
+        ids = [id for word in rng.choices(words, k=rng.randint(1, 5)) for id in word]
+        assert "".join(streamed(detokenizer, ids, rng, prompt=[], largest=2)) == at_once(tokenizer, ids)
 
 
 @given(st.binary(max_size=12), st.data())
@@ -224,20 +255,24 @@ def test_any_bytes_cut_anywhere_read_the_same(data: bytes, draw: st.DataObject) 
 
 def _of_bytes() -> Detokenizer:
     """A vocabulary of the 256 bytes."""
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, decoders, models
 
     backend = Tokenizer(models.BPE(vocab={f"<0x{byte:02X}>": byte for byte in range(256)}, merges=[]))
-    return Detokenizer(
-        ModelTokenizer(
-            backend=backend,
-            decoder={"type": "ByteFallback"},
-            special_ids=frozenset(),
-            vocab_size=256,
-            context_length=16,
-            bos_token_id=None,
-            eos_token_ids=(),
-            digest="",
-            special_tokens={},
-            chat_templates={},
-        )
+    backend.decoder = decoders.ByteFallback()
+    return Detokenizer(_tokenizer(backend))
+
+
+def _tokenizer(backend: Any) -> ModelTokenizer:
+    """A tokenizer of a model about which nothing else is known."""
+    return ModelTokenizer(
+        backend=backend,
+        decoder=json.loads(backend.decoder.__getstate__()),
+        special_ids=frozenset(),
+        vocab_size=backend.get_vocab_size(),
+        context_length=16,
+        bos_token_id=None,
+        eos_token_ids=(),
+        digest="",
+        special_tokens={},
+        chat_templates={},
     )
