@@ -17,7 +17,7 @@ from tests.conftest import OpenBus, missing
 
 @pytest.fixture(scope="session")
 def published(stories260k: Path) -> str:
-    """The text that stories260k writes greedily from nothing, as llama2.c publishes it: 200 tokens."""
+    """The text that stories260k writes greedily from nothing, as llama2.c publishes it: 199 tokens."""
     return (stories260k / "expected_greedy_200.txt").read_text(encoding="utf-8")
 
 

@@ -17,6 +17,9 @@ from holdfast.events import Finished, FinishReason, Tokens
 from holdfast.v1 import engine_pb2_grpc
 from tests.flow.mesh import ANYWHERE, Engine, Process, process
 
+LENGTH = 199
+"""Tokens of the published text."""
+
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(300)]
 
 
@@ -50,7 +53,7 @@ async def mesh(kafka: str, stories260k: Path) -> AsyncIterator[Processes]:
 
 
 async def story(client: Client) -> str:
-    return await client.generate(token_ids=[1], max_tokens=200, temperature=0, timeout=120).read()
+    return await client.generate(token_ids=[1], max_tokens=LENGTH, temperature=0, timeout=120).read()
 
 
 async def test_four_processes_stream_the_published_text_and_engines_share_the_work(
@@ -61,7 +64,7 @@ async def test_four_processes_stream_the_published_text_and_engines_share_the_wo
     assert stories == [published] * 16
     generated = [(await engine.load()).num_generated_tokens for _, engine in mesh.engines]
     assert all(count > 0 for count in generated)
-    assert sum(generated) == 16 * 200
+    assert sum(generated) == 16 * LENGTH
 
 
 async def test_requests_survive_the_death_of_their_engine(mesh: Processes, published: str) -> None:
@@ -72,13 +75,13 @@ async def test_requests_survive_the_death_of_their_engine(mesh: Processes, publi
 
     async def listen() -> str:
         text, num_tokens = "", 0
-        async with mesh.client.generate(token_ids=[1], max_tokens=200, temperature=0, timeout=120) as answer:
+        async with mesh.client.generate(token_ids=[1], max_tokens=LENGTH, temperature=0, timeout=120) as answer:
             async for event in answer:
                 if isinstance(event, Tokens):
                     text += event.text
                     num_tokens += event.num_tokens
                 if isinstance(event, Finished):
-                    assert (event.reason, num_tokens) == (FinishReason.LENGTH, 200)
+                    assert (event.reason, num_tokens) == (FinishReason.LENGTH, LENGTH)
         return text
 
     async with asyncio.TaskGroup() as tasks:
