@@ -1,0 +1,88 @@
+"""An engine with nothing around it: its step thread, given ids and giving ids. What a mesh is measured against."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from services.engine.blocks import BlockPool
+from services.engine.build import build
+from services.engine.loop import StepLoop
+from services.engine.metrics import EngineMetrics
+from services.engine.model_runner import Launched
+from services.engine.scheduler import Limits, Scheduler
+from services.engine.sequence import News, SamplingParams, Sequence, StopRules
+from services.engine.settings import EngineSettings
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """An answer that is waited for."""
+
+    last: asyncio.Future[float]
+    """When its last token came."""
+    first: float = 0.0
+    """When its first token came; 0 before."""
+
+
+class EngineAlone:
+    """A running engine. Lives in the event loop, as the front of a real one does."""
+
+    def __init__(self, settings: EngineSettings, folder: Path) -> None:
+        computer = build(settings, folder)
+        pool = BlockPool(
+            computer.cache.num_blocks, block_size=settings.block_size, keeps_prefixes=settings.prefix_cache
+        )
+        limits = Limits(
+            max_sequences=settings.max_sequences,
+            max_step_tokens=settings.max_step_tokens,
+            itl_target=settings.itl_target_ms / 1000,
+        )
+        metrics = EngineMetrics(CollectorRegistry())
+        self.steps: StepLoop[Launched] = StepLoop(
+            Scheduler(pool, limits), computer.runner, deliver=self._deliver, metrics=metrics
+        )
+        self._waiting: dict[Sequence, Waiting] = {}
+        self._numbers = itertools.count()
+
+    async def first_and_last(self, prompt_ids: list[int], output_tokens: int) -> tuple[float, float]:
+        """Computes so many tokens greedily, and returns when the first and the last of them came, in seconds."""
+        start = time.perf_counter()
+        waiting = Waiting(asyncio.get_running_loop().create_future())
+        sequence = Sequence(
+            request_id=str(next(self._numbers)),
+            choice=0,
+            prompt_ids=prompt_ids,
+            sampling=SamplingParams(temperature=0.0),
+            stop=StopRules(max_tokens=output_tokens),
+            arrival=time.time(),
+        )
+        self._waiting[sequence] = waiting
+        self.steps.add([sequence])
+        last = await waiting.last
+        return waiting.first - start, last - start
+
+    def _deliver(self, news: list[News]) -> None:
+        now = time.perf_counter()
+        for each in news:
+            waiting = self._waiting[each.sequence]
+            waiting.first = waiting.first or now
+            if each.finish is not None:
+                del self._waiting[each.sequence]
+                waiting.last.set_result(now)
+        self.steps.told()
+
+
+@asynccontextmanager
+async def engine_alone(folder: Path, settings: Mapping[str, object]) -> AsyncIterator[EngineAlone]:
+    """An engine for the model in a folder, in this process."""
+    engine = EngineAlone(EngineSettings.model_validate({"model": str(folder), **settings}), folder)
+    async with engine.steps.running():
+        yield engine
