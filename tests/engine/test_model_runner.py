@@ -1,0 +1,215 @@
+"""Steps, from the scheduler's decision to tokens: with chosen logits, and with a real model."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from services.engine.batch import Step, Work
+from services.engine.blocks import BlockPool
+from services.engine.build import build
+from services.engine.kv_cache import KVCache, KVShape
+from services.engine.model_runner import ModelRunner
+from services.engine.sampler import Sampler
+from services.engine.scheduler import Limits, Scheduler
+from services.engine.sequence import FinishReason, SamplingParams, Sequence, StopRules, TokenLogprobs
+from services.engine.settings import EngineSettings
+from services.engine.state import Batch, DeviceState
+from tests.engine.slots import BLOCK_SIZE, sequence
+from tests.engine.test_state import admitting
+
+VOCABULARY = 64
+BROKEN = 13
+
+
+class Successor:
+    """A model whose likeliest token is the one after the last; after `BROKEN` its logits are no numbers."""
+
+    kv_shape = KVShape(layers=1, kv_heads=1, head_dim=1, dtype=torch.float32)
+    vocab_size = VOCABULARY
+    max_positions = 512
+
+    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
+        last_R = batch.token_ids_N[batch.sample_rows_R]
+        logits_RV = torch.zeros((len(last_R), VOCABULARY)).scatter_(1, (last_R + 1)[:, None] % VOCABULARY, 5.0)
+        return logits_RV.masked_fill_((last_R == BROKEN)[:, None], torch.nan)
+
+
+def runner() -> ModelRunner:
+    model = Successor()
+    state = DeviceState(num_slots=4, max_len=128, block_size=BLOCK_SIZE)
+    return ModelRunner(model, KVCache(model.kv_shape, num_blocks=8, block_size=BLOCK_SIZE), state, Sampler(state))
+
+
+def test_steps_may_be_launched_before_the_last_one_is_collected() -> None:
+    """A decode finds the token that the step before sampled, unseen by the host."""
+    under_test, each = runner(), sequence([4, 5])
+    first = under_test.launch(admitting(each, count=2))
+    second = under_test.launch(Step(2, (Work(each, 0, 2, 1, True),)))
+    third = under_test.launch(Step(3, (Work(each, 0, 3, 1, True),)))
+    assert [under_test.collect(launched).token_ids for launched in (first, second, third)] == [(6,), (7,), (8,)]
+
+
+def test_a_step_without_rows_to_sample_gives_no_tokens() -> None:
+    """A chunk in the middle of a prompt has a result too."""
+    under_test, each = runner(), sequence([4, 5, 6])
+    step = admitting(each, count=2)
+    step = Step(1, (Work(each, 0, 0, 2, False),), step.admitted, step.grown)
+    result = under_test.collect(under_test.launch(step))
+    assert (result.step, result.token_ids, result.logprobs, result.failed) == (step, (), (), frozenset())
+
+
+def test_each_row_reports_as_many_logprobs_as_it_asked_for() -> None:
+    """And none where it did not ask."""
+    under_test = runner()
+    rows = [sequence([4], logprobs=2), sequence([5]), sequence([6], logprobs=0)]
+    steps = [admitting(each, slot=slot) for slot, each in enumerate(rows)]
+    step = Step(
+        1,
+        tuple(work for each in steps for work in each.works),
+        tuple(admission for each in steps for admission in each.admitted),
+        tuple(growth for each in steps for growth in each.grown),
+    )
+    result = under_test.collect(under_test.launch(step))
+    expected = torch.zeros(VOCABULARY).index_fill_(0, torch.tensor([0]), 5.0).log_softmax(-1).tolist()
+    first, second, third = result.logprobs
+    assert isinstance(first, TokenLogprobs)
+    assert first.logprob == pytest.approx(expected[0])
+    assert first.top[0][0] == 5
+    assert [logprob for _, logprob in first.top] == pytest.approx(expected[:2])
+    assert second is None
+    assert third == TokenLogprobs(first.logprob)
+
+
+def test_a_row_without_numbers_fails_alone() -> None:
+    """Its index is reported; the others' tokens stand."""
+    under_test = runner()
+    rows = [sequence([4]), sequence([BROKEN]), sequence([6])]
+    steps = [admitting(each, slot=slot) for slot, each in enumerate(rows)]
+    works = tuple(work for each in steps for work in each.works)
+    admitted = tuple(admission for each in steps for admission in each.admitted)
+    result = under_test.collect(under_test.launch(Step(1, works, admitted, tuple(each.grown[0] for each in steps))))
+    assert result.failed == {1}
+    assert (result.token_ids[0], result.token_ids[2]) == (5, 7)
+
+
+class Engine:
+    """Scheduler and runner of a real model, its blocks handed out in a shuffled order."""
+
+    def __init__(
+        self, folder: Path, *, lookahead: int = 0, num_blocks: int = 64, max_step_tokens: int = 64,
+        max_sequences: int = 8, prefix_cache: bool = True, **settings: object,
+    ) -> None:  # fmt: skip
+        given = {"device": "cpu", "dtype": "float32", "block_size": 16, "threads": 1, **settings}
+        computer = build(
+            EngineSettings(cache_blocks=num_blocks, max_sequences=max_sequences, **given),  # type: ignore[arg-type]
+            folder,
+        )
+        pool = BlockPool(num_blocks, block_size=16, keeps_prefixes=prefix_cache)
+        blocks = pool.allocate(num_blocks)
+        random.Random(1).shuffle(blocks)
+        pool.release(blocks)
+        limits = Limits(max_sequences=max_sequences, max_step_tokens=max_step_tokens, lookahead=lookahead)
+        self.scheduler = Scheduler(pool, limits)
+        self.runner = computer.runner
+        self.shapes: set[tuple[int, int]] = set()
+        """(decodes, prefill chunks) of the steps that ran."""
+
+    def run(self, *sequences: Sequence) -> list[list[int]]:
+        """The outputs of sequences that are all there from the start."""
+        for each in sequences:
+            self.scheduler.add(each)
+        in_flight = deque()
+        while True:
+            while len(in_flight) <= self.scheduler.limits.lookahead and (step := self.scheduler.plan(0.0)):
+                self.shapes.add((step.num_decodes, len(step.works) - step.num_decodes))
+                in_flight.append(self.runner.launch(step))
+            if not in_flight:
+                return [each.output_ids for each in sequences]
+            self.scheduler.commit(self.runner.collect(in_flight.popleft()), 0.0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(stories260k: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(stories260k / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def story(stories260k: Path, tokenizer: Tokenizer) -> list[int]:
+    """The ids of the published greedy text, from the beginning of sequence on."""
+    text = (stories260k / "expected_greedy_200.txt").read_text(encoding="utf-8").strip()
+    ids = Engine(stories260k).run(greedy([1], 199))[0]
+    assert tokenizer.decode([1, *ids]).strip() == text
+    return [1, *ids]
+
+
+def greedy(prompt_ids: list[int], max_tokens: int) -> Sequence:
+    return Sequence("r", 0, prompt_ids, SamplingParams(temperature=0.0), StopRules(max_tokens))
+
+
+def test_the_published_story_comes_out(story: list[int]) -> None:
+    """Token by token from the beginning of sequence, over blocks that lie anywhere (the fixture compares the text)."""
+    assert len(story) == 200
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 3])
+@pytest.mark.parametrize("max_step_tokens", [8, 23, 64])
+def test_the_story_goes_on_from_any_prompt_in_any_chunks(
+    stories260k: Path, story: list[int], lookahead: int, max_step_tokens: int
+) -> None:
+    """Prompts of many lengths, computed in chunks beside one another's decodes, each continue the same story."""
+    engine = Engine(stories260k, max_step_tokens=max_step_tokens, lookahead=lookahead)
+    prompts = [story[:count] for count in (1, 2, 15, 16, 17, 33, 100, 150)]
+    outputs = engine.run(*[greedy(prompt, 200 - len(prompt)) for prompt in prompts])
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert prompt + output == story
+    assert any(decodes and chunks for decodes, chunks in engine.shapes)
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_the_story_survives_preemption(stories260k: Path, story: list[int], prefix_cache: bool) -> None:
+    """A cache too small for all throws sequences out, which then compute again what they had."""
+    engine = Engine(stories260k, num_blocks=26, prefix_cache=prefix_cache, max_step_tokens=40)
+    prompts = [story[:count] for count in (1, 20, 40, 60, 80)]
+    outputs = engine.run(*[greedy(prompt, 200 - len(prompt)) for prompt in prompts])
+    assert engine.scheduler.totals.num_preemptions > 0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert prompt + output == story
+
+
+def test_the_story_goes_on_from_cached_blocks(stories260k: Path, story: list[int]) -> None:
+    """A second sequence finds the blocks of the first, and says the same."""
+    engine = Engine(stories260k)
+    engine.run(greedy(story[:100], 100))
+    second = greedy(story[:150], 50)
+    assert story[:150] + engine.run(second)[0] == story
+    assert second.num_cached == 144
+
+
+def drawn(prompt_ids: list[int], max_tokens: int, *, seed: int, choice: int = 0) -> Sequence:
+    params = SamplingParams(temperature=1.0, top_p=0.95, seed=seed, logprobs=1)
+    return Sequence("r", choice, prompt_ids, params, StopRules(max_tokens))
+
+
+def test_drawn_stories_are_the_same_in_company_and_after_a_preemption(stories260k: Path, story: list[int]) -> None:
+    """Eight seeds together on a small cache say what each says alone, log-probabilities included; no two agree."""
+    alone = [Engine(stories260k).run(drawn(story[:9], 60, seed=seed))[0] for seed in range(8)]
+    engine = Engine(stories260k, num_blocks=16, lookahead=1)
+    together = [drawn(story[:9], 60, seed=seed) for seed in range(8)]
+    assert engine.run(*together) == alone
+    assert engine.scheduler.totals.num_preemptions > 0
+    assert len({tuple(output) for output in alone}) == 8
+    assert all(len(each.output_logprobs) == 60 for each in together)
+    assert all(each.finish is FinishReason.LENGTH for each in together)
+
+
+def test_a_sequence_may_fill_the_whole_context(stories260k: Path) -> None:
+    """Up to the last position that the model has."""
+    each = greedy([1] * 500, 12)
+    assert len(Engine(stories260k, max_step_tokens=512).run(each)[0]) == 12
