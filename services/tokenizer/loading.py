@@ -120,7 +120,8 @@ def _eos_ids(backend: Tokenizer, token: str | None, *configs: dict[str, Any]) ->
 
 
 def _chat_templates(folder: Path, names: dict[str, Any]) -> dict[str, str]:
-    """The templates that the files name, files of their own before tokenizer_config.json, as transformers reads them."""
+    """The templates that the files name, files of their own before tokenizer_config.json, as transformers reads
+    them."""
     file = folder / "chat_template.jinja"
     named = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if file.is_file() or named:

@@ -1,8 +1,8 @@
 """Runs chat templates in a process of its own, where one that takes too long or too much memory is ended.
 
-A sandbox keeps a template from getting out; nothing in it keeps a template from looping or growing for ever. The process
-has a limit on its memory, and the service ends it when an answer takes too long; the next conversation gets a new one.
-Requests and answers are JSON behind four bytes that say how long it is, one at a time.
+A sandbox keeps a template from getting out; nothing in it keeps a template from looping or growing for ever. The
+process has a limit on its memory, and the service ends it when an answer takes too long; the next conversation gets a
+new one. Requests and answers are JSON behind four bytes that say how long it is, one at a time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Real tokenizers: those of Qwen 3 and Llama 3, of the default model, and of a tiny model with a SentencePiece vocabulary."""
+"""Real tokenizers: those of Qwen 3 and Llama 3, of the default model, and of a tiny model with a SentencePiece
+vocabulary."""
 
 from __future__ import annotations
 

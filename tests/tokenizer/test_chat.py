@@ -161,8 +161,8 @@ def test_variables_may_replace_what_templates_get_by_default() -> None:
 
 def test_the_generation_tag_renders_as_its_body() -> None:
     """What marks the text to be trained on changes nothing here, loops and their controls inside it included."""
-    source = "{% generation %}{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}{% endgeneration %}"
-    assert rendered(source, [USER]) == "01"
+    body = "{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
+    assert rendered(f"{{% generation %}}{body}{{% endgeneration %}}", [USER]) == "01"
 
 
 def test_json_keeps_its_characters() -> None:

@@ -65,7 +65,8 @@ def at_once(tokenizer: ModelTokenizer, ids: list[int]) -> str:
 def test_a_stream_shows_what_decoding_at_once_gives(
     name: str, largest: int, tokenizers: dict[str, ModelTokenizer], detokenizers: Detokenizers
 ) -> None:
-    """1,000 random texts of many scripts, their ids fed one at a time or in random groups, come out as they do at once."""
+    """1,000 random texts of many scripts, their ids fed one at a time or in random groups, come out as they do at
+    once."""
     rng = random.Random(f"{name} {largest}")
     for _ in range(1000):
         ids = tokenizers[name].backend.encode(random_text(rng), add_special_tokens=False).ids
@@ -79,7 +80,8 @@ def test_a_stream_shows_what_decoding_at_once_gives(
 def test_a_stream_of_any_ids_shows_what_decoding_at_once_gives(
     name: str, tokenizers: dict[str, ModelTokenizer], detokenizers: Detokenizers
 ) -> None:
-    """Ids drawn at random, which spell much that is not UTF-8, come out with the same replacement characters as at once."""
+    """Ids drawn at random, which spell much that is not UTF-8, come out with the same replacement characters as at
+    once."""
     rng = random.Random(name)
     of_bytes = [id for token, id in tokenizers[name].backend.get_vocab().items() if len(token) <= 2]
     for _ in range(1000):
@@ -135,7 +137,8 @@ def test_a_character_begun_in_the_prompt_is_shown_once_it_is_finished(
 def test_the_ids_of_an_unfinished_character_come_again(
     tokenizers: dict[str, ModelTokenizer], detokenizers: Detokenizers
 ) -> None:
-    """The text covers the ids before the character; with `last` it covers all, and the unfinished character is dropped."""
+    """The text covers the ids before the character; with `last` it covers all, and the unfinished character is
+    dropped."""
     ids = tokenizers["stories260k"].backend.encode("ab🦙", add_special_tokens=False).ids
     unfinished, num_before = ids[:-1], len(ids) - 4
     assert detokenizers["stories260k"].decode(unfinished) == Decoded("ab", num_before)

@@ -68,14 +68,19 @@ async def test_the_event_loop_goes_on_while_a_long_text_is_encoded(tokenizers: d
 
 
 async def test_a_call_that_is_cancelled_before_its_turn_is_never_computed(
-    tokenizers: dict[str, ModelTokenizer],
+    tokenizers: dict[str, ModelTokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It leaves its place in the queue: what comes after it does not wait for it."""
     computed: list[str] = []
 
     async with encoding(tokenizers["stories260k"], threads=1) as encoder:
         compute = encoder._encode
-        encoder._encode = lambda texts, special: computed.append(texts[0]) or compute(texts, special)  # type: ignore[method-assign, func-returns-value]
+
+        def noted(texts: list[str], special_tokens: bool) -> list[list[int]]:
+            computed.append(texts[0])
+            return compute(texts, special_tokens)
+
+        monkeypatch.setattr(encoder, "_encode", noted)
         long = asyncio.ensure_future(encoder.encode(["a" * 1_000_000], special_tokens=False))
         await asyncio.sleep(0)
         cancelled = asyncio.ensure_future(encoder.encode(["b"], special_tokens=False))

@@ -29,7 +29,8 @@ def change(path: Path, **values: Any) -> None:
 
 
 def test_limits_and_special_ids_are_the_models(tokenizers: dict[str, ModelTokenizer], folders: dict[str, Path]) -> None:
-    """Vocabulary and context come from config.json, ids from the names of tokens (Qwen names no bos), the digest from tokenizer.json."""
+    """Vocabulary and context come from config.json, ids from the names of tokens (Qwen names no bos), the digest from
+    tokenizer.json."""
     llama, qwen, smollm = (tokenizers[name] for name in ("llama-3", "qwen3", "smollm2"))
     assert (llama.vocab_size, llama.context_length, llama.bos_token_id) == (128256, 131072, 128000)
     assert (qwen.vocab_size, qwen.context_length, qwen.bos_token_id) == (151936, 40960, None)

@@ -166,9 +166,10 @@ async def test_a_wrong_conversation_is_refused_by_its_field(
 ) -> None:
     """The error names the field and says what is wrong with it."""
     template = (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'critic' %}{{ raise_exception('who is critic?') }}{% endif %}"
-        "{% if m.role == 'loop' %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}"
-        "{{ m.content }}{% endfor %}"
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}"
+        "{% if m.role == 'critic' %}{{ raise_exception('who is critic?') }}{% endif %}"
+        "{% if m.role == 'loop' %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+        "{% endif %}{% endfor %}"
     )
     shutil.copytree(folders["stories260k"], tmp_path / "model", copy_function=shutil.copyfile)
     (tmp_path / "model" / "chat_template.jinja").write_text(template)
@@ -178,7 +179,8 @@ async def test_a_wrong_conversation_is_refused_by_its_field(
 
 
 async def test_fields_and_variables_reach_the_template(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Further fields of a message and further variables are what the template reads; content may be among the fields."""
+    """Further fields of a message and further variables are what the template reads; content may be among the
+    fields."""
     template = "{{ messages[0].name }} {{ mood }} {{ messages[0].content[0].text }}"
     shutil.copytree(folders["stories260k"], tmp_path / "model", copy_function=shutil.copyfile)
     (tmp_path / "model" / "chat_template.jinja").write_text(template)
