@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 from holdfast import rpc
 from holdfast.bus import Bus
@@ -24,11 +22,8 @@ from services.gateway.readiness import Readiness
 from services.gateway.servicer import servicer
 from services.gateway.settings import GatewaySettings
 from services.gateway.streams import Streams
+from services.gateway.tasks import running, together
 from services.gateway.tokenizer import Tokenizer
-
-A = TypeVar("A")
-B = TypeVar("B")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,42 +93,6 @@ async def _kafka(settings: GatewaySettings) -> AsyncIterator[Bus]:
     client_id = f"gateway-{settings.reply_partition}"
     async with KafkaBus(settings.kafka, client_id=client_id, namespace=settings.kafka_namespace) as bus:
         yield bus
-
-
-@asynccontextmanager
-async def running(*works: Coroutine[None, None, None]) -> AsyncIterator[None]:
-    """Runs what never ends by itself while the block runs. Where one fails, the block is cancelled and its error raised."""
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(work) for work in works]
-        try:
-            yield
-        finally:
-            for task in tasks:
-                task.cancel()
-
-
-@asynccontextmanager
-async def together(
-    first: AbstractAsyncContextManager[A], second: AbstractAsyncContextManager[B]
-) -> AsyncIterator[tuple[A, B]]:
-    """Enters both, and leaves both at once: the drain of one does not wait for that of the other."""
-    leave = asyncio.Event()
-
-    async def hold(context: AbstractAsyncContextManager[T], entered: asyncio.Future[T]) -> None:
-        async with context as value:
-            entered.set_result(value)
-            await leave.wait()
-
-    loop = asyncio.get_running_loop()
-    a: asyncio.Future[A] = loop.create_future()
-    b: asyncio.Future[B] = loop.create_future()
-    async with asyncio.TaskGroup() as group:
-        group.create_task(hold(first, a))
-        group.create_task(hold(second, b))
-        try:
-            yield await a, await b
-        finally:
-            leave.set()
 
 
 def main() -> None:

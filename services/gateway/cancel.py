@@ -12,6 +12,7 @@ from holdfast.bus import Bus
 from holdfast.errors import HoldfastError
 from holdfast.topics import CONTROL
 from holdfast.v1.generation_pb2 import Cancel
+from services.gateway.tasks import unwrapped
 
 log = structlog.get_logger(__name__)
 
@@ -40,12 +41,13 @@ class Canceller:
     @asynccontextmanager
     async def publishing(self) -> AsyncIterator[None]:
         """Publishes wishes while the block runs, and before it is left those that are left."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._publish_wishes())
-            try:
-                yield
-            finally:
-                self._wishes.put_nowait(None)
+        with unwrapped():
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._publish_wishes())
+                try:
+                    yield
+                finally:
+                    self._wishes.put_nowait(None)
 
     async def _publish_wishes(self) -> None:
         while (wish := await self._wishes.get()) is not None:

@@ -12,8 +12,8 @@ import math
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 
 import structlog
 import uvicorn
@@ -55,6 +55,7 @@ from services.gateway.openai_reply import (
     spelled_logprobs,
 )
 from services.gateway.readiness import Readiness
+from services.gateway.tasks import all_of, running, unwrapped
 from services.gateway.validation import check_request_id
 
 log = structlog.get_logger(__name__)
@@ -242,7 +243,7 @@ class Streamed:
         await self._exchange.begin_stream()
         try:
             await self._begin()
-            await _all_of(self._follow(index, keepalive) for index in range(len(self._answers)))
+            await all_of(self._follow(index, keepalive) for index in range(len(self._answers)))
         except HoldfastError as error:
             await self._exchange.refuse(error)
             return
@@ -291,7 +292,7 @@ class InOnePiece:
 
     async def write(self, keepalive: float) -> None:
         """The whole response; raises the errors of the answers."""
-        await _all_of(self._collect(index) for index in range(len(self._answers)))
+        await all_of(self._collect(index) for index in range(len(self._answers)))
         await self._exchange.respond(self._reply.whole(self._choices, self._ledger))
 
     async def _collect(self, index: int) -> None:
@@ -345,31 +346,8 @@ async def connected(receive: Receive) -> AsyncIterator[None]:
             pass
         raise ClientLeft
 
-    with unwrapped():
-        async with asyncio.TaskGroup() as group:
-            watcher = group.create_task(watch())
-            yield
-            watcher.cancel()
-
-
-@contextmanager
-def unwrapped() -> Iterator[None]:
-    """Raises the first error of a task group as itself: the others were only cancelled by it."""
-    try:
+    async with running(watch()):
         yield
-    except BaseExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from None
-
-
-async def _all_of(works: Iterable[Coroutine[None, None, None]]) -> None:
-    """Does them all at once; the first error ends the others."""
-    with unwrapped():
-        async with asyncio.TaskGroup() as group:
-            for work in works:
-                group.create_task(work)
 
 
 class _Server(uvicorn.Server):
@@ -407,7 +385,7 @@ async def serving(address: str, app: Starlette, *, drain: float) -> AsyncIterato
         timeout_graceful_shutdown=math.ceil(drain),
     )
     server = _Server(config)
-    with listener:
+    with listener, unwrapped():
         async with asyncio.TaskGroup() as group:
             group.create_task(server.serve(sockets=[listener]))
             try:

@@ -3,6 +3,7 @@ tokenizer whose ids are bytes."""
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 import json
 from collections.abc import AsyncIterator, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import httpx
 
 from holdfast import rpc
-from holdfast.accept import extend_hash
+from holdfast.accept import Prefix
 from holdfast.bus import Bus, Reader, Record
 from holdfast.client import Client
 from holdfast.errors import InvalidRequest
@@ -45,7 +46,20 @@ class ByteTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     chat: bool = True
     refuse: InvalidRequest | None = None
     """What every encoding ends with."""
+    open: asyncio.Event = field(default_factory=asyncio.Event)
+    """While it is not set encodings wait."""
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set by every encoding."""
     decode_messages: list[tokenizer_pb2.DecodeRequest] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.open.set()
+
+    async def _encode(self) -> None:
+        self.asked.set()
+        await self.open.wait()
+        if self.refuse is not None:
+            raise self.refuse
 
     @rpc.unary
     async def GetTokenizerInfo(
@@ -62,8 +76,7 @@ class ByteTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
 
     @rpc.unary
     async def Encode(self, request: tokenizer_pb2.EncodeRequest, context: Any) -> tokenizer_pb2.EncodeResponse:
-        if self.refuse is not None:
-            raise self.refuse
+        await self._encode()
         return tokenizer_pb2.EncodeResponse(ids=[tokenizer_pb2.TokenIds(ids=ids(text)) for text in request.texts])
 
     @rpc.unary
@@ -71,8 +84,7 @@ class ByteTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self, request: tokenizer_pb2.EncodeChatRequest, context: Any
     ) -> tokenizer_pb2.EncodeChatResponse:
         """`system: Be kind.\\nuser: Hi\\nassistant:`, with the template's variables in front where there are some."""
-        if self.refuse is not None:
-            raise self.refuse
+        await self._encode()
         chat = request.chat
         lines = [f"{message.role}: {message.content}" for message in chat.messages]
         if not chat.continue_final_message:
@@ -115,7 +127,7 @@ class Job:
 
     request: generation_pb2.GenerationRequest
     record: Record
-    written: dict[int, list[int]] = field(default_factory=dict)
+    written: dict[int, Prefix] = field(default_factory=dict)
 
 
 class FakeEngine:
@@ -170,19 +182,21 @@ class FakeEngine:
         logprobs: Sequence[generation_pb2.TokenLogprobs] = (),
     ) -> generation_pb2.StreamTokens:
         """The next tokens of a choice, for a record."""
-        before = job.written.setdefault(choice, [])
+        before = job.written.get(choice, Prefix())
+        job.written[choice] = before.extended(new)
         part = generation_pb2.StreamTokens(
             request_id=job.request.request_id,
             choice=choice,
-            first_index=len(before),
+            first_index=before.count,
             token_ids=new,
             logprobs=logprobs,
-            prefix_hash=extend_hash(0, before),
+            prefix_hash=before.hash,
         )
-        before.extend(new)
         if finish is not None:
             usage = generation_pb2.Usage(
-                prompt_tokens=len(job.request.prompt_token_ids), cached_tokens=cached, completion_tokens=len(before)
+                prompt_tokens=len(job.request.prompt_token_ids),
+                cached_tokens=cached,
+                completion_tokens=job.written[choice].count,
             )
             part.finish.CopyFrom(generation_pb2.Finish(reason=finish, usage=usage))
         return part
@@ -205,11 +219,13 @@ class Mesh:
 
 
 @asynccontextmanager
-async def open_mesh(**settings: Any) -> AsyncIterator[Mesh]:
+async def open_mesh(
+    *, log: MemoryBus | None = None, tokenizer: ByteTokenizer | None = None, **settings: Any
+) -> AsyncIterator[Mesh]:
     """A gateway that is ready, with these settings; tokens are sent as they come unless these say otherwise."""
-    tokenizer = ByteTokenizer()
+    tokenizer = tokenizer or ByteTokenizer()
     async with AsyncExitStack() as parts:
-        bus = await parts.enter_async_context(MemoryBus())
+        bus = await parts.enter_async_context(log or MemoryBus())
         await bus.create_topics(TOPICS)
         tokenizer_life = await parts.enter_async_context(AsyncExitStack())
         server = await tokenizer_life.enter_async_context(tokenizing(tokenizer))
