@@ -368,7 +368,8 @@ def _integer(name: str, value: Value, low: int, high: int = (1 << 32) - 1) -> in
     if isinstance(value, bool) or not isinstance(value, int):
         raise _wrong(name, "must be an integer", value)
     if not low <= value <= high:
-        raise _wrong(name, f"must be from {low} to {high}" if high < 1 << 31 else f"must be at least {low}", value)
+        small = high < 1 << 31 or value > high
+        raise _wrong(name, f"must be from {low} to {high}" if small else f"must be at least {low}", value)
     return value
 
 

@@ -191,8 +191,10 @@ class CompletionReply(Reply):
 
 
 def _token(text: str, logprob: float) -> dict[str, Any]:
-    """A token of a chat's log-probabilities. One that is no whole character has no bytes of its own here."""
-    return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode()) if text else None}
+    """A token of a chat's log-probabilities. The bytes of one that is a part of a character are not known here: alone
+    its text is empty, or has a replacement character."""
+    known = text and "\ufffd" not in text
+    return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode()) if known else None}
 
 
 def _finite(logprob: float) -> float:
