@@ -6,19 +6,17 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import structlog
-from opentelemetry.trace import Tracer
 from prometheus_client import CollectorRegistry
 
 from holdfast import models, rpc
-from holdfast.bus import Bus, TopicPartition
+from holdfast.bus import Bus
 from holdfast.errors import ConfigurationError
 from holdfast.service import run
 from holdfast.telemetry import metrics_server, tracing
@@ -26,26 +24,18 @@ from holdfast.topics import TOPICS
 from holdfast.v1 import engine_pb2
 from services.engine.blocks import BlockPool
 from services.engine.build import Computer, build
-from services.engine.commits import Commits
-from services.engine.emit import Emitter
+from services.engine.engine import Engine, running
 from services.engine.identity import fingerprint, num_parameters
-from services.engine.intake import Intake
-from services.engine.loop import StepLoop
 from services.engine.metrics import EngineMetrics
-from services.engine.model_runner import Launched
 from services.engine.models.spec import eos_token_ids
 from services.engine.offload import StoreClient
-from services.engine.requests import Requests
 from services.engine.scheduler import Limits, Scheduler
-from services.engine.sequence import News
 from services.engine.servicer import EngineServicer, servicer
 from services.engine.settings import EngineSettings
 from services.engine.validation import Served
 
 CALL_GRACE_SECONDS = 1.0
 """How long calls may take once the engine is drained."""
-
-log = structlog.stdlib.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,115 +61,41 @@ async def serve(settings: EngineSettings, *, bus: Bus | None = None) -> AsyncIte
     limits = _limits(settings)
     folder = await asyncio.to_thread(models.resolve, settings.model, weights=settings.load_format != "dummy")
     computer = await asyncio.to_thread(build, settings, folder)
+    served = _served(settings, folder, computer)
+    namespace = await asyncio.to_thread(_namespace, settings, folder, computer)
+    name = settings.name or f"{socket.gethostname()}-{os.getpid()}"
     registry = CollectorRegistry()
+    metrics = EngineMetrics(registry)
     async with AsyncExitStack() as parts:
         enter = parts.enter_async_context
         tracer = parts.enter_context(tracing("engine"))
         metrics_port = await enter(metrics_server(settings.metrics_address, registry))
         joined = bus if bus is not None else await enter(_kafka(settings))
         await joined.create_topics(TOPICS)
-        engine = Engine(settings, folder, computer, limits, joined, metrics=EngineMetrics(registry), tracer=tracer)
-        server = await enter(rpc.serving(settings.address, [servicer(engine.servicer)], drain=CALL_GRACE_SECONDS))
-        async with engine.running():
+        store = StoreClient(settings.kvstore, computer.cache, namespace=namespace, metrics=metrics)
+        engine = Engine(
+            joined,
+            Scheduler(_pool(settings, computer, namespace), limits),
+            computer.runner,
+            name=name,
+            served=served,
+            incarnation=settings.incarnation,
+            drain_seconds=settings.drain_seconds,
+            store=(store, computer.cache) if settings.kvstore else None,
+            metrics=metrics,
+            tracer=tracer,
+        )
+        implementation = EngineServicer(
+            _info(settings, folder, computer, name=name, served=served),
+            load=lambda: engine.steps.load,
+            is_draining=lambda: engine.intake.is_draining,
+            drain=engine.intake.drain,
+        )
+        server = await enter(rpc.serving(settings.address, [servicer(implementation)], drain=CALL_GRACE_SECONDS))
+        async with running(store.run()) if settings.kvstore else nullcontext(), engine.running():
             await server.health.ready()
             yield EngineAddresses(address=server.address, metrics_port=metrics_port)
             await server.health.not_ready()
-
-
-class Engine:
-    """The parts of an engine, handed to one another."""
-
-    def __init__(
-        self,
-        settings: EngineSettings,
-        folder: Path,
-        computer: Computer,
-        limits: Limits,
-        bus: Bus,
-        *,
-        metrics: EngineMetrics,
-        tracer: Tracer,
-    ) -> None:
-        name = settings.name or f"{socket.gethostname()}-{os.getpid()}"
-        served = Served(
-            model=settings.served_model_name or models.served_name(settings.model),
-            context_length=computer.max_model_len,
-            vocab_size=computer.model.vocab_size,
-            stop_token_ids=eos_token_ids(folder),
-        )
-        namespace = _namespace(settings, folder, computer)
-        pool = BlockPool(
-            computer.cache.num_blocks,
-            block_size=settings.block_size,
-            salt=namespace,
-            keeps_prefixes=settings.prefix_cache,
-        )
-        self._drain_seconds = settings.drain_seconds
-        self._store = (
-            StoreClient(settings.kvstore, computer.cache, namespace=namespace, metrics=metrics)
-            if settings.kvstore
-            else None
-        )
-        epochs: dict[TopicPartition, int] = {}
-        commits = Commits()
-        requests = Requests(commits)
-        self._emitter = Emitter(bus, requests, engine=name, epoch_of=epochs.get, metrics=metrics, tracer=tracer)
-        self._steps: StepLoop[Launched] = StepLoop(
-            Scheduler(pool, limits),
-            computer.runner,
-            deliver=self._deliver,
-            metrics=metrics,
-            store=(self._store, computer.cache) if self._store is not None else None,
-        )
-        self._intake = Intake(
-            bus,
-            requests,
-            self._emitter,
-            self._steps,
-            served=served,
-            commits=commits,
-            epochs=epochs,
-            metrics=metrics,
-            max_sequences=limits.max_sequences,
-            batch_share=limits.batch_share,
-            incarnation=settings.incarnation,
-        )
-        self.servicer = EngineServicer(
-            _info(settings, name, served, computer, folder),
-            load=lambda: self._steps.load,
-            is_draining=lambda: self._intake.is_draining,
-            drain=self._intake.drain,
-        )
-        metrics.watch(
-            running=lambda: self._steps.load.num_running,
-            waiting=lambda: self._steps.load.num_waiting,
-            usage=lambda: self._steps.load.num_active_blocks / pool.num_blocks,
-        )
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """The engine at work, from the moment it owns its share of the requests. Leaving the block drains it."""
-        async with self._steps.running(), asyncio.TaskGroup() as tasks:
-            parts: list[Coroutine[Any, Any, None]] = [self._steps.watch(), self._emitter.run(), self._intake.run()]
-            if self._store is not None:
-                parts.append(self._store.run())
-            running = [tasks.create_task(part) for part in parts]
-            await self._intake.until_joined()
-            yield
-            await self._drain()
-            for each in running:
-                each.cancel()
-
-    async def _drain(self) -> None:
-        try:
-            async with asyncio.timeout(self._drain_seconds):
-                await self._intake.drain()
-        except TimeoutError:
-            log.info("what is left is another engine's", seconds=self._drain_seconds)
-            await self._intake.commit()
-
-    def _deliver(self, news: list[News]) -> None:
-        self._emitter.deliver(news, confirmed=self._steps.told)
 
 
 def _limits(settings: EngineSettings) -> Limits:
@@ -208,8 +124,26 @@ def _namespace(settings: EngineSettings, folder: Path, computer: Computer) -> by
     return sha256(repr(computed).encode()).digest()
 
 
+def _served(settings: EngineSettings, folder: Path, computer: Computer) -> Served:
+    return Served(
+        model=settings.served_model_name or models.served_name(settings.model),
+        context_length=computer.max_model_len,
+        vocab_size=computer.model.vocab_size,
+        stop_token_ids=eos_token_ids(folder),
+    )
+
+
+def _pool(settings: EngineSettings, computer: Computer, namespace: bytes) -> BlockPool:
+    return BlockPool(
+        computer.cache.num_blocks,
+        block_size=settings.block_size,
+        salt=namespace,
+        keeps_prefixes=settings.prefix_cache,
+    )
+
+
 def _info(
-    settings: EngineSettings, name: str, served: Served, computer: Computer, folder: Path
+    settings: EngineSettings, folder: Path, computer: Computer, *, name: str, served: Served
 ) -> engine_pb2.GetInfoResponse:
     return engine_pb2.GetInfoResponse(
         engine=name,

@@ -43,23 +43,27 @@ class _Progress:
     def position(self) -> Position:
         return Position(self.watermark, _encode(self.watermark, self._ranges()))
 
-    def forget_below_watermark(self) -> None:
-        self.done = {offset for offset in self.done if offset >= self.watermark}
+    def finish(self, offset: int) -> None:
+        self.open.remove(offset)
+        self.done.add(offset)
+        watermark = self.watermark
+        if offset < watermark:
+            self.done = {each for each in self.done if each >= watermark}
 
     def _ranges(self) -> list[tuple[int, int]]:
         """First and last offset of each run of records done above the watermark. Offsets that are no records do not
         part a run, once all before its end was read: until then one between may be a record that is not done."""
         ranges: list[tuple[int, int]] = []
-        edges = sorted(self.open)
+        open_in_order = sorted(self.open)
         for offset in sorted(self.done):
-            if ranges and self._joins(ranges[-1][1], offset, edges):
+            if ranges and self._joins(ranges[-1][1], offset, open_in_order):
                 ranges[-1] = (ranges[-1][0], offset)
             else:
                 ranges.append((offset, offset))
         return ranges
 
-    def _joins(self, last: int, offset: int, edges: list[int]) -> bool:
-        nothing_open_between = bisect_left(edges, last) == bisect_left(edges, offset)
+    def _joins(self, last: int, offset: int, open_in_order: list[int]) -> bool:
+        nothing_open_between = bisect_left(open_in_order, last) == bisect_left(open_in_order, offset)
         return offset == last + 1 or (offset < self.next and nothing_open_between)
 
 
@@ -97,9 +101,7 @@ class Commits:
         """The record's last answer is in the log. Does nothing where the partition was lost meanwhile."""
         progress = self._partitions.get(partition)
         if progress is not None and offset in progress.open:
-            progress.open.remove(offset)
-            progress.done.add(offset)
-            progress.forget_below_watermark()
+            progress.finish(offset)
             self.changed.set()
 
     def due(self) -> dict[TopicPartition, Position]:

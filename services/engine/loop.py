@@ -90,7 +90,7 @@ class StepLoop(Generic[L]):
         self._launched_at: deque[float] = deque()
         self._committed_at = 0.0
         self._idle = False
-        self._stopping = False
+        self.is_stopping = False
         self.load = self._snapshot()
 
     # For the event loop.
@@ -103,7 +103,7 @@ class StepLoop(Generic[L]):
         try:
             yield
         finally:
-            self._stopping = True
+            self.is_stopping = True
             self._ask(lambda: None)  # wakes it
             self._untold.release()
             await asyncio.to_thread(thread.join)
@@ -135,7 +135,7 @@ class StepLoop(Generic[L]):
 
     def _live(self) -> None:
         try:
-            while not self._stopping:
+            while not self.is_stopping:
                 self._take_in()
                 self._launch()
                 self._tell(self._commit())

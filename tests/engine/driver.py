@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 from services.engine.blocks import BlockPool
 from services.engine.scheduler import Limits, Scheduler
@@ -10,12 +11,11 @@ from services.engine.sequence import FinishReason, Phase, SamplingParams, Sequen
 from tests.engine.fake_runner import EOS, FakeRunner, Launched, expected_output
 
 
-def sequence(prompt_ids: list[int], *, max_tokens: int = 4, eos: bool = False, **fields: object) -> Sequence:
-    """A sequence of the fake model. `eos`: it may end by itself."""
+def sequence(prompt_ids: list[int], *, max_tokens: int = 4, eos: bool = False, **fields: Any) -> Sequence:
+    """A sequence of the fake model; `fields` are those of `Sequence`. `eos`: it may end by itself."""
     stop = StopRules(max_tokens, stop_token_ids=frozenset({EOS} if eos else ()))
-    return Sequence(
-        **{"request_id": "r", "choice": 0, **fields}, prompt_ids=prompt_ids, sampling=SamplingParams(), stop=stop
-    )  # type: ignore[arg-type]
+    names = {"request_id": "r", "choice": 0, **fields}
+    return Sequence(prompt_ids=prompt_ids, sampling=SamplingParams(), stop=stop, **names)
 
 
 class Driver:

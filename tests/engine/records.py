@@ -1,0 +1,96 @@
+"""Requests as gateways write them, and their answers as gateways read them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from holdfast import topics
+from holdfast.accept import Epochs, Prefix, Source, Verdict, judge
+from holdfast.bus import Bus, Reader
+from holdfast.v1 import generation_pb2 as pb
+
+REPLY = 5
+"""The reply partition."""
+
+
+def request(request_id: str, prompt_ids: list[int], *, model: str = "fake", **fields: Any) -> pb.GenerationRequest:
+    """A greedy request of one choice; `fields` are those of the message, with `max_tokens` and `ignore_eos` for stop."""
+    stop = pb.StopRules(max_tokens=fields.pop("max_tokens", 4), ignore_eos=fields.pop("ignore_eos", False))
+    sampling = pb.SamplingParams(temperature=0, seed=1)
+    defaults: dict[str, Any] = {"num_choices": 1, "reply_partition": REPLY, "sampling": sampling, "stop": stop}
+    return pb.GenerationRequest(request_id=request_id, model=model, prompt_token_ids=prompt_ids, **(defaults | fields))
+
+
+async def publish(bus: Bus, message: pb.GenerationRequest, *, partition: int = 2, batch: bool = False) -> int:
+    topic = topics.REQUESTS_BATCH if batch else topics.REQUESTS_INTERACTIVE
+    return await bus.publish(topic.partition(partition), message.SerializeToString(), key=message.request_id.encode())
+
+
+async def cancel(bus: Bus, request_id: str, choice: int | None = None) -> None:
+    message = pb.Cancel(request_id=request_id, choice=choice)
+    await bus.publish(topics.CONTROL.partition(0), message.SerializeToString())
+
+
+@dataclass
+class Answer:
+    """What a gateway knows of one choice."""
+
+    prefix: Prefix = field(default_factory=Prefix)
+    token_ids: list[int] = field(default_factory=list)
+    finish: pb.Finish | None = None
+
+
+class Answers:
+    """All that is accepted from one reply partition, by the rule of `holdfast.accept`."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._epochs = Epochs()
+        self._answers: defaultdict[tuple[str, int], Answer] = defaultdict(Answer)
+        self.num_repeated = 0
+        """Tokens that came again."""
+        self.records: list[pb.TokenBatch] = []
+
+    def __getitem__(self, key: str | tuple[str, int]) -> Answer:
+        return self._answers[(key, 0) if isinstance(key, str) else key]
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Reads on until something holds."""
+        async with asyncio.timeout(30):
+            while not holds():
+                for record in await self._reader.read():
+                    self._take(pb.TokenBatch.FromString(record.value))
+
+    async def finished(self, *keys: str | tuple[str, int]) -> None:
+        """Reads on until all these have ended."""
+        await self.until(lambda: all(self[key].finish is not None for key in keys))
+
+    def _take(self, batch: pb.TokenBatch) -> None:
+        self.records.append(batch)
+        if not self._epochs.admit(Source(batch.source.request_class, batch.source.partition), batch.epoch):
+            return
+        for stream in batch.streams:
+            answer = self[stream.request_id, stream.choice]
+            ruling = judge(
+                answer.prefix,
+                first_index=stream.first_index,
+                token_ids=stream.token_ids,
+                prefix_hash=stream.prefix_hash,
+            )
+            assert ruling.verdict in (Verdict.ACCEPTED, Verdict.KNOWN), ruling
+            self.num_repeated += ruling.num_known
+            answer.prefix = ruling.prefix
+            answer.token_ids += stream.token_ids[ruling.num_known :]
+            if stream.HasField("finish"):
+                answer.finish = stream.finish
+
+
+@asynccontextmanager
+async def answers(bus: Bus) -> AsyncIterator[Answers]:
+    async with bus.reader({topics.TOKENS.partition(REPLY): None}) as reader:
+        yield Answers(reader)

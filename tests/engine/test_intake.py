@@ -1,0 +1,308 @@
+"""Which requests an engine takes, and when it lets go of them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from holdfast import topics
+from holdfast.bus import Bus, Position
+from holdfast.memory import MemoryBus
+from holdfast.v1 import generation_pb2 as pb
+from services.engine.sequence import StopRules
+from tests.conftest import OpenBus
+from tests.engine.engines import Running, engine, until
+from tests.engine.fake_runner import EOS, expected_output
+from tests.engine.records import Answers, answers, cancel, publish, request
+
+GROUP = "holdfast-engines-interactive"
+
+
+def expected(prompt_ids: list[int], *, max_tokens: int = 4, choice: int = 0) -> list[int]:
+    return expected_output(prompt_ids, StopRules(max_tokens, stop_token_ids=frozenset({EOS})), choice)
+
+
+async def until_next_millisecond() -> None:
+    """Records that follow have a later timestamp than those before."""
+    now = time.time_ns() // 10**6
+    await until(lambda: time.time_ns() // 10**6 > now)
+
+
+async def step_until(running: Running, heard: Answers, holds: Callable[[], bool]) -> None:
+    """Lets a held engine go on step by step, until something holds."""
+    while not holds():
+        num_records = len(heard.records)
+        running.runner.allow(1)
+        await heard.until(lambda: len(heard.records) > num_records)  # noqa: B023
+
+
+@pytest.fixture
+async def memory() -> AsyncIterator[MemoryBus]:
+    async with MemoryBus() as bus:
+        await bus.create_topics(topics.TOPICS)
+        yield bus
+
+
+async def test_a_request_is_answered(bus: Bus) -> None:
+    """From its record to the records of its tokens: in order, with prefix hashes that fit, and an end with usage."""
+    await bus.create_topics(topics.TOPICS)
+    async with answers(bus) as heard, engine(bus):
+        await publish(bus, request("a", [1, 2, 3], max_tokens=6))
+        await heard.finished("a")
+        assert heard["a"].token_ids == expected([1, 2, 3], max_tokens=6)
+        assert heard["a"].finish == pb.Finish(
+            reason=pb.FINISH_REASON_LENGTH, usage=pb.Usage(prompt_tokens=3, completion_tokens=6)
+        )
+        source = heard.records[0].source
+        assert (source.request_class, source.partition) == (pb.REQUEST_CLASS_INTERACTIVE, 2)
+        assert heard.records[0].engine == "engine"
+
+
+async def test_what_is_answered_is_committed_and_not_answered_again(bus: Bus) -> None:
+    """Leaving, an engine commits what it did; the next one finds nothing to do."""
+    await bus.create_topics(topics.TOPICS)
+    async with answers(bus) as heard:
+        async with engine(bus):
+            offset = await publish(bus, request("a", [1]))
+            await heard.finished("a")
+        lag = await bus.lag(GROUP, [topics.REQUESTS_INTERACTIVE])
+        assert lag[topics.REQUESTS_INTERACTIVE.partition(2)].committed == Position(offset + 1)
+        async with engine(bus):
+            await publish(bus, request("b", [1]))
+            await heard.finished("b")
+        assert heard.num_repeated == 0
+        assert {stream.request_id for record in heard.records[4:] for stream in record.streams} == {"b"}
+
+
+async def test_no_more_is_taken_than_there_are_slots(memory: MemoryBus) -> None:
+    """With all slots in use requests stay in the log; each slot that becomes free takes the next one."""
+    most_open = 0
+    async with answers(memory) as heard, engine(memory, max_sequences=2) as running:
+        running.runner.hold()
+        ids = [f"r{number}" for number in range(5)]
+        for number, request_id in enumerate(ids):
+            await publish(memory, request(request_id, [number + 1], max_tokens=3), partition=number)
+        await until(lambda: running.num_open() == 2)
+        for request_id in ids:
+            await step_until(running, heard, lambda: heard[request_id].finish is not None)  # noqa: B023
+            most_open = max(most_open, running.num_open())
+        assert most_open == 2
+
+
+async def test_interactive_requests_take_the_slots_of_batch_ones(memory: MemoryBus) -> None:
+    """An engine full of batch requests still takes an interactive one, which runs at once; the batch request that
+    yields its slot is answered in full later."""
+    async with answers(memory) as heard, engine(memory, max_sequences=2) as running:
+        running.runner.hold()
+        for number in range(3):
+            await publish(memory, request(f"b{number}", [number], max_tokens=100, ignore_eos=True), batch=True)
+        await until(lambda: running.num_open(interactive=False) == 2)
+        running.runner.allow(5)
+        await heard.until(lambda: bool(heard["b0"].token_ids and heard["b1"].token_ids))
+        await publish(memory, request("i", [9], max_tokens=3, ignore_eos=True))
+        await until(lambda: running.num_open() == 1)
+        running.runner.allow(5)
+        await heard.finished("i")
+        assert running.engine.steps.load.num_preemptions == 1
+        running.runner.allow()
+        await heard.finished("b0", "b1", "b2")
+        for number in range(3):
+            assert heard[f"b{number}"].token_ids == expected_output([number], StopRules(100))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"model": "other"}, "serves 'fake'"),
+        ({"prompt_token_ids": []}, "prompt_token_ids"),
+        ({"prompt_token_ids": [99]}, "prompt_token_ids"),
+        ({"prompt_token_ids": [1] * 200}, "prompt_token_ids"),
+        ({"num_choices": 0}, "num_choices"),
+        ({"num_choices": 1000}, "num_choices"),
+        ({"grammar": "json"}, "grammar"),
+        ({"sampling": pb.SamplingParams(temperature=float("nan"))}, "sampling.temperature"),
+        ({"sampling": pb.SamplingParams(top_p=0)}, "sampling.top_p"),
+        ({"sampling": pb.SamplingParams(top_k=0)}, "sampling.top_k"),
+        ({"sampling": pb.SamplingParams(logprobs=21)}, "sampling.logprobs"),
+        ({"sampling": pb.SamplingParams(logit_bias={99: 1.0})}, "sampling.logit_bias"),
+        ({"stop": pb.StopRules(max_tokens=0)}, "stop.max_tokens"),
+        ({"stop": pb.StopRules(stop_token_ids=[99])}, "stop.stop_token_ids"),
+    ],
+)
+async def test_a_request_that_cannot_be_honoured_is_told_why(memory: MemoryBus, wrong: Any, field: str) -> None:
+    """Every choice ends with an error that names the field; the engine goes on."""
+    message = request("bad", [1])
+    for name, value in wrong.items():
+        message.ClearField(name)
+        message.MergeFrom(pb.GenerationRequest(**{name: value}))
+    async with answers(memory) as heard, engine(memory):
+        await publish(memory, message)
+        await publish(memory, request("good", [1]))
+        await heard.finished("bad", "good")
+        finish = heard["bad"].finish
+        assert finish is not None
+        assert finish.reason == pb.FINISH_REASON_ERROR
+        assert field in finish.error.message
+        assert finish.error.code in (3, 5)
+        assert heard["good"].token_ids == expected([1])
+
+
+async def test_what_is_no_request_is_passed_over(memory: MemoryBus) -> None:
+    """Bytes that are no request, one without an id, and one without a place to answer are counted and committed."""
+    async with answers(memory) as heard, engine(memory) as running:
+        where = topics.REQUESTS_INTERACTIVE.partition(2)
+        await memory.publish(where, b"\xff\xff\xff")
+        await memory.publish(where, b"")
+        await publish(memory, request("nowhere", [1], reply_partition=99))
+        await publish(memory, request("good", [1]))
+        await heard.finished("good")
+        assert running.metric("unreadable_records_total") == 3
+    lag = await memory.lag(GROUP, [topics.REQUESTS_INTERACTIVE])
+    assert lag[where].committed == Position(4)
+
+
+async def test_a_request_past_its_deadline_is_not_begun(memory: MemoryBus) -> None:
+    """It ends with DEADLINE and no token."""
+    late = request("late", [1])
+    late.deadline.FromSeconds(int(time.time()) - 1)
+    async with answers(memory) as heard, engine(memory):
+        await publish(memory, late)
+        await heard.finished("late")
+        assert heard["late"].finish is not None
+        assert heard["late"].finish.reason == pb.FINISH_REASON_DEADLINE
+        assert heard["late"].token_ids == []
+
+
+async def test_choices_are_answered_each_for_itself(memory: MemoryBus) -> None:
+    """A request for three choices gets three ends, of which each can be cancelled alone."""
+    async with answers(memory) as heard, engine(memory) as running:
+        running.runner.hold()
+        await publish(memory, request("a", [1, 2, 3], num_choices=3, max_tokens=100, ignore_eos=True))
+        await cancel(memory, "a", 1)
+        await step_until(running, heard, lambda: heard["a", 1].finish is not None)
+        running.runner.allow()
+        await heard.finished(("a", 0), ("a", 1), ("a", 2))
+        for choice in (0, 2):
+            assert heard["a", choice].token_ids == expected_output([1, 2, 3], StopRules(100), choice)
+        finish = heard["a", 1].finish
+        assert finish is not None
+        assert finish.reason == pb.FINISH_REASON_CANCELLED
+
+
+async def test_cancelling_ends_a_running_request_and_frees_what_it_held(memory: MemoryBus) -> None:
+    """Its stream ends with CANCELLED and the tokens so far; its slot and blocks are free at once."""
+    async with answers(memory) as heard, engine(memory) as running:
+        running.runner.hold()
+        await publish(memory, request("a", [1, 2], max_tokens=190, ignore_eos=True))
+        running.runner.allow(3)
+        await heard.until(lambda: len(heard["a"].token_ids) == 3)
+        await cancel(memory, "a")
+        await step_until(running, heard, lambda: heard["a"].finish is not None)
+        assert heard["a"].finish is not None
+        assert heard["a"].finish.reason == pb.FINISH_REASON_CANCELLED
+        assert heard["a"].finish.usage == pb.Usage(prompt_tokens=2, completion_tokens=len(heard["a"].token_ids))
+        await running.until_idle()
+        assert running.metric("request_success_total", finished_reason="cancelled") == 1
+
+
+async def test_a_request_cancelled_before_it_was_read_is_not_begun(memory: MemoryBus) -> None:
+    """A cancellation is remembered for a request that is still in the log; a request written after it, under the same
+    id, is another one and runs."""
+    async with answers(memory) as heard, engine(memory, max_sequences=1) as running:
+        running.runner.hold()
+        await publish(memory, request("a", [1], max_tokens=100, ignore_eos=True))
+        await until(lambda: running.num_open() == 1)
+        await publish(memory, request("b", [1]))
+        await cancel(memory, "b")
+        await cancel(memory, "a")
+        running.runner.allow()
+        await heard.finished("a", "b")
+        assert heard["b"].finish is not None
+        assert heard["b"].finish.reason == pb.FINISH_REASON_CANCELLED
+        assert heard["b"].token_ids == []
+
+        await cancel(memory, "c")
+        await until_next_millisecond()
+        await publish(memory, request("c", [1]))
+        await heard.finished("c")
+        assert heard["c"].token_ids == expected([1])
+
+
+async def test_redelivery_to_the_same_engine_does_not_answer_twice(memory: MemoryBus) -> None:
+    """A second engine joins while requests run; what stays with the first is delivered to it again, and passed over."""
+    async with answers(memory) as heard, engine(memory, name="first") as first:
+        first.runner.hold()
+        prompts = {f"r{partition}": [partition % 20 + 1] for partition in (0, 8, 16, 24)}
+        for request_id, prompt_ids in prompts.items():
+            partition = int(request_id[1:])
+            await publish(memory, request(request_id, prompt_ids, max_tokens=30), partition=partition)
+        await until(lambda: first.num_open() == 4)
+        async with engine(memory, name="second"):
+            first.runner.allow()
+            await heard.finished(*prompts)
+        assert heard.num_repeated == 0
+        for request_id, prompt_ids in prompts.items():
+            assert heard[request_id].token_ids == expected(prompt_ids, max_tokens=30)
+        assert {record.engine for record in heard.records} == {"first", "second"}
+
+
+async def test_what_is_lost_is_dropped_and_answered_by_the_next_owner(open_bus: OpenBus) -> None:
+    """An engine stops in the middle of an answer; another begins it again, and the reader gets each token once."""
+    async with open_bus() as bus:
+        await bus.create_topics(topics.TOPICS)
+        async with answers(bus) as heard:
+            async with open_bus() as own, engine(own, name="first", drain_seconds=0) as first:
+                first.runner.hold()
+                first.runner.allow(3)
+                await publish(bus, request("a", [1, 2], max_tokens=150, ignore_eos=True))
+                await heard.until(lambda: len(heard["a"].token_ids) == 3)
+            assert heard["a"].finish is None
+            async with open_bus() as own, engine(own, name="second"):
+                await heard.finished("a")
+        assert heard["a"].token_ids == expected_output([1, 2], StopRules(150))
+        assert {record.engine for record in heard.records} == {"first", "second"}
+
+
+async def test_a_member_that_was_thrown_out_begins_again(memory: MemoryBus) -> None:
+    """It drops what it had, though it gets the same partitions again, and answers anew under a higher epoch."""
+    async with answers(memory) as heard, engine(memory) as running:
+        running.runner.hold()
+        running.runner.allow(3)
+        await publish(memory, request("a", [1, 2], max_tokens=190, ignore_eos=True))
+        await heard.until(lambda: len(heard["a"].token_ids) == 3)
+        first = running.engine.requests.get("a")
+        (member,) = memory.members(GROUP)
+        with memory.frozen(member):
+            pass
+        await until(lambda: running.engine.requests.get("a") not in (first, None))
+        running.runner.allow()
+        await heard.finished("a")
+        assert heard["a"].token_ids == expected_output([1, 2], StopRules(190))
+        epochs = [record.epoch for record in heard.records]
+        assert epochs == sorted(epochs)
+        assert len(set(epochs)) == 2
+        await running.until_idle()
+
+
+async def test_a_drained_engine_takes_nothing_more_and_leaves_its_groups(memory: MemoryBus) -> None:
+    """Draining answers what was taken, leaves what was not, and lets other engines have the partitions."""
+    async with answers(memory) as heard, engine(memory) as running:
+        running.runner.hold()
+        await publish(memory, request("taken", [1], max_tokens=3))
+        await until(lambda: running.num_open() == 1)
+        async with asyncio.TaskGroup() as tasks:
+            draining = tasks.create_task(running.engine.intake.drain())
+            await until(lambda: running.engine.intake.is_draining)
+            await publish(memory, request("left", [1], max_tokens=3))
+            running.runner.allow()
+            await draining
+        await heard.finished("taken")
+        assert heard["left"].finish is None
+        assert memory.members(GROUP) == []
+        async with engine(memory):
+            await heard.finished("left")
+        await running.engine.intake.drain()
