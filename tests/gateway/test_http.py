@@ -511,11 +511,12 @@ async def test_a_client_that_reads_too_slowly_is_told_so() -> None:
     """Where too much waits for a client its request ends at once, and its stream with an error once it reads on."""
     small_window = httpx.AsyncHTTPTransport(socket_options=[(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)])
     async with open_mesh(max_buffered_tokens=512) as mesh, httpx.AsyncClient(transport=small_window) as client:
-        body = {"prompt": "hi", "stream": True}
-        async with client.stream("POST", f"http://{mesh.addresses.http}{COMPLETION}", json=body) as response:
+        body = {"messages": HI, "stream": True, "logprobs": True, "top_logprobs": 20}
+        named = logprobs((A, -0.5, [(A, -0.5)] * 20)) * 200
+        async with client.stream("POST", f"http://{mesh.addresses.http}{CHAT}", json=body) as response:
             job = await mesh.engine.job()
-            for _ in range(3000):  # more than is ever under way
-                await mesh.engine.say(job, "x" * 200)
+            for _ in range(25):  # some 6 megabytes: more than is ever under way
+                await mesh.engine.say(job, [A] * 200, logprobs=named)
             assert (await mesh.engine.cancelled()).reason == "the client reads too slowly"
             *_, (_, error), (_, done) = events("\n".join([line async for line in response.aiter_lines()]))
         assert (error["error"]["code"], done) == ("overloaded", "[DONE]")
