@@ -62,6 +62,10 @@ log = structlog.get_logger(__name__)
 
 MAX_BODY_BYTES = 16 << 20
 
+SEND_BUFFER_BYTES = 1 << 18
+"""What the kernel holds for a connection whose client does not read. Left to itself it takes megabytes, which a slow
+client reads much later, and nobody notices that it is slow."""
+
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -372,6 +376,7 @@ async def serving(address: str, app: Starlette, *, drain: float) -> AsyncIterato
         )
     except (OSError, ValueError, OverflowError) as error:
         raise CannotListen(address) from error
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # its connections inherit it
     config = uvicorn.Config(
         app,
         http="httptools",

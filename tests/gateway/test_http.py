@@ -515,7 +515,7 @@ async def test_a_client_that_reads_too_slowly_is_told_so() -> None:
         named = logprobs((A, -0.5, [(A, -0.5)] * 20)) * 200
         async with client.stream("POST", f"http://{mesh.addresses.http}{CHAT}", json=body) as response:
             job = await mesh.engine.job()
-            for _ in range(25):  # some 6 megabytes: more than is ever under way
+            for _ in range(12):  # some 3 megabytes: more than is ever under way
                 await mesh.engine.say(job, [A] * 200, logprobs=named)
             assert (await mesh.engine.cancelled()).reason == "the client reads too slowly"
             *_, (_, error), (_, done) = events("\n".join([line async for line in response.aiter_lines()]))
