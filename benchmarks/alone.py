@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Mapping
+from collections.abc import Sequence as Seq
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ class EngineAlone:
 
     def __init__(self, settings: EngineSettings, folder: Path) -> None:
         computer = build(settings, folder)
+        self.vocab_size = computer.model.vocab_size
         pool = BlockPool(
             computer.cache.num_blocks, block_size=settings.block_size, keeps_prefixes=settings.prefix_cache
         )
@@ -55,8 +57,18 @@ class EngineAlone:
     async def first_and_last(self, prompt_ids: list[int], output_tokens: int) -> tuple[float, float]:
         """Computes so many tokens greedily, and returns when the first and the last of them came, in seconds."""
         start = time.perf_counter()
-        waiting = Waiting(asyncio.get_running_loop().create_future())
-        sequence = Sequence(
+        (waiting,) = self._begin([self._sequence(prompt_ids, output_tokens)])
+        last = await waiting.last
+        return waiting.first - start, last - start
+
+    async def answers(self, prompts: Seq[list[int]], output_tokens: Seq[int]) -> list[list[int]]:
+        """Computes so many tokens of each prompt greedily, all begun at once."""
+        sequences = [self._sequence(*each) for each in zip(prompts, output_tokens, strict=True)]
+        await asyncio.gather(*[waiting.last for waiting in self._begin(sequences)])
+        return [sequence.output_ids for sequence in sequences]
+
+    def _sequence(self, prompt_ids: list[int], output_tokens: int) -> Sequence:
+        return Sequence(
             request_id=str(next(self._numbers)),
             choice=0,
             prompt_ids=prompt_ids,
@@ -64,10 +76,14 @@ class EngineAlone:
             stop=StopRules(max_tokens=output_tokens),
             arrival=time.time(),
         )
-        self._waiting[sequence] = waiting
-        self.steps.add([sequence])
-        last = await waiting.last
-        return waiting.first - start, last - start
+
+    def _begin(self, sequences: Seq[Sequence]) -> list[Waiting]:
+        """Hands the sequences over."""
+        loop = asyncio.get_running_loop()
+        waiting = [Waiting(loop.create_future()) for _ in sequences]
+        self._waiting.update(zip(sequences, waiting, strict=True))
+        self.steps.add(sequences)
+        return waiting
 
     def _deliver(self, news: list[News]) -> None:
         now = time.perf_counter()

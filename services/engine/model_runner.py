@@ -9,6 +9,7 @@ How a step is computed is an executor's business. `Eager` runs any step on any d
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -84,7 +85,7 @@ def _on_host(sampled: Sampled) -> Sampled:
     reported = sampled.reported
     return Sampled(
         token_ids_R=_pinned(sampled.token_ids_R),
-        is_sound_R=_pinned(sampled.is_sound_R),
+        peaks_R=_pinned(sampled.peaks_R),
         reported=reported
         and Reported(
             rows=reported.rows,
@@ -106,8 +107,8 @@ def _result(step: Step, sampled: Sampled) -> StepResult:
         sampling = [work.sequence.sampling for work in step.works if work.samples]
         for row, each in zip(sampled.reported.rows, _logprobs(sampled.reported), strict=True):
             logprobs[row] = TokenLogprobs(each.logprob, each.top[: sampling[row].logprobs])
-    failed = () if sampled.is_sound_R.all() else (~sampled.is_sound_R).nonzero()[:, 0].tolist()
-    return StepResult(step, token_ids, tuple(logprobs), frozenset(failed))
+    failed = frozenset(row for row, peak in enumerate(sampled.peaks_R.tolist()) if not math.isfinite(peak))
+    return StepResult(step, token_ids, tuple(logprobs), failed)
 
 
 def _logprobs(reported: Reported) -> list[TokenLogprobs]:

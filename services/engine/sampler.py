@@ -42,8 +42,9 @@ class Sampled:
 
     token_ids_R: Tensor
     """int64."""
-    is_sound_R: Tensor
-    """bool; False where NaN or infinity was among the logits, or nothing else. The token means nothing then."""
+    peaks_R: Tensor
+    """The largest logit of each row. Where it is not finite, the logits held NaN or infinity, or nothing but minus
+    infinity, and the token means nothing."""
     reported: Reported | None
 
 
@@ -58,13 +59,11 @@ class Sampler:
         wanted = self._state.sampling.wanted_by(selection.slots)
         raw_PV = self._kept_for_report(logits_RV, selection) if Wants.LOGPROBS in wanted else None
         self._edit(logits_RV, selection, wanted)
-        token_ids_R = sampling.argmax(logits_RV)
-        # NaN and infinity are the largest where there are any.
-        is_sound_R = logits_RV.gather(1, token_ids_R[:, None])[:, 0].isfinite()
+        token_ids_R, peaks_R = sampling.argmax(logits_RV)
         if Wants.DRAW in wanted:
             token_ids_R = self._draw(logits_RV, token_ids_R, selection, wanted)
         reported = self._report(raw_PV, token_ids_R, selection) if raw_PV is not None else None
-        return Sampled(token_ids_R, is_sound_R, reported)
+        return Sampled(token_ids_R, peaks_R, reported)
 
     def _edit(self, logits_RV: Tensor, selection: Selection, wanted: Wants) -> None:
         for want, edit in EDITS.items():

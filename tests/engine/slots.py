@@ -46,6 +46,6 @@ def sample(logits_RV: Tensor, *sequences: Sequence) -> Sampled:
 def tokens(logits_RV: Tensor, *sequences: Sequence) -> list[int]:
     """The sampled tokens alone."""
     sampled = sample(logits_RV, *sequences)
-    assert bool(sampled.is_sound_R.all())
+    assert bool(sampled.peaks_R.isfinite().all())
     ids: list[int] = sampled.token_ids_R.tolist()
     return ids

@@ -37,12 +37,15 @@ Words = TypeVar("Words", Tensor, NDArray[np.int64])
 """32-bit words, one in each int64."""
 
 
-def argmax(logits_RV: Tensor) -> Tensor:
-    """The likeliest token of each row, int64; the lowest id among equals, a token with NaN where there is one."""
+def argmax(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest token of each row, int64, and its logit. The lowest id among equals; NaN counts as the largest."""
     if logits_RV.device.type == "cpu":
         # Ten times as fast as torch's, and the only one of the two that promises the first among equals.
-        return torch.from_numpy(logits_RV.numpy().argmax(axis=-1))
-    return logits_RV.argmax(dim=-1)
+        rows_RV = logits_RV.numpy()
+        ids_R = rows_RV.argmax(axis=-1)
+        return torch.from_numpy(ids_R), torch.from_numpy(rows_RV[np.arange(len(ids_R)), ids_R])
+    values_R, ids_R = logits_RV.max(dim=-1)
+    return ids_R, values_R
 
 
 def penalize(

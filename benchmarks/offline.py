@@ -1,0 +1,153 @@
+"""The engine alone: scheduler, runner and sampler, token ids in and out, no log, no service.
+
+    python -m benchmarks.offline smollm2-135m-instruct --scale 0.125 --batches 1,4,16
+    python -m benchmarks.offline FOLDER_WITH_A_CONFIG --load-format dummy --device cuda --out results/offline.json
+
+A  mixed throughput: 256 requests at once, input and output lengths U(100, 1024)
+B  time per output token at each batch size, 1,024 tokens of context: (time of 129 tokens - time of 1) / 128
+C  prefill: 16 prompts of 2,048 tokens, one token each
+
+Greedy, no token ends an answer, prompts are random ids, nothing is found in a cache. `--scale` shortens all lengths, for a
+CPU; the report says so. What is reported is the best of the repetitions: two of A and B, three of C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import uvloop
+
+from benchmarks.alone import EngineAlone, engine_alone
+from benchmarks.report import Report
+from holdfast import models
+
+MIXED_REQUESTS = 256
+OUTPUT = 128
+"""Tokens over which B takes the mean time of one."""
+CONTEXT = 1024
+PREFILL = 2048
+PREFILL_PROMPTS = 16
+
+
+class Workloads:
+    """The three workloads on one engine."""
+
+    def __init__(self, engine: EngineAlone, report: Report, *, vocab_size: int, scale: float) -> None:
+        self._engine = engine
+        self._report = report
+        self._vocab_size = vocab_size
+        self._scale = scale
+        self._random = random.Random(0)
+
+    async def mixed(self, count: int) -> None:
+        """A."""
+        draw = random.Random(0)
+        inputs = [self._length(draw.randint(100, 1024)) for _ in range(count)]
+        outputs = [self._length(draw.randint(100, 1024)) for _ in range(count)]
+        seconds = await self._best(2, inputs, outputs)
+        rates = [sum(outputs) / seconds, (sum(inputs) + sum(outputs)) / seconds]
+        columns = ["requests", "output tok/s", "all tok/s", "s"]
+        self._report.table("A: mixed throughput", columns, [[str(count), *rates, seconds]])
+
+    async def decode(self, batches: Sequence[int]) -> None:
+        """B."""
+        context, output = self._length(CONTEXT), self._length(OUTPUT)
+        rows: list[list[str | float]] = []
+        for batch in batches:
+            await self._best(1, [context] * batch, [4] * batch)
+            first = await self._best(2, [context] * batch, [1] * batch)
+            all_ = await self._best(2, [context] * batch, [output + 1] * batch)
+            seconds = (all_ - first) / output
+            rows.append([str(batch), seconds * 1e3, batch / seconds])
+        title = f"B: time per output token, {context} tokens of context, mean of {output}"
+        self._report.table(title, ["batch", "ms", "output tok/s"], rows)
+
+    async def prefill(self) -> None:
+        """C."""
+        length, count = self._length(PREFILL), PREFILL_PROMPTS
+        await self._best(1, [length] * 4, [1] * 4)
+        seconds = await self._best(3, [length] * count, [1] * count)
+        self._report.table(
+            "C: prefill", ["prompts", "tok/s", "s"], [[f"{count} × {length}", count * length / seconds, seconds]]
+        )
+
+    async def _best(self, repetitions: int, inputs: Sequence[int], outputs: Sequence[int]) -> float:
+        """Seconds of the fastest of so many runs."""
+        return min([await self.run(inputs, outputs) for _ in range(repetitions)])
+
+    async def run(self, inputs: Sequence[int], outputs: Sequence[int]) -> float:
+        """Seconds that prompts of these lengths take together."""
+        prompts = [[self._random.randrange(10, self._vocab_size - 10) for _ in range(count)] for count in inputs]
+        start = time.perf_counter()
+        await self._engine.answers(prompts, outputs)
+        return time.perf_counter() - start
+
+    def _length(self, full: int) -> int:
+        return max(1, round(full * self._scale))
+
+
+async def measure(arguments: argparse.Namespace) -> Report:
+    """Runs the workloads that were asked for."""
+    folder = models.resolve(arguments.model, weights=arguments.load_format != "dummy")
+    batches = [int(batch) for batch in arguments.batches.split(",")]
+    settings = _settings(arguments, batches)
+    report = Report("offline", settings={**settings, **vars(arguments), "out": None, "model": folder.name})
+    async with engine_alone(folder, settings) as engine:
+        workloads = Workloads(engine, report, vocab_size=engine.vocab_size, scale=arguments.scale)
+        await workloads.run([64] * 8, [8] * 8)
+        if "C" in arguments.work:
+            await workloads.prefill()
+        if "B" in arguments.work:
+            await workloads.decode(batches)
+        if "A" in arguments.work:
+            await workloads.mixed(arguments.requests)
+    return report
+
+
+def _settings(arguments: argparse.Namespace, batches: Sequence[int]) -> dict[str, object]:
+    """Of an engine that holds whole workloads and gives prefill whole steps."""
+    on_gpu = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
+    return {
+        "device": arguments.device,
+        "dtype": arguments.dtype,
+        "load_format": arguments.load_format,
+        "implementation": arguments.implementation,
+        "threads": arguments.threads,
+        "max_sequences": max(*batches, 256 if on_gpu else 32),
+        "max_step_tokens": 8192 if on_gpu else 2048,
+        "cache_bytes": arguments.cache_gib << 30,
+        "prefix_cache": False,
+        "itl_target_ms": 1e6,
+    }
+
+
+def main() -> None:
+    """`python -m benchmarks.offline`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "model", nargs="?", default="smollm2-135m-instruct", help="a folder, or a name that `holdfast pull` knows"
+    )
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--load-format", default="safetensors", choices=["safetensors", "dummy"])
+    parser.add_argument("--implementation", default="auto", choices=["auto", "native", "transformers"])
+    parser.add_argument("--threads", type=int, help="of a CPU; by default one for each core")
+    parser.add_argument("--work", default="ABC", help="which of the workloads")
+    parser.add_argument("--batches", default="1,32,128,256", help="of B")
+    parser.add_argument("--requests", type=int, default=MIXED_REQUESTS, help="of A")
+    parser.add_argument("--scale", type=float, default=1.0, help="what all lengths are multiplied with")
+    parser.add_argument("--cache-gib", type=int, default=4, help="KV cache on a CPU, GiB")
+    parser.add_argument("--out", type=Path, help="a JSON file for the report")
+    arguments = parser.parse_args()
+    report = uvloop.run(measure(arguments))
+    if arguments.out is not None:
+        report.save(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
