@@ -1,0 +1,57 @@
+"""The benchmarks of the engine alone, on a model small enough for a test."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import cpu_parity, offline
+from benchmarks.report import Report
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """An engine sets the number of torch's threads for the whole process; other tests have their own."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def rows(report: Report, title: str) -> list[list[Any]]:
+    """Of the table whose title begins so."""
+    return next(table["rows"] for table in report.tables if str(table["title"]).startswith(title))  # type: ignore[return-value]
+
+
+async def test_the_workloads_run_at_any_scale(stories260k: Path) -> None:
+    """A, B and C give one row each, or one for each batch, of sensible numbers."""
+    arguments = argparse.Namespace(
+        model=str(stories260k), device="cpu", dtype="auto", load_format="dummy", implementation="auto", threads=1,
+        work="ABC", batches="1,3", requests=5, scale=0.02, cache_gib=1, out=None,
+    )  # fmt: skip
+    report = await offline.measure(arguments)
+    assert [row[0] for row in rows(report, "A")] == ["5"]
+    assert [row[0] for row in rows(report, "B")] == ["1", "3"]
+    assert rows(report, "C")[0][0] == "16 × 41"
+    assert all(rate > 0 for table in "AC" for row in rows(report, table) for rate in row[1:])
+
+
+async def test_ours_and_transformers_say_the_same_in_float32(stories260k: Path) -> None:
+    """The comparison compares like with like: every token of every pair agrees."""
+    arguments = argparse.Namespace(
+        model=str(stories260k), dtypes="float32", batches="1,3", pairs=1, prompt=9, output=12, threads=1, out=None
+    )
+    report = await cpu_parity.compare(arguments)
+    found = rows(report, stories260k.name)
+    assert [(row[0], row[1], row[-1]) for row in found] == [("float32", "1", "100%"), ("float32", "3", "100%")]
+
+
+def test_a_ratio_below_its_goal_is_called_missed() -> None:
+    """The median of the pairs decides."""
+    pairs = cpu_parity.Pairs(ours=[1.0, 1.0, 1.0], theirs=[0.9, 1.5, 1.5], num_equal=6, num_tokens=8)
+    assert cpu_parity.row("bfloat16", 1, pairs, 4)[4:] == [1.5, 0.9, 1.5, "≥ 1.4", "75%"]
+    assert cpu_parity.row("bfloat16", 16, pairs, 4)[7] == "≥ 1.8  MISSED"
