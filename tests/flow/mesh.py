@@ -5,20 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from services.engine.__main__ import serve as serve_engine
 
 from holdfast import models, rpc
 from holdfast.bus import Bus
 from holdfast.client import Client
 from holdfast.v1 import engine_pb2, engine_pb2_grpc
+from services.engine.__main__ import serve as serve_engine
 from services.engine.settings import EngineSettings
 from services.gateway.__main__ import serve as serve_gateway
 from services.gateway.settings import GatewaySettings
@@ -98,49 +96,65 @@ async def running(
         yield Running(client=client, grpc=front.grpc, http=front.http, engines=engines)
 
 
-@dataclass
 class Process:
     """One service as a process of its own."""
 
-    name: str
-    process: asyncio.subprocess.Process
-    addresses: dict[str, Any]
-    """What its log said when it was ready."""
-    log: list[str] = field(default_factory=list)
+    def __init__(self, name: str, child: asyncio.subprocess.Process) -> None:
+        self.name = name
+        self.child = child
+        self.log: list[str] = []
+        self._ready: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+
+    async def addresses(self) -> dict[str, Any]:
+        """What its log says when it is ready.
+
+        Raises:
+            RuntimeError: it ended before.
+        """
+        return await asyncio.wait_for(asyncio.shield(self._ready), PATIENCE)
+
+    async def read(self) -> None:
+        """Reads its log to the end."""
+        assert self.child.stderr is not None
+        while line := await self.child.stderr.readline():
+            self.log.append(line.decode())
+            if not self._ready.done() and line.startswith(b"{") and (event := json.loads(line))["event"] == "ready":
+                self._ready.set_result(event)
+        if not self._ready.done():
+            self._ready.set_exception(RuntimeError("it ended before it was ready:\n" + "".join(self.log)))
+            self._ready.exception()  # the test may be over, and nobody may ask
 
     def kill(self) -> None:
         """As a machine dies: at once, without a word to anybody."""
-        self.process.kill()
+        self.child.kill()
+
+    async def stop(self) -> int:
+        """As an orchestrator stops it; its exit code."""
+        self.child.terminate()
+        return await asyncio.wait_for(self.child.wait(), PATIENCE)
 
 
 @asynccontextmanager
-async def process(name: str, **settings: object) -> AsyncIterator[Process]:
-    """`python -m services.<name>`, ready; stopped and awaited at the end of the block.
-
-    Raises:
-        RuntimeError: it ended before it was ready.
-    """
+async def process(name: str, /, **settings: object) -> AsyncIterator[Process]:
+    """`python -m services.<name>`; killed, if it still runs, at the end of the block."""
     child = await asyncio.create_subprocess_exec(
         *command(name, **settings), stderr=asyncio.subprocess.PIPE, env=environment(), limit=1 << 20
     )
-    assert child.stderr is not None
-    log: list[str] = []
+    running = Process(name, child)
     try:
-        addresses = await asyncio.wait_for(_until_ready(child.stderr, log), PATIENCE)
-        running = Process(name, child, addresses, log)
         async with asyncio.TaskGroup() as tasks:
-            reading = tasks.create_task(_read(child.stderr, log))
+            tasks.create_task(running.read())
             yield running
             if child.returncode is None:
-                child.send_signal(signal.SIGTERM)
-            await asyncio.wait_for(reading, PATIENCE)
+                child.kill()
     finally:
         if child.returncode is None:
             child.kill()
         await child.wait()
+        print(f"--- {name}", *running.log, sep="\n", end="")  # pytest shows it where a test fails
 
 
-def command(name: str = "", **settings: object) -> list[str]:
+def command(name: str = "", /, **settings: object) -> list[str]:
     """The program of one service, or of all in one process."""
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
     return [sys.executable, "-m", f"services.{name}".rstrip("."), *flags]
@@ -150,16 +164,3 @@ def environment() -> dict[str, str]:
     """Without what the machine's owner set for their own mesh; few threads, for there are many processes."""
     ours = {key: value for key, value in os.environ.items() if not key.startswith("HOLDFAST_") or "CACHE" in key}
     return ours | {"HOLDFAST_LOG_FORMAT": "json", "OMP_NUM_THREADS": "1"}
-
-
-async def _until_ready(stderr: asyncio.StreamReader, log: list[str]) -> dict[str, Any]:
-    async for line in stderr:
-        log.append(line.decode())
-        if line.startswith(b"{") and (event := json.loads(line))["event"] == "ready":
-            return dict(event)
-    raise RuntimeError("the service ended before it was ready:\n" + "".join(log))
-
-
-async def _read(stderr: asyncio.StreamReader, log: list[str]) -> None:
-    while line := await stderr.readline():
-        log.append(line.decode())

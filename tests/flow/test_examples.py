@@ -20,7 +20,7 @@ async def output(mesh: Running, name: str, *arguments: str) -> str:
         *arguments,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env=environment() | {"HOLDFAST_ADDRESS": mesh.grpc},
+        env=environment() | {"HOLDFAST_ADDRESS": mesh.grpc, "PYTHONPATH": str(ROOT)},
     )
     out, err = await asyncio.wait_for(process.communicate(), 100)
     assert (process.returncode, err.decode()) == (0, "")
