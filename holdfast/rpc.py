@@ -6,6 +6,7 @@ the block is left: grpcio 1.83 to 1.85 does not cancel a call that is merely aba
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import logging
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from holdfast.errors import CannotListen, HoldfastError, InternalError, InvalidRequest, from_rpc_error, to_status
@@ -107,29 +109,64 @@ class Server:
     health: Health = field(repr=False)
 
 
-class Health:
-    """grpc.health.v1 of one server: NOT_SERVING until `ready`, and again from `leave` on."""
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
+    """grpc.health.v1 of one server: NOT_SERVING until `ready`, and again from `leave` on. A watch ends with that: one
+    that went on would hold the drain of the server to its limit."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        from grpc_health.v1 import health, health_pb2
-
-        self._names = ["", *names]
-        self._status = health_pb2.HealthCheckResponse
-        self.servicer = health.aio.HealthServicer()
+        self._names = {"", *names}
+        self._serving = False
+        self._left = False
+        self._changed = asyncio.Condition()
 
     async def ready(self) -> None:
         """All is there: model, tokenizer, log."""
-        for name in self._names:
-            await self.servicer.set(name, self._status.SERVING)
+        await self._set(serving=not self._left)
 
     async def not_ready(self) -> None:
         """Something that calls need is missing."""
-        for name in self._names:
-            await self.servicer.set(name, self._status.NOT_SERVING)
+        await self._set(serving=False)
 
     async def leave(self) -> None:
         """Never ready again."""
-        await self.servicer.enter_graceful_shutdown()
+        self._left = True
+        await self._set(serving=False)
+
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> health_pb2.HealthCheckResponse:
+        if request.service not in self._names:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service!r} here")
+        return health_pb2.HealthCheckResponse(status=self._status(request.service))
+
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        told = None
+        while True:
+            status = self._status(request.service)
+            if status != told:
+                yield health_pb2.HealthCheckResponse(status=status)
+                told = status
+            elif self._left:
+                return
+            else:
+                async with self._changed:
+                    await self._changed.wait_for(functools.partial(self._has_news, request.service, told))
+
+    async def _set(self, *, serving: bool) -> None:
+        async with self._changed:
+            self._serving = serving
+            self._changed.notify_all()
+
+    def _has_news(self, service: str, told: int) -> bool:
+        return self._left or self._status(service) != told
+
+    def _status(self, service: str) -> int:
+        status = health_pb2.HealthCheckResponse
+        if service not in self._names:
+            return int(status.SERVICE_UNKNOWN)
+        return int(status.SERVING if self._serving else status.NOT_SERVING)
 
 
 @asynccontextmanager
@@ -142,7 +179,6 @@ async def serving(address: str, servicers: Sequence[Servicer], *, drain: float) 
         CannotListen: the address cannot be bound.
     """
     from grpc_channelz.v1 import channelz
-    from grpc_health.v1 import health_pb2_grpc
     from grpc_health.v1.health import SERVICE_NAME as HEALTH
     from grpc_reflection.v1alpha import reflection
 
@@ -151,7 +187,7 @@ async def serving(address: str, servicers: Sequence[Servicer], *, drain: float) 
     health = Health(names)
     for servicer in servicers:
         servicer.add(server)
-    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
     channelz.add_channelz_servicer(server)
     reflection.enable_server_reflection([*names, HEALTH, reflection.SERVICE_NAME], server)
     try:

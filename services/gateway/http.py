@@ -33,6 +33,7 @@ from holdfast.errors import (
     NotFound,
     RequestTooLarge,
     RetryableError,
+    Unavailable,
     wire,
 )
 from holdfast.events import Finished
@@ -158,6 +159,8 @@ class Completions:
                 await self._serve(exchange, body, headers)
         except ClientLeft:
             return
+        except asyncio.CancelledError:  # by the server, at the end of its drain; the task ends here
+            await exchange.refuse(Unavailable("the gateway is being stopped"))
         except HoldfastError as error:
             await exchange.refuse(error)
         except Exception as error:

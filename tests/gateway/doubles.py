@@ -202,6 +202,15 @@ class FakeEngine:
         return part
 
 
+@asynccontextmanager
+async def playing_engine(bus: MemoryBus) -> AsyncIterator[FakeEngine]:
+    """An engine that is told all requests and cancellations from now on."""
+    await bus.create_topics(TOPICS)
+    requests = {partition: None for topic in REQUESTS.values() for partition in topic.partitions}
+    async with bus.reader(requests) as jobs, bus.reader({CONTROL.partition(0): None}) as control:
+        yield FakeEngine(bus, jobs, control)
+
+
 @dataclass
 class Mesh:
     """A gateway and its surroundings."""
@@ -226,15 +235,9 @@ async def open_mesh(
     tokenizer = tokenizer or ByteTokenizer()
     async with AsyncExitStack() as parts:
         bus = await parts.enter_async_context(log or MemoryBus())
-        await bus.create_topics(TOPICS)
+        engine = await parts.enter_async_context(playing_engine(bus))
         tokenizer_life = await parts.enter_async_context(AsyncExitStack())
         server = await tokenizer_life.enter_async_context(tokenizing(tokenizer))
-        requests = {partition: None for topic in REQUESTS.values() for partition in topic.partitions}
-        engine = FakeEngine(
-            bus,
-            await parts.enter_async_context(bus.reader(requests)),
-            await parts.enter_async_context(bus.reader({CONTROL.partition(0): None})),
-        )
         given: dict[str, Any] = {
             "address": "127.0.0.1:0",
             "http_address": "127.0.0.1:0",

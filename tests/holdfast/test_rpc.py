@@ -104,6 +104,41 @@ async def test_a_server_is_healthy_once_it_says_so() -> None:
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
+async def test_a_watch_tells_every_change_and_ends_with_the_server() -> None:
+    """A watch tells how the service stands and what changes. Its last word is NOT_SERVING when the server leaves, which
+    therefore does not wait for it until the limit of its drain."""
+    status = health_pb2.HealthCheckResponse
+    nothing = rpc.Servicer(NAME, add=lambda server: None)
+    told = asyncio.Queue[int]()
+
+    async def watch(address: str) -> None:
+        async with rpc.channel(address) as channel:
+            question = health_pb2.HealthCheckRequest(service=NAME)
+            async with rpc.streaming(health_pb2_grpc.HealthStub(channel).Watch(question)) as changes:
+                async for change in changes:
+                    told.put_nowait(change.status)
+
+    async with asyncio.TaskGroup() as group:
+        async with rpc.serving("127.0.0.1:0", [nothing], drain=3600) as server:
+            watching = group.create_task(watch(server.address))
+            assert await told.get() == status.NOT_SERVING
+            await server.health.ready()
+            assert await told.get() == status.SERVING
+        await watching
+        assert told.get_nowait() == status.NOT_SERVING
+
+
+async def test_an_unknown_service_is_not_found_and_watched_as_unknown() -> None:
+    """Asked for a service that is not here, Check says NOT_FOUND and Watch SERVICE_UNKNOWN."""
+    async with counting() as (_, _, channel):
+        stub, question = health_pb2_grpc.HealthStub(channel), health_pb2.HealthCheckRequest(service="other")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Check(question)
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        async with rpc.streaming(stub.Watch(question)) as changes:
+            assert (await anext(aiter(changes))).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+
+
 async def test_a_server_tells_what_it_offers() -> None:
     """Reflection lists the services."""
     async with counting() as (_, server, _):
