@@ -7,7 +7,6 @@ clock: seconds are given. The scheduler asks it how many tokens of prefill fit b
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
 
 WINDOW = 64
 """Steps remembered of each kind, with prefill and without: a long run of decodes must not make it forget what a prompt
@@ -20,35 +19,52 @@ RIDGE = 1e-4
 """Relative weight of "all coefficients are zero": decides where the steps cannot tell the coefficients apart."""
 
 
-class _Observation(NamedTuple):
-    tokens: int
-    kv_tokens: int
-    seconds: float
+_COLUMNS = 4
+"""1, tokens, kv_tokens, seconds."""
+
+
+class _Window:
+    """The last observations of one kind, as the sums of the products of their columns: what a fit needs."""
+
+    def __init__(self) -> None:
+        self._rows: deque[tuple[float, ...]] = deque()
+        self.sums = [[0.0] * _COLUMNS for _ in range(_COLUMNS)]
+
+    def add(self, *row: float) -> None:
+        self._rows.append(row)
+        self._count(row, 1)
+        if len(self._rows) > WINDOW:
+            self._count(self._rows.popleft(), -1)
+
+    def _count(self, row: tuple[float, ...], sign: int) -> None:
+        for sums, value in zip(self.sums, row, strict=True):
+            for column, other in enumerate(row):
+                sums[column] += sign * value * other
 
 
 class Pace:
     """The fitted model of one engine's steps."""
 
     def __init__(self) -> None:
-        self._decodes: deque[_Observation] = deque(maxlen=WINDOW)
-        self._mixed: deque[_Observation] = deque(maxlen=WINDOW)
+        self._decodes = _Window()
+        self._mixed = _Window()
         self._coefficients: tuple[float, float, float] | None = None
 
     def observe(self, *, tokens: int, kv_tokens: int, seconds: float, prefills: bool) -> None:
         """A step took so long. `prefills`: it computed more than one token of some sequence."""
-        (self._mixed if prefills else self._decodes).append(_Observation(tokens, kv_tokens, seconds))
+        (self._mixed if prefills else self._decodes).add(1.0, tokens, kv_tokens, seconds)
         self._coefficients = None
 
     def seconds(self, *, tokens: int, kv_tokens: int) -> float | None:
         """How long such a step will take; None as long as too few were seen."""
-        if len(self._decodes) + len(self._mixed) < FEWEST:
+        if not self._knows_enough:
             return None
         a, b, c = self._fitted()
         return a + b * tokens + c * kv_tokens
 
     def tokens_within(self, seconds: float, *, kv_tokens: int) -> float:
         """How many tokens a step may compute and still end within `seconds`; infinite where nothing says otherwise."""
-        if len(self._decodes) + len(self._mixed) < FEWEST:
+        if not self._knows_enough:
             return float("inf")
         a, b, c = self._fitted()
         spare = seconds - a - c * kv_tokens
@@ -56,42 +72,45 @@ class Pace:
             return 0.0
         return spare / b if b > 0 else float("inf")
 
+    @property
+    def _knows_enough(self) -> bool:
+        return self._decodes.sums[0][0] + self._mixed.sums[0][0] >= FEWEST
+
     def _fitted(self) -> tuple[float, float, float]:
         if self._coefficients is None:
-            self._coefficients = _fit([*self._decodes, *self._mixed])
+            windows = zip(self._decodes.sums, self._mixed.sums, strict=True)
+            sums = [[x + y for x, y in zip(*rows, strict=True)] for rows in windows]
+            self._coefficients = _fit(sums)
         return self._coefficients
 
 
-def _fit(observations: list[_Observation]) -> tuple[float, float, float]:
+def _fit(sums: list[list[float]]) -> tuple[float, float, float]:
     """Least squares with no coefficient below zero: where one comes out negative it is left out and the rest fitted
     again (for three columns that is near enough to the optimum)."""
-    rows = [(1.0, float(each.tokens), float(each.kv_tokens)) for each in observations]
-    scales = [max(sum(row[j] for row in rows) / len(rows), 1e-9) for j in range(3)]
-    scaled = [[row[j] / scales[j] for j in range(3)] for row in rows]
-    seconds = [each.seconds for each in observations]
+    count = sums[0][0]
+    scales = [max(sums[0][column] / count, 1e-9) for column in range(3)]
     columns = [0, 1, 2]
+    solution: list[float] = []
     while columns:
-        solution = _least_squares([[row[j] for j in columns] for row in scaled], seconds)
+        system = [
+            [sums[i][j] / (scales[i] * scales[j]) + RIDGE * count * (i == j) for j in columns]
+            + [sums[i][3] / scales[i]]
+            for i in columns
+        ]
+        solution = _solve(system)
         worst = min(range(len(columns)), key=solution.__getitem__)
         if solution[worst] >= 0:
             break
-        del columns[worst]
+        del columns[worst], solution[worst]
     result = [0.0, 0.0, 0.0]
-    for column, value in zip(columns, solution if columns else [], strict=True):
+    for column, value in zip(columns, solution, strict=True):
         result[column] = value / scales[column]
     return result[0], result[1], result[2]
 
 
-def _least_squares(rows: list[list[float]], targets: list[float]) -> list[float]:
-    """Solves the normal equations, with a small ridge, by elimination."""
-    n = len(rows[0])
-    system = [
-        [sum(row[i] * row[j] for row in rows) for j in range(n)]
-        + [sum(row[i] * target for row, target in zip(rows, targets, strict=True))]
-        for i in range(n)
-    ]
-    for i in range(n):
-        system[i][i] += RIDGE * len(rows)
+def _solve(system: list[list[float]]) -> list[float]:
+    """Solves a symmetric positive definite system, right-hand side in the last column, by elimination."""
+    n = len(system)
     for i in range(n):
         for below in range(i + 1, n):
             factor = system[below][i] / system[i][i]

@@ -157,6 +157,7 @@ class Scheduler:
         self._delta = _Delta()
         self._returning: list[tuple[int, list[int]]] = []  # blocks, and the step after which they are nobody's
         self._news: dict[Sequence, None] = {}
+        self._next_deadline: float | None = None  # no deadline of those held is earlier
         self._num_added = 0
         self._num_steps = 0
         self._num_committed = 0
@@ -178,8 +179,8 @@ class Scheduler:
 
     @property
     def next_deadline(self) -> float | None:
-        """When `expire` has something to do, if nothing else happens before."""
-        return min((each.deadline for each in self._held() if each.deadline is not None), default=None)
+        """When to call `expire` again, if nothing else happens before."""
+        return self._next_deadline
 
     def hashes_beyond_cache(self, sequence: Sequence) -> list[bytes]:
         """The chained hashes of the full blocks that would save work and that are not held here, first one first."""
@@ -198,6 +199,8 @@ class Scheduler:
         if self.pool.blocks_for(sequence.num_stored_at_most) > self.pool.num_blocks:
             self._refuse(sequence)
             return
+        if sequence.deadline is not None:
+            self._next_deadline = min(sequence.deadline, self._next_deadline or sequence.deadline)
         if loading:
             sequence.phase = Phase.LOADING
             self._loading.add(sequence)
@@ -222,9 +225,12 @@ class Scheduler:
 
     def expire(self, now: float) -> None:
         """Ends the sequences whose deadline has passed."""
+        if self._next_deadline is None or now < self._next_deadline:
+            return
         for sequence in self._held():
             if sequence.deadline is not None and sequence.deadline <= now:
                 self.cancel(sequence, FinishReason.DEADLINE, now=now)
+        self._next_deadline = min((each.deadline for each in self._held() if each.deadline is not None), default=None)
 
     def take_news(self) -> list[Sequence]:
         """The sequences that got tokens or ended since this was last asked."""
@@ -239,12 +245,13 @@ class Scheduler:
     def plan(self, now: float) -> Step | None:
         """The next step, None where nothing can be computed before something else happens: a commit, a new sequence,
         a block given back by the KV store's client."""
-        self._admit(self._prefill_tokens(), now)
-        works = self._assign(self._prefill_tokens())
+        if self._waiting[True] or self._waiting[False]:
+            self._admit(now)
+        works = self._assign()
         if not works:
             return None
         self._num_steps += 1
-        step = self._delta.step(self._num_steps, sorted(works, key=lambda work: work.count != 1))
+        step = self._delta.step(self._num_steps, works)
         self._delta = _Delta()
         for work in works:
             self._take_off(work)
@@ -268,8 +275,9 @@ class Scheduler:
 
     # Admission.
 
-    def _admit(self, num_tokens: int, now: float) -> None:
+    def _admit(self, now: float) -> None:
         """Gives slots to waiting sequences as long as the step has tokens for them and there are blocks."""
+        num_tokens = self._prefill_tokens()
         num_tokens -= sum(s.num_remaining for s in self._running if not s.has_all_planned and s.num_remaining > 1)
         while num_tokens > 0:
             for sequence in self._next_in_line():
@@ -359,33 +367,40 @@ class Scheduler:
         within = self.pace.tokens_within(self.limits.itl_target, kv_tokens=kv_tokens) - len(decoding)
         return int(min(spare, max(within, self.pool.block_size)))
 
-    def _assign(self, prefill_tokens: int) -> list[Work]:
-        """What each running sequence computes, the first in line first, so that whoever is thrown out for want of
-        blocks has nothing assigned yet."""
-        works = []
+    def _assign(self) -> list[Work]:
+        """What each running sequence computes, decodes in front. The first in line comes first, so that whoever is
+        thrown out for want of blocks has nothing assigned yet."""
+        decodes: list[Work] = []
+        chunks: list[Work] = []
+        prefill_tokens: int | None = None
         for sequence in self._running:
             if sequence.phase is not Phase.RUNNING or sequence.has_all_planned:
                 continue
-            decodes = sequence.num_remaining == 1
-            count = self._grow(sequence, 1 if decodes else min(sequence.num_remaining, prefill_tokens))
+            remaining = sequence.num_remaining
+            if remaining == 1:
+                if self._grow(sequence, 1):
+                    decodes.append(_work(sequence, 1, remaining))
+                continue
+            if prefill_tokens is None:
+                prefill_tokens = self._prefill_tokens()
+            count = self._grow(sequence, min(remaining, prefill_tokens))
+            prefill_tokens -= count
             if count:
-                works.append(_work(sequence, count))
-                prefill_tokens -= 0 if decodes else count
-        return works
+                (chunks if count > 1 else decodes).append(_work(sequence, count, remaining))
+        return decodes + chunks
 
     def _grow(self, sequence: Sequence, count: int) -> int:
         """Sees to blocks for the next `count` tokens of a sequence and, where there are plenty, for the `lookahead`
         tokens after them. Returns for how many of the tokens there are blocks now."""
-        if count == 0:
-            return 0
         end = sequence.num_planned + count
+        if end <= len(sequence.blocks) * self.pool.block_size:
+            return count
         missing = self.pool.blocks_for(end) - len(sequence.blocks)
-        if missing > 0:
-            while not self.pool.num_available and self._throw_out_after(sequence):
-                pass
-            ahead = self.pool.blocks_for(min(end + self.limits.lookahead, sequence.num_stored_at_most))
-            plenty = self.pool.num_available > len(self._running)
-            self._append_blocks(sequence, ahead - len(sequence.blocks) if plenty else missing)
+        while not self.pool.num_available and self._throw_out_after(sequence):
+            pass
+        ahead = self.pool.blocks_for(min(end + self.limits.lookahead, sequence.num_stored_at_most))
+        plenty = self.pool.num_available > len(self._running)
+        self._append_blocks(sequence, ahead - len(sequence.blocks) if plenty else missing)
         return min(end, len(sequence.blocks) * self.pool.block_size) - sequence.num_planned
 
     def _append_blocks(self, sequence: Sequence, count: int) -> None:
@@ -509,15 +524,9 @@ class Scheduler:
         self._returning = [each for each in self._returning if each[0] > self._num_committed]
 
 
-def _work(sequence: Sequence, count: int) -> Work:
+def _work(sequence: Sequence, count: int, remaining: int) -> Work:
     assert sequence.slot is not None
-    return Work(
-        sequence=sequence,
-        slot=sequence.slot,
-        start=sequence.num_planned,
-        count=count,
-        samples=count == sequence.num_remaining,
-    )
+    return Work(sequence, sequence.slot, start=sequence.num_planned, count=count, samples=count == remaining)
 
 
 def _first_ready(line: _Line) -> Sequence | None:
