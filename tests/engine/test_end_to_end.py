@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.trace import NoOpTracer
+from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer
 
 from holdfast import rpc, topics
@@ -16,7 +18,13 @@ from holdfast.memory import MemoryBus
 from holdfast.v1 import engine_pb2, engine_pb2_grpc
 from holdfast.v1 import generation_pb2 as pb
 from services.engine.__main__ import EngineAddresses, serve
+from services.engine.blocks import BlockPool
+from services.engine.build import build
+from services.engine.engine import Engine
+from services.engine.metrics import EngineMetrics
+from services.engine.scheduler import Limits, Scheduler
 from services.engine.settings import EngineSettings
+from services.engine.validation import Served
 from tests.engine.records import answers, cancel, publish, request
 
 BOS = 1
@@ -117,6 +125,37 @@ async def test_preempted_sequences_give_the_same(bus: MemoryBus, stories260k: Pa
             assert heard[request_id].token_ids == published[number : number + 120]
         assert heard.num_repeated == 0
         assert (await load(addresses)).num_preemptions > 0
+
+
+@pytest.mark.parametrize("lookahead", range(4))
+async def test_steps_planned_ahead_give_the_same(
+    bus: MemoryBus, stories260k: Path, published: list[int], lookahead: int
+) -> None:
+    """However many steps are launched before the first one's result is known, in chunks and with preemptions."""
+    settings = EngineSettings(
+        model=str(stories260k), device="cpu", threads=1, block_size=16, cache_blocks=16, max_model_len=200,
+        max_sequences=4, max_step_tokens=16,
+    )  # fmt: skip
+    computer = build(settings, stories260k)
+    limits = Limits(max_sequences=4, max_step_tokens=16, lookahead=lookahead)
+    made = Engine(
+        bus,
+        Scheduler(BlockPool(16, block_size=16), limits),
+        computer.runner,
+        name="ahead",
+        served=Served("stories", 200, 512, frozenset({2})),
+        metrics=EngineMetrics(CollectorRegistry()),
+        tracer=NoOpTracer(),
+    )
+    async with answers(bus) as heard, made.running():
+        ids = [f"r{number}" for number in range(4)]
+        for number, request_id in enumerate(ids):
+            prompt_ids = [BOS, *published[: 10 * number]]
+            await publish(bus, story(request_id, prompt_ids, max_tokens=100), partition=number)
+        await heard.finished(*ids)
+        for number, request_id in enumerate(ids):
+            assert heard[request_id].token_ids == published[10 * number : 10 * number + 100]
+        assert made.steps.load.num_preemptions > 0
 
 
 async def test_several_choices_of_one_request(bus: MemoryBus, stories260k: Path, published: list[int]) -> None:

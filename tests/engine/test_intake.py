@@ -11,12 +11,14 @@ import pytest
 
 from holdfast import topics
 from holdfast.bus import Bus, Position
+from holdfast.errors import InternalError
 from holdfast.memory import MemoryBus
 from holdfast.v1 import generation_pb2 as pb
+from services.engine.batch import Step
 from services.engine.sequence import StopRules
 from tests.conftest import OpenBus
 from tests.engine.engines import Running, engine, until
-from tests.engine.fake_runner import EOS, expected_output
+from tests.engine.fake_runner import EOS, Launched, expected_output
 from tests.engine.records import Answers, answers, cancel, publish, request
 
 GROUP = "holdfast-engines-interactive"
@@ -306,3 +308,22 @@ async def test_a_drained_engine_takes_nothing_more_and_leaves_its_groups(memory:
         async with engine(memory):
             await heard.finished("left")
         await running.engine.intake.drain()
+
+
+async def test_an_engine_that_cannot_compute_fails(memory: MemoryBus) -> None:
+    """What the step thread dies of ends the service, named; the request stays in the log for another engine."""
+
+    def launch(step: Step) -> Launched:
+        raise MemoryError("out of device memory")
+
+    async with answers(memory) as heard:
+        with pytest.raises(ExceptionGroup) as raised:
+            async with engine(memory) as running:
+                running.runner.launch = launch  # type: ignore[method-assign]
+                await publish(memory, request("a", [1]))
+                await heard.finished("a")
+        failures = raised.value.subgroup(InternalError)
+        assert failures is not None
+        assert "out of device memory" in str(failures.exceptions[0])
+        async with engine(memory):
+            await heard.finished("a")

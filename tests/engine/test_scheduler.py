@@ -151,6 +151,20 @@ def test_batch_yields_its_slot_but_for_its_share() -> None:
     driver.check_all_answered()
 
 
+def test_batch_gets_its_share_however_many_interactive_ones_come() -> None:
+    """While interactive sequences fill every slot, a batch one that waits longer than they do gets the next."""
+    driver = Driver(max_sequences=2, num_blocks=64)
+    for arrival in range(2):
+        driver.add(sequence([1], arrival=float(arrival)))
+    batch = driver.add(sequence([2], interactive=False, arrival=2.0))
+    for arrival in range(3, 20):
+        driver.add(sequence([1], arrival=float(arrival)))
+        driver.step()
+    assert batch.is_finished
+    driver.run()
+    driver.check_all_answered()
+
+
 @LOOKAHEADS
 def test_the_youngest_is_preempted_and_answers_the_same(lookahead: int) -> None:
     """Where blocks run out the youngest goes back to the line; nobody is told a token twice or another one."""
