@@ -3,7 +3,7 @@
 A slot holds a sequence's known tokens, its block table and its sampling parameters. A step brings what changes (the
 delta) and says which tokens to compute; everything else, the token that a decode begins with above all, is read from
 the slots. Sampled tokens are written back by `append`, so one step's input never waits for the host to see the last
-one's output. Per step nothing here costs more for a longer context or a larger vocabulary.
+one's output. Nothing that a step does here grows with the vocabulary, nor with the context but for its block tables.
 
 Shapes: N tokens of the step, S works of the step, R rows to sample, B blocks.
 """
