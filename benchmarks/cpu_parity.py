@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -40,9 +41,11 @@ class Theirs:
     def answers(self, prompts: Sequence[list[int]], output_tokens: int) -> list[list[int]]:
         """The continuations of prompts of one length."""
         ids = torch.tensor(prompts)
-        options = {"do_sample": False, "max_new_tokens": output_tokens, "min_new_tokens": output_tokens}
+        options: dict[str, Any] = {"max_new_tokens": output_tokens, "min_new_tokens": output_tokens}
         with torch.inference_mode():
-            found = self._model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
+            found = self._model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **options
+            )
         answers: list[list[int]] = found[:, ids.shape[1] :].tolist()
         return answers
 
