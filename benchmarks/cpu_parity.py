@@ -35,17 +35,16 @@ class Theirs:
     """transformers, as its documentation says to use it."""
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        transformers.utils.logging.disable_progress_bar()
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        logging: Any = transformers.utils.logging
+        logging.disable_progress_bar()
+        self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
     def answers(self, prompts: Sequence[list[int]], output_tokens: int) -> list[list[int]]:
         """The continuations of prompts of one length."""
         ids = torch.tensor(prompts)
-        options: dict[str, Any] = {"max_new_tokens": output_tokens, "min_new_tokens": output_tokens}
+        options = {"do_sample": False, "max_new_tokens": output_tokens, "min_new_tokens": output_tokens}
         with torch.inference_mode():
-            found = self._model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **options
-            )
+            found = self._model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
         answers: list[list[int]] = found[:, ids.shape[1] :].tolist()
         return answers
 
