@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read when grpc is imported: its notes are not for people
 
@@ -30,8 +30,13 @@ from services.ask import ask, how_to_go_on, unless_stopped
 from services.engine.settings import EngineSettings
 from services.gateway.__main__ import serve as serve_gateway
 from services.gateway.settings import GatewaySettings
+from services.kvstore.__main__ import serve as serve_kvstore
+from services.kvstore.settings import KVStoreSettings
 from services.tokenizer.__main__ import serve as serve_tokenizer
 from services.tokenizer.settings import TokenizerSettings
+
+if TYPE_CHECKING:
+    from services.engine.__main__ import EngineAddresses
 
 Say = Callable[[str], None]
 S = TypeVar("S", bound=Settings)
@@ -62,7 +67,9 @@ class MeshSettings(Settings, env_prefix="HOLDFAST_"):
     tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings)
     """The tokenizer. Its address is any free port unless it is set."""
     engine: EngineSettings = Field(default_factory=EngineSettings)
-    """The engine. Its address is any free port unless it is set."""
+    """The engine. Its address is any free port unless it is set; its KV store is the one here, unless it names one."""
+    kvstore: KVStoreSettings = Field(default_factory=lambda: KVStoreSettings(capacity_bytes=1 << 30))
+    """The KV store. Its address is any free port unless it is set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +80,7 @@ class Mesh:
     http: str
     tokenizer: str
     engine: str
+    kvstore: str
 
 
 @asynccontextmanager
@@ -92,10 +100,19 @@ async def serve(settings: MeshSettings, *, say: Say = lambda line: None) -> Asyn
         enter = parts.enter_async_context
         bus = await enter(MemoryBus())
         tokenizer = await _timed(say, "tokenizer", enter(serve_tokenizer(_placed(settings.tokenizer, **model))))
-        engine = await _timed(say, "engine", enter(_engine(_placed(settings.engine, **model), bus)))
+        kvstore = await _timed(say, "KV store", enter(serve_kvstore(_placed(settings.kvstore))))
+        store = settings.engine.kvstore or kvstore.address
+        say("  engine: loading the model")
+        engine = await _timed(say, "engine", enter(_engine(_placed(settings.engine, kvstore=store, **model), bus)))
         at_tokenizer = settings.gateway.model_copy(update={"tokenizer": tokenizer.address})
         gateway = await _timed(say, "gateway", enter(serve_gateway(at_tokenizer, bus=bus)))
-        yield Mesh(grpc=gateway.grpc, http=gateway.http, tokenizer=tokenizer.address, engine=engine)
+        yield Mesh(
+            grpc=gateway.grpc,
+            http=gateway.http,
+            tokenizer=tokenizer.address,
+            engine=engine.address,
+            kvstore=kvstore.address,
+        )
 
 
 def _refuse_what_is_decided_here(settings: MeshSettings) -> None:
@@ -113,13 +130,12 @@ def _placed(settings: S, **more: Any) -> S:
 
 
 @asynccontextmanager
-async def _engine(settings: EngineSettings, bus: MemoryBus) -> AsyncIterator[str]:
-    """An engine; yields its address."""
+async def _engine(settings: EngineSettings, bus: MemoryBus) -> AsyncIterator[EngineAddresses]:
     # Imports torch, which takes seconds: not before the first line is printed.
     from services.engine.__main__ import serve as serve_engine
 
     async with serve_engine(settings, bus=bus) as addresses:
-        yield addresses.address
+        yield addresses
 
 
 async def _timed(say: Say, what: str, ready: Awaitable[T]) -> T:

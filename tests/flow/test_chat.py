@@ -36,8 +36,8 @@ async def test_a_conversation_reads_as_sense(mesh: Running) -> None:
     messages: list[Message] = [{"role": "system", "content": "You answer in one short sentence."}]
     for question, known in (
         ("What is the capital of France?", "Paris"),
-        ("Which country is that city in?", "France"),
-        ("Thank you. Name one famous tower there.", "Eiffel"),
+        ("What is that city famous for?", "Eiffel"),
+        ("Is it larger than London?", "Paris"),
     ):
         messages.append({"role": "user", "content": question})
         text, end = await ask(mesh, messages)

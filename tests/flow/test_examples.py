@@ -38,7 +38,7 @@ async def test_cancel(open_memory: OpenBus, endless_stories: Path) -> None:
     """An endless answer, ended by its id."""
     async with running(open_memory, endless_stories) as mesh:
         out = await output(mesh, "cancel.py")
-    assert "(cancelled after " in out
+    assert out.endswith(" tokens; cancelled)\n")
 
 
 @pytest.mark.timeout(300)
@@ -47,4 +47,4 @@ async def test_chat(open_memory: OpenBus, smollm2: Path) -> None:
     async with running(open_memory, smollm2, engine={"cache_bytes": 128 << 20, "threads": 2}) as mesh:
         first, second = (await output(mesh, "chat.py")).splitlines()
     assert "Paris" in first
-    assert "Seine" in second
+    assert "Eiffel" in second

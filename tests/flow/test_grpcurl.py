@@ -39,8 +39,8 @@ async def test_grpcurl_lists_describes_and_streams(
         services = await output(grpcurl, "-plaintext", mesh.grpc, "list")
         assert "holdfast.v1.GatewayService" in services.splitlines()
         assert "grpc.health.v1.Health" in services.splitlines()
-        described = await output(grpcurl, "-plaintext", mesh.grpc, "describe", "holdfast.v1.GatewayService.Generate")
-        assert "stream .holdfast.v1.GenerateResponse" in described
+        described = await output(grpcurl, "-plaintext", mesh.grpc, "describe", "holdfast.v1.GatewayService")
+        assert "returns ( stream .holdfast.v1.GenerateResponse )" in described
         request = {"tokenIds": {"ids": [1]}, "sampling": {"temperature": 0}, "stop": {"maxTokens": 199}}
         streamed = await output(
             grpcurl, "-plaintext", "-d", json.dumps(request), mesh.grpc, "holdfast.v1.GatewayService/Generate"
