@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -67,12 +67,7 @@ class Admission:
             self._num_open -= 1
 
     def admit(
-        self,
-        request: gateway_pb2.GenerateRequest,
-        model: Model,
-        *,
-        call_time_left: float | None = None,
-        draw_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+        self, request: gateway_pb2.GenerateRequest, model: Model, *, call_time_left: float | None = None
     ) -> Admitted:
         """Checks all that can be checked before the prompt is tokenized, and decides what the client left open.
         `call_time_left`: seconds until the call itself ends.
@@ -92,7 +87,7 @@ class Admission:
         now = time.time()
         return Admitted(
             request=request,
-            request_id=request.request_id or draw_id(),
+            request_id=request.request_id or uuid.uuid4().hex,
             request_class=request.request_class or generation_pb2.REQUEST_CLASS_INTERACTIVE,
             num_choices=num_choices,
             seed=request.sampling.seed if request.sampling.HasField("seed") else secrets.randbits(64),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 from holdfast.accept import Source
 from holdfast.errors import HoldfastError, Overloaded, StreamFailed
@@ -150,16 +150,6 @@ class Answer:
         self._next_flush = self._loop.time() + self._flush
         news, self._news, self._num_waiting = self._news, {}, 0
         return [event for choice in news for event in choice.take(lambda: self.cursor)]
-
-    async def events(self) -> AsyncIterator[Tokens | Finished]:
-        """Every event, until the end.
-
-        Raises:
-            HoldfastError: the answer is broken.
-        """
-        while not self.at_end:
-            for event in await self.next():
-                yield event
 
     def close(self) -> None:
         """The client is gone. Changes nothing where the answer has ended."""

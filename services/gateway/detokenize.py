@@ -19,7 +19,7 @@ import structlog
 from holdfast.errors import HoldfastError, InternalError, RequestError, StreamFailed, Unavailable, from_rpc_error
 from holdfast.rpc import streaming
 from holdfast.v1 import tokenizer_pb2
-from services.gateway.answer import Answer
+from services.gateway.answer import Answer, State
 from services.gateway.choice import Choice, Piece
 from services.gateway.readiness import Readiness
 from services.gateway.tokenizer import Tokenizer
@@ -123,7 +123,7 @@ class Detokenizer:
         while self._waiting and num_ids < MAX_MESSAGE_IDS:
             choice = next(iter(self._waiting))
             answer = self._waiting.pop(choice)
-            if pieces := choice.to_decode():
+            if answer.state is State.OPEN and (pieces := choice.to_decode()):
                 works.append(Work(answer, choice, pieces))
                 num_ids += sum(len(piece.ids) for piece in pieces)
         if self._waiting:

@@ -11,7 +11,7 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 
 from holdfast import semconv
-from holdfast.errors import HoldfastError
+from holdfast.errors import HoldfastError, InvalidRequest, RequestError
 from holdfast.v1 import gateway_pb2
 from services.gateway.admission import Admitted
 from services.gateway.answer import Answer, State
@@ -84,14 +84,14 @@ class Observation:
             self._count(metrics, self.answer)
         if error is not None:
             self.span.set_attribute(semconv.ERROR_TYPE, failure)
-            self.span.set_status(trace.StatusCode.ERROR, str(error))
+            self.span.set_status(trace.StatusCode.ERROR, _reason(error))
         with trace.use_span(self.span):  # the line gets its trace id
             log.info(
                 "request ended",
                 request_id=self.admitted.request_id if self.admitted is not None else "",
                 face=self.face,
                 outcome=failure or outcome,
-                reason=str(error) if error is not None else "",
+                reason=_reason(error) if error is not None else "",
                 seconds=round(duration, 4),
                 output_tokens=sum(self.answer.num_shown) if self.answer is not None else 0,
             )
@@ -122,6 +122,13 @@ class Observation:
             return None
         num_more = max(self.answer.num_shown) - 1
         return (self.answer.last_token_at - self.answer.first_token_at) / num_more if num_more > 0 else None
+
+
+def _reason(error: HoldfastError) -> str:
+    """What logs and traces may hold of an error: the text of a refusal repeats what the client sent."""
+    if isinstance(error, InvalidRequest):
+        return error.field
+    return "" if isinstance(error, RequestError) else str(error)
 
 
 class Observer:

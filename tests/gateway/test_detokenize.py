@@ -100,6 +100,57 @@ async def test_what_cannot_be_decoded_fails_its_stream_alone(errors: list[Except
             assert await answer.read() == "text"
 
 
+class Slow(ByteTokenizer):
+    """A tokenizer that waits before it decodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoding, self.go_on = asyncio.Event(), asyncio.Event()
+
+    @rpc.stream
+    async def Decode(
+        self, requests: AsyncIterator[tokenizer_pb2.DecodeRequest], context: Any
+    ) -> AsyncIterator[tokenizer_pb2.DecodeResponse]:
+        async for request in requests:
+            self.decode_messages.append(request)
+            self.decoding.set()
+            await self.go_on.wait()
+            yield tokenizer_pb2.DecodeResponse(items=[self._decoded(item) for item in request.items])
+
+
+async def test_ids_that_come_meanwhile_go_with_the_next_message() -> None:
+    """While the tokenizer has a message, all that comes gathers for one more."""
+    tokenizer = Slow()
+    async with open_mesh(tokenizer=tokenizer) as mesh, mesh.client.generate("hi") as answer:
+        await anext(answer)
+        job = await mesh.engine.job()
+        await mesh.engine.say(job, "a")
+        await tokenizer.decoding.wait()
+        for text in "bcd":
+            await mesh.engine.say(job, text)
+        await mesh.engine.say(job, "e", finish=LENGTH)
+        await mesh.client.models()  # the gateway has read them all by the time it answers
+        tokenizer.go_on.set()
+        assert await answer.read() == "abcde"
+        assert [bytes(message.items[0].ids) for message in tokenizer.decode_messages] == [b"a", b"bcde"]
+
+
+async def test_what_nobody_waits_for_is_not_decoded() -> None:
+    """The ids of a stream whose client left while they were decoded are not asked for again."""
+    tokenizer = Slow()
+    async with open_mesh(tokenizer=tokenizer) as mesh:
+        async with mesh.client.generate("hi", cancel_on_exit=True) as answer:
+            await anext(answer)
+            await mesh.engine.say(await mesh.engine.job(), "nobody")
+            await tokenizer.decoding.wait()
+        await mesh.engine.cancelled()
+        tokenizer.go_on.set()
+        async with mesh.client.generate("hi") as answer:
+            await mesh.engine.say(await mesh.engine.job(), "text", finish=LENGTH)
+            assert await answer.read() == "text"
+        assert [bytes(message.items[0].ids) for message in tokenizer.decode_messages] == [b"nobody", b"text"]
+
+
 async def test_requests_are_refused_while_the_tokenizer_is_gone() -> None:
     """A prompt that cannot be tokenized is UNAVAILABLE, not lost."""
     async with open_mesh() as mesh:

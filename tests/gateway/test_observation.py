@@ -88,18 +88,18 @@ async def test_a_request_is_a_server_span_with_its_phases(spans: Spans) -> None:
 
 
 async def test_a_refusal_is_an_error_of_its_kind(spans: Spans) -> None:
-    """A request that is refused has the error's name in its span."""
+    """A request that is refused has the error's name in its span, and the field, but not what the client wrote in it."""
     request = pb.GenerateRequest()
     request.chat.SetInParent()
     with (
         pytest.raises(InvalidRequest),
         spans.observer.request(request, face="http", parent=Context()),
     ):
-        raise InvalidRequest("no messages")
+        raise InvalidRequest("not a secret", field="chat.messages")
     span = spans.named("chat")
     assert span.attributes is not None
     assert span.attributes[semconv.ERROR_TYPE] == "InvalidRequest"
-    assert (span.status.status_code, span.status.description) == (StatusCode.ERROR, "no messages")
+    assert (span.status.status_code, span.status.description) == (StatusCode.ERROR, "chat.messages")
 
 
 async def test_a_client_that_leaves_is_no_error(spans: Spans) -> None:
