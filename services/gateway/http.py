@@ -179,8 +179,11 @@ class Completions:
                 )
                 call = Call("http", trace=context, spelled=True)
                 answers.append(await stack.enter_async_context(self._gateway.generate(request, call)))
-            writer = (Streamed if asked.stream else InOnePiece)(exchange, asked, answers, self._reply(exchange, asked))
-            await writer.write(self._keepalive)
+            reply = self._reply(exchange, asked)
+            if asked.stream:
+                await Streamed(exchange, asked, answers, reply, keepalive=self._keepalive).write()
+            else:
+                await InOnePiece(exchange, asked, answers, reply).write()
 
     def _reply(self, exchange: Exchange, asked: Asked) -> Reply:
         return (ChatReply if self._chat else CompletionReply)(
@@ -238,19 +241,22 @@ class Exchange:
 class Streamed:
     """Writes answers as server-sent events. Where there is one answer, each event's id is its cursor."""
 
-    def __init__(self, exchange: Exchange, asked: Asked, answers: list[Answer], reply: Reply) -> None:
+    def __init__(
+        self, exchange: Exchange, asked: Asked, answers: list[Answer], reply: Reply, *, keepalive: float
+    ) -> None:
         self._exchange = exchange
         self._asked = asked
         self._answers = answers
         self._reply = reply
+        self._keepalive = keepalive
         self._ledger = Ledger()
 
-    async def write(self, keepalive: float) -> None:
+    async def write(self) -> None:
         """The whole response, errors of the answers too."""
         await self._exchange.begin_stream()
         try:
             await self._begin()
-            await all_of(self._follow(index, keepalive) for index in range(len(self._answers)))
+            await all_of(self._follow(index) for index in range(len(self._answers)))
         except HoldfastError as error:
             await self._exchange.refuse(error)
             return
@@ -264,10 +270,10 @@ class Streamed:
             for choice in range(self._asked.num_choices):
                 await self._event(self._reply.first_chunk(index * self._asked.num_choices + choice), answer.cursor)
 
-    async def _follow(self, index: int, keepalive: float) -> None:
+    async def _follow(self, index: int) -> None:
         answer, num_choices = self._answers[index], self._asked.num_choices
         while not answer.at_end:
-            events = await answer.next(timeout=keepalive)
+            events = await answer.next(timeout=self._keepalive)
             if not events:
                 await self._exchange.write(": keep-alive\n\n")
             for event in events:
@@ -297,7 +303,7 @@ class InOnePiece:
         self._ledger = Ledger()
         self._choices = [Whole() for _ in answers for _ in range(asked.num_choices)]
 
-    async def write(self, keepalive: float) -> None:
+    async def write(self) -> None:
         """The whole response; raises the errors of the answers."""
         await all_of(self._collect(index) for index in range(len(self._answers)))
         await self._exchange.respond(self._reply.whole(self._choices, self._ledger))

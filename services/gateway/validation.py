@@ -132,10 +132,9 @@ def _check_chat(chat: tokenizer_pb2.ChatInput, model: Model, max_bytes: int) -> 
     texts = [text for message in chat.messages for text in (message.role, message.content, message.fields_json)]
     _check_size("chat.messages", [*texts, chat.template_args_json], max_bytes)
     if chat.continue_final_message and chat.messages[-1].role != "assistant":
-        raise _wrong(
-            "chat.continue_final_message",
-            True,
-            f"needs a last message of the assistant, not of {chat.messages[-1].role}",
+        raise InvalidRequest(
+            f"only the assistant's message can be continued, and the last is of {chat.messages[-1].role}",
+            field="chat.continue_final_message",
         )
 
 

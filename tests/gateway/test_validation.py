@@ -51,7 +51,7 @@ BAD: list[Case] = [
     ),
     chat("chat.template_args_json", ChatInput(messages=[USER], template_args_json="{"), "must be a JSON object"),
     chat("chat.template_args_json", ChatInput(messages=[USER], template_args_json="[" * 100_000), "JSON object"),
-    chat("chat.continue_final_message", ChatInput(messages=[USER], continue_final_message=True), "not of user"),
+    chat("chat.continue_final_message", ChatInput(messages=[USER], continue_final_message=True), "is of user"),
     chat("chat.messages", ChatInput(messages=[ChatMessage(role="user", content="x" * 3000)]), "3,004 bytes"),
     sampling("temperature", math.nan, "from 0 to 100, not nan"),
     sampling("temperature", math.inf, "not inf"),
