@@ -20,7 +20,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read when grpc is imported: 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from holdfast import rpc
+from holdfast import __version__, rpc
 from holdfast.client import DEFAULT_ADDRESS, Answer, Client, Message, Options
 from holdfast.errors import ConfigurationError, HoldfastError, InvalidRequest, from_rpc_error
 from holdfast.events import Event, FinishReason, Tokens
@@ -65,11 +65,8 @@ def _fail(error: HoldfastError, *, code: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="holdfast", description="Talk to a Holdfast mesh.", allow_abbrev=False)
-    parser.add_argument(
-        "--address",
-        default=os.environ.get(ADDRESS_VARIABLE, DEFAULT_ADDRESS),
-        help=f"the gateway, host:port (also by {ADDRESS_VARIABLE}; default %(default)s)",
-    )
+    parser.add_argument("--version", action="version", version=f"holdfast {__version__}")
+    _add_address(parser, default=os.environ.get(ADDRESS_VARIABLE, DEFAULT_ADDRESS))
     verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     verb = _verb(verbs, "chat", chat, "talk with the model; Ctrl-C stops an answer, Ctrl-D ends")
@@ -101,7 +98,14 @@ def _parser() -> argparse.ArgumentParser:
 def _verb(verbs: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
     parser.set_defaults(run=run)
+    _add_address(parser, default=argparse.SUPPRESS)
     return parser
+
+
+def _add_address(parser: argparse.ArgumentParser, *, default: str) -> None:
+    """The same flag before and after the command."""
+    what = f"the gateway, host:port (also by {ADDRESS_VARIABLE}; otherwise {DEFAULT_ADDRESS})"
+    parser.add_argument("--address", default=default, help=what)
 
 
 def _add_options(verb: argparse.ArgumentParser) -> None:

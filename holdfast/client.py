@@ -298,7 +298,7 @@ def _translated(address: str) -> Iterator[None]:
     except grpc.RpcError as error:
         ours = from_rpc_error(error)
         if type(ours) is Unavailable and rpc_status.from_call(error) is None:  # not said by a gateway, but about it
-            raise Unavailable(f"no gateway answers at {address} ({ours})") from error
+            raise Unavailable(f"no gateway answers at {address}; is one running there? ({ours})") from error
         raise ours from error
     except asyncio.CancelledError:
         task = asyncio.current_task()

@@ -204,10 +204,10 @@ async def test_chat_remembers_what_was_said() -> None:
 
 
 async def test_chat_with_a_message_says_only_this() -> None:
-    """One turn."""
+    """One turn. The gateway may be named after the command, too."""
     gateway = FakeGateway([accepted(), tokens(0, "Yes."), finished()])
     async with serving(gateway) as server:
-        assert await run("--address", server.address, "chat", "Hi") == (0, "Yes.\n", "")
+        assert await run("chat", "Hi", "--address", server.address) == (0, "Yes.\n", "")
 
 
 async def test_an_interrupt_stops_the_answer_and_not_the_chat() -> None:
