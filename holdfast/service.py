@@ -7,7 +7,7 @@ Every `python -m services.<name>` is the same few lines:
 
 where `serve` is an async context manager that enters the service's parts in order of need (what feeds before what is
 fed) and yields once it is ready; leaving it drains in the opposite order. `run` enters it, waits for SIGTERM or SIGINT
-and leaves it. A second signal ends the process at once.
+and leaves it; a signal that comes before the service is ready ends its start. A second signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import functools
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import TypeVar
 
 import structlog
@@ -66,11 +66,33 @@ def run(
 async def _live(
     name: str, service: AbstractAsyncContextManager[T], use: Callable[[T, asyncio.Event], Awaitable[None]]
 ) -> None:
-    async with stop_signals() as stop, service as parts:
+    async with stop_signals() as stop, AsyncExitStack() as stack:
+        try:
+            async with _given_up_on(stop):
+                parts = await stack.enter_async_context(service)
+        except TimeoutError:
+            log.info("stopped before it was ready", service=name)
+            return
         log.info("ready", service=name, **_addresses(parts))
         await use(parts, stop)
         log.info("draining", service=name)
     log.info("stopped", service=name)
+
+
+@asynccontextmanager
+async def _given_up_on(stop: asyncio.Event) -> AsyncIterator[None]:
+    """Ends what the block awaits, with TimeoutError, when `stop` is set."""
+    async with asyncio.timeout(None) as limit, asyncio.TaskGroup() as tasks:
+
+        async def give_up() -> None:
+            await stop.wait()
+            limit.reschedule(0)
+
+        waiting = tasks.create_task(give_up())
+        try:
+            yield
+        finally:
+            waiting.cancel()
 
 
 def _addresses(parts: object) -> dict[str, object]:

@@ -30,6 +30,9 @@ async def serve(settings):
             raise CannotListen(settings.tower)
         if settings.fault == "log":
             raise Unavailable("the tower cannot be reached")
+        if settings.fault == "never ready":
+            print("waiting", flush=True)
+            await asyncio.Event().wait()
         print("open", flush=True)
         try:
             yield
@@ -74,3 +77,14 @@ def test_a_service_that_cannot_start_says_why_in_its_last_line() -> None:
         assert err.splitlines()[-1].startswith("bell: ")
         assert text in err.splitlines()[-1]
         assert "Traceback" not in err
+
+
+def test_a_signal_before_a_service_is_ready_ends_its_start() -> None:
+    """One that waits for another part of the mesh can be stopped like any other."""
+    with bell("--fault", "never ready") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
