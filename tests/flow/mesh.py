@@ -85,13 +85,19 @@ async def running(
         tokenizer = await enter(serve_tokenizer(settings))
         engines = []
         for number in range(num_engines):
-            options = {"model": str(model), "served_model_name": name, "name": f"engine-{number}", "address": ANYWHERE}
+            options: dict[str, Any] = {
+                "model": str(model),
+                "served_model_name": name,
+                "name": f"engine-{number}",
+                "address": ANYWHERE,
+            }
             options |= {"drain_seconds": 0, "threads": 1, "device": "cpu", "cache_bytes": 64 << 20, **(engine or {})}
             served = await enter(serve_engine(EngineSettings(**options), bus=await enter(open_bus())))
             channel = await enter(rpc.channel(served.address))
             engines.append(Engine(engine_pb2_grpc.EngineServiceStub(channel)))
         options = {"address": ANYWHERE, "http_address": ANYWHERE, "tokenizer": tokenizer.address, "drain_seconds": 0}
-        front = await enter(serve_gateway(GatewaySettings(**options, **(gateway or {})), bus=await enter(open_bus())))
+        options |= gateway or {}
+        front = await enter(serve_gateway(GatewaySettings(**options), bus=await enter(open_bus())))
         client = await enter(Client(front.grpc))
         yield Running(client=client, grpc=front.grpc, http=front.http, engines=engines)
 

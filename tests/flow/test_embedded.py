@@ -9,13 +9,14 @@ import re
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests.flow.mesh import ANYWHERE, command, environment
 
 ADDRESSES = [f"--gateway.address={ANYWHERE}", f"--gateway.http-address={ANYWHERE}"]
 
 
-async def start(*flags: str, **streams: int) -> asyncio.subprocess.Process:
+async def start(*flags: str, **streams: Any) -> asyncio.subprocess.Process:
     """The whole mesh as a process; its settings are arguments of `python -m services`."""
     return await asyncio.create_subprocess_exec(
         *command(), *flags, *ADDRESSES, env=environment(), limit=1 << 20, **streams

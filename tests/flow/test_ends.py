@@ -10,12 +10,13 @@ from typing import Any
 import httpx
 import pytest
 
+from holdfast.client import Client
 from holdfast.errors import AlreadyExists
 from holdfast.events import Finished, FinishReason, Tokens
 from tests.conftest import OpenBus
 from tests.flow.mesh import Running, is_idle, running
 
-ENDLESS = {"token_ids": [1], "ignore_eos": True, "temperature": 1.0, "seed": 3}
+ENDLESS: dict[str, Any] = {"token_ids": [1], "ignore_eos": True, "temperature": 1.0, "seed": 3}
 """A request that would run for minutes."""
 
 MANY = 20_000
@@ -86,8 +87,6 @@ async def test_leaving_a_grpc_stream_lets_the_request_run_where_that_was_asked(m
 
 async def test_losing_the_whole_client_cancels_its_requests(mesh: Running) -> None:
     """A connection that ends without a word is as good as leaving."""
-    from holdfast.client import Client
-
     async with Client(mesh.grpc) as other:
         answers = [other.generate(**ENDLESS) for _ in range(3)]
         for answer in answers:
@@ -132,11 +131,17 @@ async def test_a_submitted_request_runs_without_a_listener(mesh: Running) -> Non
     assert await tokens_until_idle(mesh) < MANY
 
 
+async def test_the_deadline_holds_without_a_listener(mesh: Running) -> None:
+    """The engine itself ends what nobody waits for any more."""
+    await mesh.client.submit(**ENDLESS, timeout=0.5)
+    await mesh.engine.until(lambda load: load.num_running == 1)
+    assert 0 < await tokens_until_idle(mesh) < MANY
+
+
 async def test_a_request_id_can_be_chosen_once(mesh: Running) -> None:
     """While a request runs, its id is taken."""
-    options: dict[str, Any] = {**ENDLESS, "request_id": "mine"}
-    async with mesh.client.generate(**options) as answer:
+    async with mesh.client.generate(**ENDLESS, request_id="mine") as answer:
         await anext(answer)
         with pytest.raises(AlreadyExists):
-            await mesh.client.generate(**options).read()
+            await mesh.client.generate(**ENDLESS, request_id="mine").read()
     await mesh.engine.until(is_idle)

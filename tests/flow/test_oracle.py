@@ -28,7 +28,8 @@ LENGTH = 199
 
 async def story(client: Client, **options: Any) -> list[Event]:
     """All events of the story from nothing, or from the ids given."""
-    options = {"token_ids": [BOS], "max_tokens": LENGTH} | options
+    options.setdefault("token_ids", [BOS])
+    options.setdefault("max_tokens", LENGTH)
     async with client.generate(temperature=0, return_token_ids=True, **options) as answer:
         return [event async for event in answer]
 

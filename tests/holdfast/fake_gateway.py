@@ -28,7 +28,7 @@ def tokens(first_index: int, text: str, *, num_tokens: int = 1, choice: int = 0)
 
 
 def finished(
-    reason: generation_pb2.FinishReason = generation_pb2.FINISH_REASON_STOP, *, choice: int = 0
+    reason: generation_pb2.FinishReason.ValueType = generation_pb2.FINISH_REASON_STOP, *, choice: int = 0
 ) -> pb.GenerateResponse:
     usage = generation_pb2.Usage(prompt_tokens=3, cached_tokens=1, completion_tokens=2)
     return pb.GenerateResponse(finished=pb.Finished(choice=choice, reason=reason, usage=usage, cursor="c2"))
