@@ -12,7 +12,8 @@ MODEL ?= smollm2-135m-instruct
 # .venv is made; later calls keep to it.
 TORCH ?= $(or $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)/.installed-*))),pypi)
 
-COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo podman-compose)
+DOCKER ?= $(shell docker compose version >/dev/null 2>&1 && echo docker || echo podman)
+COMPOSE ?= $(if $(filter docker,$(DOCKER)),docker compose,podman-compose)
 
 # What a verb hands on: `make run ARGS="--gateway.address 127.0.0.1:6000"`, `make test ARGS="tests/engine -k scheduler"`.
 ARGS ?=
@@ -65,7 +66,7 @@ down: ## stop the compose stack and forget its data
 	$(COMPOSE) -f deploy/compose.yaml down --volumes
 
 try-stack: $(INSTALLED) ## bring the compose stack up, stream through it, kill an engine, stream on, take it down
-	COMPOSE="$(COMPOSE)" HOLDFAST="$(BIN)/holdfast" deploy/try_stack.sh
+	DOCKER="$(DOCKER)" COMPOSE="$(COMPOSE)" HOLDFAST="$(BIN)/holdfast" deploy/try_stack.sh
 
 # One stamp for all that is installed: it is stale when the list of packages, their versions or PyTorch's build changed.
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python

@@ -170,7 +170,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--warmup", type=int, default=2, help="requests sent before, one by one, uncounted (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of arrivals and prompts (%(default)s)")
-    parser.add_argument("--json", type=Path, help="where to write the report")
+    parser.add_argument("--out", type=Path, help="a JSON file for the report")
     return parser.parse_args(argv)
 
 
@@ -216,8 +216,8 @@ def main() -> None:
         report = uvloop.run(measure(options))
     except (HoldfastError, ValueError, OSError) as error:
         sys.exit(f"online: {error}")
-    if options.json:
-        report.save(options.json)
+    if options.out:
+        report.save(options.out)
 
 
 if __name__ == "__main__":

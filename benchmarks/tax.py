@@ -196,7 +196,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=int, default=48, help="tokens of an answer, for the throughput (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (%(default)s)")
-    parser.add_argument("--json", type=Path, help="where to write the report")
+    parser.add_argument("--out", type=Path, help="a JSON file for the report")
     return parser.parse_args(argv)
 
 
@@ -226,8 +226,8 @@ def main() -> None:
         report = uvloop.run(measure(options))
     except (HoldfastError, MeshError) as error:
         sys.exit(f"tax: {error}")
-    if options.json:
-        report.save(options.json)
+    if options.out:
+        report.save(options.out)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 # Tries the compose stack as its user would: build it, bring it up, stream an answer from outside, kill the engine that
 # is in the middle of an answer and see that answer go on, stream another one, take the stack down.
 #
-#     make try-stack          KEEP=1 leaves the stack up; COMPOSE names another program than `docker compose`
+#     make try-stack          KEEP=1 leaves the stack up; with Podman: DOCKER=podman COMPOSE=podman-compose
 #
 # Ends with 0 only if the answer that lost its engine is, to the letter, the one that was left in peace.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+DOCKER=${DOCKER:-docker}
 COMPOSE=${COMPOSE:-docker compose}
 HOLDFAST=${HOLDFAST:-.venv/bin/holdfast}
 READY_SECONDS=${READY_SECONDS:-300}
@@ -44,11 +45,12 @@ await() {
     done
 }
 
-# The engines that run a sequence now, as the services inside see them.
+# The container of the engine that runs a sequence now, as it says itself.
 busy_engine() {
     local engine
-    for engine in engine-1 engine-2; do
-        if compose exec -T gateway python -m holdfast.cli --address gateway:50051 status --engine "$engine:50053" \
+    for engine in $($DOCKER ps --quiet --filter label=com.docker.compose.project=holdfast \
+                                       --filter label=com.docker.compose.service=engine); do
+        if $DOCKER exec "$engine" python -m holdfast.cli --address gateway:50051 status --engine 127.0.0.1:50053 \
             | grep -qE ' [1-9][0-9]* of [0-9]+ sequences run'; then
             echo "$engine"
             return
@@ -77,10 +79,10 @@ say "the same, and its engine killed in the middle of it"
 answer=$!
 await 60 test -s "$disturbed"
 engine=$(busy_engine) || fail "no engine runs the request"
-compose kill "$engine"
+$DOCKER kill "$engine"
 before=$(wc -c <"$disturbed")
 [ "$before" -lt "$(wc -c <"$peaceful")" ] || fail "the answer had ended before $engine was killed: ask for more tokens"
-say "$engine killed after $before bytes of the answer; waiting for the rest from the other engine"
+say "engine $engine killed after $before bytes of the answer; waiting for the rest from the other engine"
 wait "$answer" || fail "the answer broke"
 cat "$disturbed"
 cmp "$peaceful" "$disturbed" || fail "the answer is not the one that was left in peace"
