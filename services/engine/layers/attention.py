@@ -39,7 +39,7 @@ class Attention:
             )
             self._norms = (q_norm, k_norm)
 
-    def __call__(self, x_NI: Tensor, angles: Angles, plan: AttentionPlan, cache: KVCache) -> Tensor:
+    def __call__(self, x_NI: Tensor, angles: Angles, plan: AttentionPlan, cache: KVCache, *, add: Tensor) -> Tensor:
         num_tokens, heads, kv_heads = x_NI.shape[0], self._heads, self._kv_heads
         qkv = self._qkv(x_NI).view(num_tokens, heads + 2 * kv_heads, self._head_dim)
         q_NHD, qk = qkv[:, :heads], qkv[:, : heads + kv_heads]
@@ -51,4 +51,4 @@ class Attention:
         rotate_(qk, *angles)
         cache.write(self._layer, qkv[:, heads:].view(num_tokens, 2, kv_heads, self._head_dim), plan.slots)
         out_NHD = paged_attention(q_NHD, cache, self._layer, plan, scale=self._scale, window=self._window)
-        return self._o(out_NHD.view(num_tokens, -1))
+        return self._o(out_NHD.view(num_tokens, -1), add=add)

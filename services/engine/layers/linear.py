@@ -24,8 +24,9 @@ class Linear:
         biases = [weights.take(f"{name}.bias", size) for name, size in zip(names, outputs, strict=True)] if bias else []
         return cls(_joined(parts), _joined(biases) if bias else None, format=weights.format(names[0]))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._format.apply(x, self._buffers, self._bias_O)
+    def __call__(self, x: Tensor, *, add: Tensor | None = None) -> Tensor:
+        """The product, plus `add` where there is one."""
+        return self._format.apply(x, self._buffers, bias_O=self._bias_O, add=add)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

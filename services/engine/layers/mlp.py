@@ -25,5 +25,5 @@ class GatedMLP:
         self._gate_up = Linear.load(weights, gate, up, inputs=hidden, outputs=(intermediate, intermediate), bias=bias)
         self._down = Linear.load(weights, down, inputs=intermediate, outputs=(hidden,), bias=bias)
 
-    def __call__(self, x_NI: Tensor) -> Tensor:
-        return self._down(silu_mul(self._gate_up(x_NI)))
+    def __call__(self, x_NI: Tensor, *, add: Tensor | None = None) -> Tensor:
+        return self._down(silu_mul(self._gate_up(x_NI)), add=add)

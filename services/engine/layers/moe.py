@@ -31,6 +31,6 @@ class MoE:
             for index in range(spec.num_experts)
         ]
 
-    def __call__(self, x_NI: Tensor) -> Tensor:
+    def __call__(self, x_NI: Tensor, *, add: Tensor) -> Tensor:
         weights_NA, experts_NA = moe.route(self._router(x_NI), top_k=self._spec.top_k, normalize=self._spec.normalize)
-        return moe.mix(x_NI, weights_NA, experts_NA, self._experts)
+        return moe.mix(x_NI, weights_NA, experts_NA, self._experts).add_(add)

@@ -42,8 +42,8 @@ class Layer:
             )
 
     def __call__(self, x_NI: Tensor, angles: Angles, plan: attention.AttentionPlan, cache: KVCache) -> Tensor:
-        x_NI = x_NI + self._attention(self._attention_norm(x_NI), angles, plan, cache)
-        return x_NI + self._mlp(self._mlp_norm(x_NI))
+        x_NI = self._attention(self._attention_norm(x_NI), angles, plan, cache, add=x_NI)
+        return self._mlp(self._mlp_norm(x_NI), add=x_NI)
 
 
 class Decoder:
