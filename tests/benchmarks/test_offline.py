@@ -51,7 +51,13 @@ async def test_ours_and_transformers_say_the_same_in_float32(stories260k: Path) 
 
 
 def test_a_ratio_below_its_goal_is_called_missed() -> None:
-    """The median of the pairs decides."""
-    pairs = cpu_parity.Pairs(ours=[1.0, 1.0, 1.0], theirs=[0.9, 1.5, 1.5], num_equal=6, num_tokens=8)
-    assert cpu_parity.row("bfloat16", 1, pairs, 4)[4:] == [1.5, 0.9, 1.5, "≥ 1.4", "75%"]
-    assert cpu_parity.row("bfloat16", 16, pairs, 4)[7] == "≥ 1.8  MISSED"
+    """The median of the pairs decides, of decode against the goal and of prefill and the whole against one."""
+    ours = [cpu_parity.Turn(1.0, 2.0)] * 3
+    theirs = [cpu_parity.Turn(prefill, 2 * prefill) for prefill in (0.9, 1.5, 1.5)]
+    pairs = cpu_parity.Pairs(ours, theirs, num_equal=6, num_tokens=8)
+    assert cpu_parity.row("bfloat16", 1, pairs, 5) == [
+        "bfloat16", "1", 4.0, 4 / 1.5, 1.5, "0.90 to 1.50", "≥ 1.4", 1.5, 1.5, "75%",
+    ]  # fmt: skip
+    assert cpu_parity.row("bfloat16", 16, pairs, 5)[6] == "≥ 1.8, MISSED"
+    slow_prefill = cpu_parity.Pairs(ours, [cpu_parity.Turn(0.5, 3.0)] * 3, num_equal=1, num_tokens=1)
+    assert cpu_parity.row("bfloat16", 1, slow_prefill, 5)[6] == "≥ 1.4, MISSED"
