@@ -13,6 +13,7 @@ from torch import Tensor
 from services.engine.kv_cache import KVCache, KVShape
 from services.engine.layers.attention import Attention
 from services.engine.layers.embedding import Embedding
+from services.engine.layers.head import Head
 from services.engine.layers.linear import Linear
 from services.engine.layers.mlp import GatedMLP
 from services.engine.layers.moe import MoE
@@ -61,9 +62,10 @@ class Decoder:
         ]
         self._norm = RMSNorm(weights, "model.norm", size=spec.hidden, eps=spec.norm_eps)
         if spec.tied:
-            self._head = Linear(self._embedding.weight_VI, format=weights.format("model.embed_tokens"))
+            head_VI, name = self._embedding.weight_VI, "model.embed_tokens"
         else:
-            self._head = Linear.load(weights, "lm_head", inputs=spec.hidden, outputs=(spec.vocab_size,))
+            head_VI, name = weights.take("lm_head.weight", spec.vocab_size, spec.hidden), "lm_head"
+        self._head = Head(Linear(head_VI, format=weights.format(name)), head_VI)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
@@ -73,4 +75,4 @@ class Decoder:
         x_NI = self._embedding(batch.token_ids_N)
         for layer in self._layers:
             x_NI = layer(x_NI, angles, plan, cache)
-        return self._head(self._norm(x_NI[batch.sample_rows_R])).float()
+        return self._head(self._norm(x_NI[batch.sample_rows_R]))

@@ -1,0 +1,36 @@
+"""From features to logits.
+
+Shapes: R rows whose logits are wanted, I features, V vocabulary, C candidates of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from services.engine.layers.linear import Linear
+
+_CANDIDATES = 16
+
+
+class Head:
+    """A matrix whose products are compared with each other.
+
+    Products of 16-bit values come out in 16 bits. Of these bfloat16 has eight for the number itself: logits about 25 lie
+    an eighth apart, and the best tokens often seem equally good. So the best candidates of a row are computed again, in
+    float32; they are a few rows of the matrix out of many thousands.
+    """
+
+    def __init__(self, linear: Linear, weight_VI: Tensor) -> None:
+        """`weight_VI` holds the values that `linear` multiplies with, as they were loaded."""
+        self._linear = linear
+        self._weight_VI = weight_VI
+
+    def __call__(self, x_RI: Tensor) -> Tensor:
+        """The logits in float32, [R, V]."""
+        logits_RV = self._linear(x_RI).float()
+        if x_RI.dtype is torch.float32:
+            return logits_RV
+        best_RC = logits_RV.topk(min(_CANDIDATES, logits_RV.shape[1]), dim=1, sorted=False).indices
+        exact_RC = torch.bmm(self._weight_VI[best_RC].float(), x_RI.float().unsqueeze(2)).squeeze(2)
+        return logits_RV.scatter_(1, best_RC, exact_RC)
