@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= smollm2-135m-instruct
+QUESTION ?= Why is the sky blue?
 
 # Which build of PyTorch: `pypi` is the one that PyPI has (on Linux with CUDA, some gigabytes); `cpu`, `cu130` and the
 # other names that `uv --torch-backend` knows come from PyTorch's own index, and `auto` looks at the machine. Chosen when
