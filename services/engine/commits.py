@@ -43,12 +43,23 @@ class _Progress:
     def position(self) -> Position:
         return Position(self.watermark, _encode(self.watermark, self._ranges()))
 
+    def begin(self, offset: int) -> bool:
+        known = offset in self.open or offset in self.done or offset < self.watermark
+        self.next = max(self.next, offset + 1)
+        if not known:
+            self.open.add(offset)
+        elif not self.open:
+            self._forget_below(self.watermark)
+        return not known
+
     def finish(self, offset: int) -> None:
         self.open.remove(offset)
         self.done.add(offset)
-        watermark = self.watermark
-        if offset < watermark:
-            self.done = {each for each in self.done if each >= watermark}
+        if offset < self.watermark:
+            self._forget_below(self.watermark)
+
+    def _forget_below(self, watermark: int) -> None:
+        self.done = {offset for offset in self.done if offset >= watermark}
 
     def _ranges(self) -> list[tuple[int, int]]:
         """First and last offset of each run of records done above the watermark. Offsets that are no records do not
@@ -89,13 +100,7 @@ class Commits:
 
     def begin(self, partition: TopicPartition, offset: int) -> bool:
         """A record was read. False where it was begun or done before: after a rebalance records come again."""
-        progress = self._partitions[partition]
-        if offset in progress.open or offset in progress.done or offset < progress.watermark:
-            progress.next = max(progress.next, offset + 1)
-            return False
-        progress.open.add(offset)
-        progress.next = max(progress.next, offset + 1)
-        return True
+        return self._partitions[partition].begin(offset)
 
     def finish(self, partition: TopicPartition, offset: int) -> None:
         """The record's last answer is in the log. Does nothing where the partition was lost meanwhile."""
@@ -143,6 +148,7 @@ def _decode(position: Position) -> set[int]:
 
 
 def _base36(number: int) -> str:
+    assert number >= 0
     digits = ""
     while True:
         number, digit = divmod(number, 36)

@@ -54,6 +54,17 @@ def test_a_record_that_comes_again_is_known() -> None:
     assert [commits.begin(HERE, offset) for offset in (5, 6, 7, 8)] == [False, False, False, True]
 
 
+def test_what_an_earlier_owner_did_is_forgotten_once_it_lies_behind() -> None:
+    """Offsets of the metadata that the watermark passes without anything new being done are not written again."""
+    commits = owning(Position(0, "1-2"))
+    commits.begin(HERE, 0)
+    commits.finish(HERE, 0)
+    assert commits.due() == {HERE: Position(1, "0-1")}
+    assert not commits.begin(HERE, 1)
+    assert not commits.begin(HERE, 2)
+    assert commits.due() == {HERE: Position(3)}
+
+
 def test_what_ends_after_the_partition_was_lost_is_nobodys() -> None:
     """The new owner answers it."""
     commits = owning()
