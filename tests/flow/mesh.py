@@ -24,7 +24,7 @@ from services.tokenizer.__main__ import serve as serve_tokenizer
 from services.tokenizer.settings import TokenizerSettings
 
 ANYWHERE = "127.0.0.1:0"
-PATIENCE = 60.0
+PATIENCE = 120.0
 """Seconds that anything may take which is waited for."""
 
 
