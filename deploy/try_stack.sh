@@ -45,13 +45,28 @@ await() {
     done
 }
 
-# The container of the engine that runs a sequence now, as it says itself.
+engines() {
+    $DOCKER ps --quiet --filter label=com.docker.compose.project=holdfast --filter label=com.docker.compose.service=engine
+}
+
+status_of() {
+    $DOCKER exec "$1" python -m holdfast.cli --address gateway:50051 status --engine 127.0.0.1:50053
+}
+
+# Whether two engines, at least, say that they serve.
+two_engines() {
+    local engine serving=0
+    for engine in $(engines); do
+        if status_of "$engine"; then serving=$((serving + 1)); fi
+    done
+    [ "$serving" -ge 2 ]
+}
+
+# The engine that runs a sequence now, as it says itself.
 busy_engine() {
     local engine
-    for engine in $($DOCKER ps --quiet --filter label=com.docker.compose.project=holdfast \
-                                       --filter label=com.docker.compose.service=engine); do
-        if $DOCKER exec "$engine" python -m holdfast.cli --address gateway:50051 status --engine 127.0.0.1:50053 \
-            | grep -qE ' [1-9][0-9]* of [0-9]+ sequences run'; then
+    for engine in $(engines); do
+        if status_of "$engine" | grep -qE ' [1-9][0-9]* of [0-9]+ sequences run'; then
             echo "$engine"
             return
         fi
@@ -67,8 +82,9 @@ trap finish EXIT
 say "building and starting"
 compose up --build --detach
 
-say "waiting for the gateway"
+say "waiting for the gateway and two engines"
 await "$READY_SECONDS" "$HOLDFAST" status
+await "$READY_SECONDS" two_engines
 "$HOLDFAST" status
 
 say "an answer, left in peace"
