@@ -123,10 +123,10 @@ def _shards(folder: Path) -> list[Path]:
         return [folder / SINGLE_FILE]
     if (folder / INDEX_FILE).is_file():
         try:
-            index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
+            index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+            shards = sorted({folder / str(name) for name in dict(index["weight_map"]).values()})
+        except (ValueError, KeyError, TypeError) as error:
             raise ConfigurationError(f"{folder / INDEX_FILE} is no index of shards: {error!r}") from error
-        shards = sorted({folder / name for name in index.values()})
         if missing := [shard.name for shard in shards if not shard.is_file()]:
             raise ConfigurationError(f"{folder} lacks the shards {_listed(missing)} that {INDEX_FILE} names")
         return shards

@@ -98,7 +98,7 @@ class Group:
     def gather(self, cache: KVCache, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the group, each [S, K, C, D]."""
         kv = cache.rows[layer].index_select(0, self._rows)
-        keys, values = kv.view(2, self.num_sequences, cache.shape.kv_heads, -1, cache.shape.head_dim).unbind(0)
+        keys, values = kv.view(self.num_sequences, 2, cache.shape.kv_heads, -1, cache.shape.head_dim).unbind(1)
         return keys[:, :, : self.num_keys], values[:, :, : self.num_keys]
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
@@ -238,7 +238,8 @@ def _tokens(batch: Batch, works: Seq[int]) -> slice | Tensor:
 
 
 def _block_rows(batch: Batch, cache: KVCache, works: Seq[int], *, firsts: Seq[int], num_blocks: int) -> Tensor:
-    """Which of a layer's `cache.rows` hold the keys, then the values, of the group: [2, S, K, B], flat."""
+    """Which of a layer's `cache.rows` hold each sequence's keys, then its values: [S, 2, K, B], flat. In this order a
+    thread gathers the very sequences that it will attend for."""
     device = batch.block_tables_SB.device
     if works[-1] - works[0] == len(works) - 1:
         tables_SB = batch.block_tables_SB[works[0] : works[-1] + 1]
@@ -251,4 +252,4 @@ def _block_rows(batch: Batch, cache: KVCache, works: Seq[int], *, firsts: Seq[in
         tables_SB = tables_SB[:, :num_blocks]
     heads_2K = torch.arange(2 * cache.shape.kv_heads, device=device)
     blocks_SB = tables_SB.long() * cache.rows_per_block
-    return (heads_2K.view(2, 1, -1, 1) + blocks_SB[:, None]).view(-1)
+    return (heads_2K[:, None] + blocks_SB[:, None]).view(-1)

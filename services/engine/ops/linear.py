@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Outputs from which on a float32 matrix is packed.
+_WIDE = 8192
+
 
 def packed(weight_OI: Tensor) -> Tensor:
     """The matrix as `linear` wants it. On a CPU with oneDNN that is a layout of its own, which saves the kernel from
@@ -22,14 +25,23 @@ def packed(weight_OI: Tensor) -> Tensor:
 def linear(x: Tensor, weight_OI: Tensor, *, bias_O: Tensor | None = None, add: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias + add, the weight as `packed` returned it."""
     if weight_OI.is_mkldnn:
+        # The overloads by name: choosing among them costs 14 us a call.
+        pointwise = torch.ops.mkldnn._linear_pointwise
+        out: Tensor
         if add is None:
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
+            out = pointwise.default(x, weight_OI, bias_O, "none", [], "")
         else:
-            out = torch.ops.mkldnn._linear_pointwise(x, add, weight_OI, bias_O, "add")
+            out = pointwise.binary(x, add, weight_OI, bias_O, "add")
         return out
     out = F.linear(x, weight_OI, bias_O)
     return out if add is None else out.add_(add)
 
 
 def _is_packable(weight_OI: Tensor) -> bool:
-    return weight_OI.device.type == "cpu" and weight_OI.dtype is torch.bfloat16 and torch.backends.mkldnn.is_available()
+    """Whether the layout pays. In float32 it does for wide matrices alone: a narrow one times one row is a tenth slower."""
+    if not weight_OI.is_cpu or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if weight_OI.dtype is torch.bfloat16:
+        supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return supported
+    return weight_OI.dtype is torch.float32 and weight_OI.shape[0] >= _WIDE
