@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -133,6 +134,14 @@ class Process:
     def kill(self) -> None:
         """As a machine dies: at once, without a word to anybody."""
         self.child.kill()
+
+    def freeze(self) -> None:
+        """As a machine that is starved, or its memory swapped out: it does nothing, and knows nothing of it."""
+        self.child.send_signal(signal.SIGSTOP)
+
+    def wake(self) -> None:
+        """It goes on where it was."""
+        self.child.send_signal(signal.SIGCONT)
 
     async def stop(self) -> int:
         """As an orchestrator stops it; its exit code."""
