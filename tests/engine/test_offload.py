@@ -180,7 +180,7 @@ async def test_what_the_store_sends_wrong_is_computed() -> None:
         again = sequence(PROMPT)
         assert await second.answer(again) == expected_output(PROMPT, again.stop)
         assert again.num_cached == 0
-        assert second.pool.num_active == 0
+        await until(lambda: second.pool.num_active == 0)  # its own blocks are saved first
 
 
 async def test_a_slow_store_does_not_hold_the_cache_hostage() -> None:

@@ -16,7 +16,7 @@ def all_errors() -> list[type[errors.HoldfastError]]:
     while unseen:
         kind = unseen.pop()
         found.append(kind)
-        unseen.extend(kind.__subclasses__())
+        unseen.extend(each for each in kind.__subclasses__() if each.__module__ == errors.__name__)
     return found
 
 
