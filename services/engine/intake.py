@@ -160,8 +160,10 @@ class Intake:
                 await side.member.commit(positions)
             except NotOwner as error:
                 log.info("not committed: the group moves", group=side.group, error=str(error))
+                self._commits.changed.set()
             except Unavailable as error:
                 log.warning("not committed", group=side.group, error=str(error))
+                self._commits.changed.set()
             else:
                 self._commits.committed(positions)
 
@@ -248,6 +250,7 @@ class Intake:
                     await self._drained.wait()
             self._commits.changed.clear()
             await self.commit()
+        await self.commit()  # what settled while the commit before was under way
 
     # Records.
 

@@ -30,6 +30,9 @@ from services.engine.sequence import FinishReason, News, Sequence
 MAX_UNTOLD = 256
 """Steps handed over whose tokens are not in the log yet. At the limit the engine computes no further."""
 
+LONGEST_WAIT = 3600.0
+"""Seconds after which an idle thread looks again, whatever deadlines say: a wait of centuries is an OverflowError."""
+
 SWITCH_SECONDS = 0.0005
 """How long Python lets the event loop go on while the step thread wants to. A step gives Python up in every operator and
 wants it back some hundred times; at the default of 5 ms an event loop that never rests makes it 1.6 times as slow as at
@@ -197,7 +200,7 @@ class StepLoop(Generic[L]):
 
     def _seconds_to_deadline(self) -> float | None:
         deadline = self._scheduler.next_deadline
-        return None if deadline is None else max(0.0, deadline - self._clock())
+        return None if deadline is None else min(max(0.0, deadline - self._clock()), LONGEST_WAIT)
 
     def _note_pace(self, step: Step) -> None:
         """How long the step took: since its launch, or since the one before it was done."""

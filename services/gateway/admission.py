@@ -83,7 +83,7 @@ class Admission:
                 f"num_choices must be at most {self._settings.max_choices} at this gateway, not {num_choices}",
                 field="num_choices",
             )
-        timeout = self._timeout(request.timeout) if request.HasField("timeout") else call_time_left
+        timeout = self._timeout(request.timeout) if request.HasField("timeout") else self._capped(call_time_left)
         now = time.time()
         return Admitted(
             request=request,
@@ -98,6 +98,10 @@ class Admission:
     def check_prompt(self, admitted: Admitted, prompt_ids: Sequence[int], model: Model) -> None:
         """Raises InvalidRequest unless prompt and answer fit."""
         check_lengths(len(prompt_ids), admitted.request.stop, model, max_prompt=self._settings.max_prompt_tokens)
+
+    def _capped(self, call_time_left: float | None) -> float | None:
+        """The time that the call leaves; many clients say "never" by a deadline in centuries."""
+        return None if call_time_left is None else min(call_time_left, self._settings.max_timeout_seconds)
 
     def _timeout(self, timeout: Duration) -> float:
         seconds = timeout.seconds + timeout.nanos / 1e9

@@ -14,6 +14,9 @@ from holdfast.topics import CONTROL
 from holdfast.v1.generation_pb2 import Cancel
 from services.gateway.tasks import unwrapped
 
+LAST_WISHES_SECONDS = 5.0
+"""How long the last cancellations may take to reach the log when a gateway stops; what is left then is forgotten."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -40,14 +43,17 @@ class Canceller:
 
     @asynccontextmanager
     async def publishing(self) -> AsyncIterator[None]:
-        """Publishes wishes while the block runs, and before it is left those that are left."""
+        """Publishes wishes while the block runs, and before it is left those that are left, as far as the log takes
+        them in LAST_WISHES_SECONDS."""
         with unwrapped():
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._publish_wishes())
+                publishing = group.create_task(self._publish_wishes())
                 try:
                     yield
                 finally:
                     self._wishes.put_nowait(None)
+                    await asyncio.wait([publishing], timeout=LAST_WISHES_SECONDS)
+                    publishing.cancel()
 
     async def _publish_wishes(self) -> None:
         while (wish := await self._wishes.get()) is not None:

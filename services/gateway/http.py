@@ -333,14 +333,16 @@ async def read_body(receive: Receive, headers: Mapping[str, str]) -> bytes:
     announced = headers.get("content-length", "0")
     size = int(announced) if announced.isascii() and announced.isdecimal() else 0
     parts: list[bytes] = []
+    num_read = 0
     more = True
     while more and size <= MAX_BODY_BYTES:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientLeft
         parts.append(message.get("body", b""))
+        num_read += len(parts[-1])
         more = message.get("more_body", False)
-        size = max(size, sum(map(len, parts)))
+        size = max(size, num_read)
     if size > MAX_BODY_BYTES:
         raise RequestTooLarge(f"the body has more than {MAX_BODY_BYTES:,} bytes, the most that is taken")
     return b"".join(parts)

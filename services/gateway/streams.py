@@ -132,11 +132,13 @@ class Streams:
             self._metrics.unreadable_records.inc()
             log.error("a record of the token topic is no TokenBatch", offset=record.offset, reason=str(error))
             return
-        if not self.epochs.admit(Source(batch.source.request_class, batch.source.partition), batch.epoch):
+        source = Source(batch.source.request_class, batch.source.partition)
+        if not self.epochs.admit(source, batch.epoch):
             self._metrics.stale_records.inc()
             return
         for tokens in batch.streams:
-            if (answer := self._answers.get(tokens.request_id)) is not None:
+            # An id may be used again, while an engine still works on the request that had it before.
+            if (answer := self._answers.get(tokens.request_id)) is not None and answer.source == source:
                 self._give(answer, tokens, offset=record.offset, epoch=batch.epoch)
 
     def _give(self, answer: Answer, tokens: pb.StreamTokens, *, offset: int, epoch: int) -> None:

@@ -155,9 +155,9 @@ def _check_size(field: str, texts: Iterable[str], max_bytes: int) -> None:
 
 
 def _check_ids(field: str, ids: Iterable[int], model: Model) -> None:
-    for token_id in ids:
-        if token_id >= model.vocab_size:
-            raise _wrong(field, token_id, f"must be below {model.vocab_size}, the vocabulary of {model.name}")
+    highest = max(ids, default=0)
+    if highest >= model.vocab_size:
+        raise _wrong(field, highest, f"must be below {model.vocab_size}, the vocabulary of {model.name}")
 
 
 def _check_sampling(sampling: generation_pb2.SamplingParams, model: Model) -> None:

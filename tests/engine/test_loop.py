@@ -148,6 +148,17 @@ async def test_a_deadline_ends_what_waits_for_nothing_else() -> None:
         assert waits_for_ever.finish is FinishReason.DEADLINE
 
 
+async def test_a_deadline_in_centuries_is_no_deadline() -> None:
+    """A client may say "never" by a deadline that no clock can wait for; the thread goes on."""
+    async with running() as (loop, listener, _):
+        for _ in range(2):
+            each = sequence([1], max_tokens=2)
+            each.deadline = time.time() + 1e12
+            loop.add([each])
+            await listener.ended(each)
+            assert each.finish is FinishReason.LENGTH
+
+
 async def test_too_many_untold_steps_stop_the_engine_until_they_are_confirmed() -> None:
     """Where the log does not take the tokens, the engine computes no further than it may hand over."""
     async with running(HeldRunner, max_untold=3) as (loop, listener, runner):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -31,6 +32,7 @@ from holdfast.topics import REQUESTS_BATCH, REQUESTS_INTERACTIVE, TOKENS
 from holdfast.v1 import gateway_pb2 as pb
 from holdfast.v1 import gateway_pb2_grpc, generation_pb2
 from services.gateway import cursor
+from services.gateway.settings import GatewaySettings
 from tests.gateway.doubles import CONTEXT, EOS, LENGTH, MODEL, STOP, ByteTokenizer, Job, Mesh, ids, open_mesh
 
 CANCELLED = generation_pb2.FINISH_REASON_CANCELLED
@@ -223,6 +225,25 @@ async def test_the_calls_deadline_is_the_requests_where_it_has_no_timeout() -> N
         async with call(mesh, request, timeout=30):
             record = (await mesh.engine.job()).request
             assert 49 < record.deadline.ToNanoseconds() / 1e9 - time.time() < 50.5
+
+
+async def test_a_call_that_may_last_for_ever_is_given_the_longest_time_there_is() -> None:
+    """A deadline in centuries is how some clients say that they have none."""
+    async with open_mesh() as mesh, call(mesh, pb.GenerateRequest(prompt="hi"), timeout=1e8):
+        record = (await mesh.engine.job()).request
+        longest = GatewaySettings().max_timeout_seconds
+        assert longest - 60 < record.deadline.ToNanoseconds() / 1e9 - time.time() <= longest
+
+
+async def test_tokens_of_another_request_with_the_same_id_are_not_taken() -> None:
+    """What an engine still writes for an earlier request of the id comes from another source partition."""
+    async with open_mesh() as mesh, mesh.client.generate("hi", request_id="r-1") as answer:
+        await anext(answer)
+        job = await mesh.engine.job()
+        elsewhere = dataclasses.replace(job.record, partition=(job.record.partition + 1) % 32)
+        await mesh.engine.say(Job(job.request, elsewhere), "stale", finish=generation_pb2.FINISH_REASON_CANCELLED)
+        await mesh.engine.say(job, "fresh", finish=LENGTH)
+        assert await answer.read() == "fresh"
 
 
 async def test_a_deadline_before_acceptance_is_an_error() -> None:
