@@ -36,7 +36,7 @@ help: ## list these verbs
 setup: $(INSTALLED) ## create .venv with everything in it, and fetch the default model (TORCH=cpu: the small build of PyTorch)
 
 run: $(INSTALLED) ## start the whole mesh in one process and ask it something (ASK="...", ARGS="--help" lists the settings)
-	@$(BIN)/python -m services --ask "$(ASK)" $(ARGS)
+	@exec $(BIN)/python -m services --ask "$(ASK)" $(ARGS)
 
 test: $(INSTALLED) ## run every test, and say which were skipped and why
 	$(BIN)/python -m pytest $(ARGS)
