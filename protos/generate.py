@@ -13,6 +13,8 @@ from grpc_tools import protoc
 
 PROTOS = Path(__file__).parent
 WELL_KNOWN = Path(protoc.__file__).parent / "_proto"
+PLUGINS = ("protoc-gen-mypy", "protoc-gen-mypy_grpc")
+"""They lie beside this interpreter, whether or not its environment is activated."""
 
 
 def generate(out: Path) -> None:
@@ -32,8 +34,9 @@ def has_service(file: Path) -> bool:
 
 
 def compile_protos(files: list[Path], *outputs: str) -> None:
-    include = [f"-I{PROTOS}", f"-I{WELL_KNOWN}"]
-    code = protoc.main(["protoc", *include, *outputs, *(str(file.relative_to(PROTOS)) for file in files)])
+    options = [f"-I{PROTOS}", f"-I{WELL_KNOWN}"]
+    options += [f"--plugin={name}={Path(sys.executable).with_name(name)}" for name in PLUGINS]
+    code = protoc.main(["protoc", *options, *outputs, *(str(file.relative_to(PROTOS)) for file in files)])
     if code:
         sys.exit(code)
 
