@@ -122,10 +122,10 @@ class StepLoop(Generic[L]):
             await asyncio.to_thread(thread.join)
 
     async def watch(self) -> None:
-        """Raises InternalError when the thread fails; never returns before it ends."""
+        """Raises InternalError when the thread, or who takes its news, fails; never returns before that, or its end."""
         await self._ended.wait()
         if self._error is not None:
-            raise InternalError(f"the step thread failed: {self._error!r}") from self._error
+            raise InternalError(f"the engine's step failed: {self._error!r}") from self._error
 
     def add(self, sequences: Iterable[Sequence]) -> None:
         """New sequences."""
@@ -193,7 +193,15 @@ class StepLoop(Generic[L]):
         if sequences:
             news = [sequence.tell() for sequence in sequences]
             self._untold.acquire()
-            self._call(partial(self._deliver, news))
+            self._call(partial(self._hand_over, news))
+
+    def _hand_over(self, news: list[News]) -> None:
+        """In the event loop, which would only log an error: but then clients wait for tokens that nobody has."""
+        try:
+            self._deliver(news)
+        except Exception as error:  # noqa: BLE001 - the service must hear why
+            self._error = error
+            self._ended.set()
 
     def _call(self, act: Callable[[], None]) -> None:
         self._event_loop.call_soon_threadsafe(act)

@@ -199,3 +199,20 @@ async def test_a_crash_of_the_thread_surfaces() -> None:
         with pytest.raises(InternalError, match="MemoryError.*no more") as raised:
             await asyncio.wait_for(loop.watch(), 10)
         assert isinstance(raised.value.__cause__, MemoryError)
+
+
+async def test_an_error_of_who_takes_the_news_surfaces() -> None:
+    """Tokens that could not be handed over are gone, so the service must end, not go on without them."""
+
+    class Careless(Listener):
+        def __call__(self, news: list[News]) -> None:
+            raise KeyError("dropped")
+
+    pool = BlockPool(64, block_size=4)
+    scheduler = Scheduler(pool, Limits(max_sequences=4, max_step_tokens=16))
+    metrics = EngineMetrics(CollectorRegistry())
+    loop = StepLoop(scheduler, FakeRunner(pool), deliver=Careless(), metrics=metrics)
+    async with loop.running():
+        loop.add([sequence([1])])
+        with pytest.raises(InternalError, match="dropped"):
+            await asyncio.wait_for(loop.watch(), 10)
