@@ -203,7 +203,7 @@ async def measure(options: argparse.Namespace) -> Report:
             )
         for index in range(options.warmup):
             await run(client, model, [Request(0.0, 16, 4)], timeout=options.timeout, seed=options.seed - 1 - index)
-        report = Report("online", settings={key: str(value) for key, value in vars(options).items()})
+        report = Report("online", settings={key: str(value) for key, value in vars(options).items() if key != "out"})
         print(f"{len(requests)} requests in {requests[-1].due:.0f} s to {model.name} at {options.address}")
         outcomes = await run(client, model, requests, timeout=options.timeout, seed=options.seed)
     describe(report, outcomes, Objectives(options.slo_ttft / 1000, options.slo_tpot / 1000))

@@ -201,7 +201,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 async def measure(options: argparse.Namespace) -> Report:
-    report = Report("tax", settings={key: str(value) for key, value in vars(options).items()})
+    report = Report("tax", settings={key: str(value) for key, value in vars(options).items() if key != "out"})
     model = models.resolve(options.model, progress=print)
     engine = {"threads": options.threads, "cache_bytes": 256 << 20}
     with tempfile.TemporaryDirectory(prefix="holdfast-tax-") as folder:
