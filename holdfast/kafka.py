@@ -587,11 +587,16 @@ async def _started(consumer: aiokafka.AIOKafkaConsumer, bootstrap: str) -> Async
 
 
 async def _stop(consumer: aiokafka.AIOKafkaConsumer) -> None:
-    """Leaves the group and closes the connections. aiokafka cancels fetches that wait for a broker which is away, and
-    lets those cancellations out as if they were ours, with its connections still open."""
+    """Leaves the group and closes the connections. aiokafka cancels its fetches one by one, and where one did not run
+    yet, or waits for a broker which is away, lets the cancellation out as if it were ours: with further fetches still
+    running, which may connect again, and its connections still open."""
     try:
         await consumer.stop()
     except asyncio.CancelledError:
+        fetches = set(consumer._fetcher._pending_tasks) if consumer._fetcher else set()
+        for fetch in fetches:
+            fetch.cancel()
+        await asyncio.gather(*fetches, return_exceptions=True)
         await consumer._client.close()
         task = asyncio.current_task()
         assert task is not None
