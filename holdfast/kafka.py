@@ -587,9 +587,19 @@ async def _started(consumer: aiokafka.AIOKafkaConsumer, bootstrap: str) -> Async
 
 
 async def _stop(consumer: aiokafka.AIOKafkaConsumer) -> None:
-    """Leaves the group and closes the connections. aiokafka cancels its fetches one by one, and where one did not run
-    yet, or waits for a broker which is away, lets the cancellation out as if it were ours: with further fetches still
-    running, which may connect again, and its connections still open."""
+    """Leaves the group and closes the connections, to the end even where the caller is cancelled meanwhile: half stopped,
+    a consumer would fetch on, and its group would wait for it."""
+    stopping = asyncio.create_task(_stop_all(consumer))
+    try:
+        await asyncio.shield(stopping)
+    except asyncio.CancelledError:
+        await asyncio.wait([stopping])
+        raise
+
+
+async def _stop_all(consumer: aiokafka.AIOKafkaConsumer) -> None:
+    """aiokafka cancels its fetches one by one, and where one did not run yet, or waits for a broker which is away, lets
+    the cancellation out as if it were ours: with the others still running, and its connections still open."""
     try:
         await consumer.stop()
     except asyncio.CancelledError:
@@ -598,10 +608,6 @@ async def _stop(consumer: aiokafka.AIOKafkaConsumer) -> None:
             fetch.cancel()
         await asyncio.gather(*fetches, return_exceptions=True)
         await consumer._client.close()
-        task = asyncio.current_task()
-        assert task is not None
-        if task.cancelling():
-            raise
 
 
 @contextmanager

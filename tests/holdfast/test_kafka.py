@@ -128,3 +128,26 @@ async def test_a_broker_may_go_and_come_back(tmp_path: Path) -> None:
         assert time.monotonic() - began < 30
         with pytest.raises(Unavailable):
             await unsent
+
+
+@pytest.mark.kafka
+async def test_a_member_leaves_to_the_end_though_it_is_cancelled_on_its_way_out(kafka: str) -> None:
+    """Its partitions are free at once, and not only when its session has run out."""
+    async with KafkaBus(kafka, namespace=f"test-{uuid.uuid4().hex[:12]}", session_timeout=30) as bus:
+        await bus.create_topics([LINE])
+        leaving = asyncio.Event()
+
+        async def leave() -> None:
+            async with bus.join("g", [LINE]) as member:
+                while not member.ownership.partitions:
+                    await member.read(max_records=0, timeout=1)
+                leaving.set()
+
+        task = asyncio.ensure_future(leave())
+        await leaving.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        async with asyncio.timeout(15), bus.join("g", [LINE]) as member:
+            while not member.ownership.partitions:
+                await member.read(max_records=0, timeout=1)
