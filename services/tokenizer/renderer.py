@@ -37,19 +37,18 @@ class Renderer:
         self._limit_seconds = limit_seconds
         self._one_at_a_time = asyncio.Lock()
         self._process: Process | None = None
+        self._turn: asyncio.Task[str] | None = None
+        """The latest; `stop` ends it."""
 
     async def render(
         self, messages: list[dict[str, Any]], variables: dict[str, Any], *, continue_final: bool = False
     ) -> str:
-        """What `ChatTemplates.render` gives.
+        """What `ChatTemplates.render` gives. A caller that leaves disturbs no other: its answer is read all the same.
 
         Raises:
             TemplateError: what that raises, or the template took too long, or its process died of it.
         """
-        request = {"messages": messages, "variables": variables, "continue_final": continue_final}
-        async with self._one_at_a_time:
-            process = self._process or await self._start()
-            return await self._ask(process, request, limit_seconds=self._limit_seconds)
+        return await self._in_turn({"messages": messages, "variables": variables, "continue_final": continue_final})
 
     async def start(self) -> None:
         """Starts the process, if it does not run yet.
@@ -57,12 +56,30 @@ class Renderer:
         Raises:
             TemplateError: a template is not valid Jinja.
         """
-        async with self._one_at_a_time:
-            if self._process is None:
-                await self._start()
+        await self._in_turn(None)
 
     async def stop(self) -> None:
-        """Ends the process."""
+        """Ends what is being rendered, and the process."""
+        if self._turn is not None:
+            self._turn.cancel()
+            await asyncio.gather(self._turn, return_exceptions=True)
+        await self._kill()
+
+    async def _in_turn(self, request: dict[str, Any] | None) -> str:
+        """Has a request answered, nothing asked for where there is none. The turn is the renderer's, not its caller's:
+        left half way, its answer would be read by the next."""
+        await self._one_at_a_time.acquire()
+        self._turn = asyncio.create_task(self._take_turn(request))
+        return await asyncio.shield(self._turn)
+
+    async def _take_turn(self, request: dict[str, Any] | None) -> str:
+        try:
+            process = self._process or await self._start()
+            return "" if request is None else await self._ask(process, request, limit_seconds=self._limit_seconds)
+        finally:
+            self._one_at_a_time.release()
+
+    async def _kill(self) -> None:
         if self._process is not None:
             process, self._process = self._process, None
             with suppress(ProcessLookupError):  # it may have ended by itself
@@ -87,13 +104,13 @@ class Renderer:
             async with asyncio.timeout(limit_seconds):
                 answer = await _exchange(process, request)
         except TimeoutError:
-            await self.stop()
+            await self._kill()
             raise TemplateError(f"the chat template took more than {limit_seconds:g} seconds") from None
         except (asyncio.IncompleteReadError, BrokenPipeError, ConnectionResetError):
-            await self.stop()
+            await self._kill()
             raise TemplateError("the chat template ended its process: it needs too much memory") from None
         except BaseException:
-            await self.stop()
+            await self._kill()
             raise
         if "error" in answer:
             raise TemplateError(answer["error"])

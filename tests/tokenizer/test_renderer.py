@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -44,13 +45,32 @@ async def test_a_template_that_runs_away_is_ended(mode: str, reason: str) -> Non
         assert await renderer.render([USER], {}) == "Hello"
 
 
-async def test_a_caller_that_gives_up_disturbs_no_other() -> None:
-    """The answer to a cancelled call never reaches another one."""
+async def test_a_caller_that_gives_up_disturbs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer to a cancelled call never reaches another one, and the process that all share is not ended for it."""
+    started = []
+    start = asyncio.create_subprocess_exec
+
+    async def counted(*command: Any, **options: Any) -> Any:
+        started.append(command)
+        return await start(*command, **options)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", counted)
     async with rendering({"default": TEMPLATE}, {}, limit_seconds=60) as renderer:
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0):
+                    await renderer.render([USER], {})
+            assert await renderer.render([{"role": "user", "content": "next"}], {}) == "next"
+    assert len(started) == 1
+
+
+async def test_a_template_that_runs_away_is_ended_though_its_caller_gave_up() -> None:
+    """The next conversation waits for its turn, and is rendered."""
+    async with rendering({"default": TEMPLATE}, {}, limit_seconds=1) as renderer:
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.1):
+            async with asyncio.timeout(0):
                 await renderer.render([USER], {"mode": "loops"})
-        assert await renderer.render([{"role": "user", "content": "next"}], {}) == "next"
+        assert await renderer.render([USER], {}) == "Hello"
 
 
 async def test_an_error_of_a_template_leaves_its_process_running() -> None:
