@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import ConfigurationError
@@ -46,9 +47,11 @@ _REPORTS = 5
 """How many times the conversion of the weights says how far it is."""
 
 
-def convert(gguf_file: Path, folder: Path, progress: Progress) -> None:
+def convert(
+    gguf_file: Path, folder: Path, progress: Progress, *, sampling: Mapping[str, float] = MappingProxyType({})
+) -> None:
     """Writes config.json, generation_config.json, tokenizer.json, tokenizer_config.json and model.safetensors into an
-    empty folder. All of it is on the disk when this returns.
+    empty folder; `sampling` goes into generation_config.json. All of it is on the disk when this returns.
 
     Raises:
         ConfigurationError: a package that this needs is not installed, or the file is of a kind not known here.
@@ -65,10 +68,15 @@ def convert(gguf_file: Path, folder: Path, progress: Progress) -> None:
         raise ConfigurationError(f"{gguf_file.name} holds a {architecture!r} model; only 'llama' can be converted")
     tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
     _write_json(folder / "config.json", _config(fields, tied=tied))
-    _write_json(folder / "generation_config.json", _special_ids(fields))
+    _write_json(folder / "generation_config.json", _special_ids(fields) | _sampling(sampling))
     _write_text(folder / "tokenizer.json", _tokenizer(fields).to_str())
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(fields))
     _write_weights(folder / "model.safetensors", reader.tensors, fields, progress)
+
+
+def _sampling(values: Mapping[str, float]) -> dict[str, Any]:
+    """In transformers' words, where a temperature counts only if one says that there is sampling at all."""
+    return {"do_sample": True, **values} if values else {}
 
 
 def _config(fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:

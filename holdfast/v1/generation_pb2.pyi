@@ -84,7 +84,9 @@ Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
 class SamplingParams(_message.Message):
-    """How the next token is chosen. Absent fields mean the default, which leaves the model's distribution as it is."""
+    """How the next token is chosen. Absent fields mean the default, which leaves the model's distribution as it is; but in
+    a client's request they mean first what the model's makers say (GetTokenizerInfoResponse.default_sampling).
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -121,7 +123,7 @@ class SamplingParams(_message.Message):
     temperature: _builtins.float
     """Divides the logits, in [0, 100]; 0 is greedy. Absent: 1."""
     top_k: _builtins.int
-    """Keep the k most likely tokens, k >= 1. Absent: all."""
+    """Keep the k most likely tokens, k >= 1. Absent: all. 0 in a client's request: all, whatever the model's makers say."""
     top_p: _builtins.float
     """Keep the smallest set of tokens whose probabilities reach p, in (0, 1]. Absent: 1, all."""
     min_p: _builtins.float

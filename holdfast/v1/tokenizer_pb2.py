@@ -22,41 +22,42 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from holdfast.v1 import generation_pb2 as holdfast_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bholdfast/v1/tokenizer.proto\x12\x0bholdfast.v1\"9\n\rEncodeRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x19\n\x11no_special_tokens\x18\x02 \x01(\x08\"4\n\x0e\x45ncodeResponse\x12\"\n\x03ids\x18\x01 \x03(\x0b\x32\x15.holdfast.v1.TokenIds\"9\n\x11\x45ncodeChatRequest\x12$\n\x04\x63hat\x18\x01 \x01(\x0b\x32\x16.holdfast.v1.ChatInput\"8\n\x12\x45ncodeChatResponse\x12\"\n\x03ids\x18\x01 \x01(\x0b\x32\x15.holdfast.v1.TokenIds\"7\n\rDecodeRequest\x12&\n\x05items\x18\x01 \x03(\x0b\x32\x17.holdfast.v1.DecodeItem\"U\n\nDecodeItem\x12\x0f\n\x07\x63ontext\x18\x01 \x03(\r\x12\x0b\n\x03ids\x18\x02 \x03(\r\x12\x0c\n\x04last\x18\x03 \x01(\x08\x12\x1b\n\x13show_special_tokens\x18\x04 \x01(\x08\"9\n\x0e\x44\x65\x63odeResponse\x12\'\n\x05items\x18\x01 \x03(\x0b\x32\x18.holdfast.v1.DecodedItem\"1\n\x0b\x44\x65\x63odedItem\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x14\n\x0cnum_consumed\x18\x02 \x01(\r\"\x19\n\x17GetTokenizerInfoRequest\"\xb6\x01\n\x18GetTokenizerInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x19\n\x0c\x62os_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x0c\n\x04\x63hat\x18\x06 \x01(\x08\x12\x0e\n\x06\x64igest\x18\x07 \x01(\tB\x0f\n\r_bos_token_id\"s\n\tChatInput\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.holdfast.v1.ChatMessage\x12\x1a\n\x12template_args_json\x18\x02 \x01(\t\x12\x1e\n\x16\x63ontinue_final_message\x18\x03 \x01(\x08\"A\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x13\n\x0b\x66ields_json\x18\x03 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r2\xcc\x02\n\x10TokenizerService\x12\x41\n\x06\x45ncode\x12\x1a.holdfast.v1.EncodeRequest\x1a\x1b.holdfast.v1.EncodeResponse\x12M\n\nEncodeChat\x12\x1e.holdfast.v1.EncodeChatRequest\x1a\x1f.holdfast.v1.EncodeChatResponse\x12\x45\n\x06\x44\x65\x63ode\x12\x1a.holdfast.v1.DecodeRequest\x1a\x1b.holdfast.v1.DecodeResponse(\x01\x30\x01\x12_\n\x10GetTokenizerInfo\x12$.holdfast.v1.GetTokenizerInfoRequest\x1a%.holdfast.v1.GetTokenizerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bholdfast/v1/tokenizer.proto\x12\x0bholdfast.v1\x1a\x1choldfast/v1/generation.proto\"9\n\rEncodeRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x19\n\x11no_special_tokens\x18\x02 \x01(\x08\"4\n\x0e\x45ncodeResponse\x12\"\n\x03ids\x18\x01 \x03(\x0b\x32\x15.holdfast.v1.TokenIds\"9\n\x11\x45ncodeChatRequest\x12$\n\x04\x63hat\x18\x01 \x01(\x0b\x32\x16.holdfast.v1.ChatInput\"8\n\x12\x45ncodeChatResponse\x12\"\n\x03ids\x18\x01 \x01(\x0b\x32\x15.holdfast.v1.TokenIds\"7\n\rDecodeRequest\x12&\n\x05items\x18\x01 \x03(\x0b\x32\x17.holdfast.v1.DecodeItem\"U\n\nDecodeItem\x12\x0f\n\x07\x63ontext\x18\x01 \x03(\r\x12\x0b\n\x03ids\x18\x02 \x03(\r\x12\x0c\n\x04last\x18\x03 \x01(\x08\x12\x1b\n\x13show_special_tokens\x18\x04 \x01(\x08\"9\n\x0e\x44\x65\x63odeResponse\x12\'\n\x05items\x18\x01 \x03(\x0b\x32\x18.holdfast.v1.DecodedItem\"1\n\x0b\x44\x65\x63odedItem\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x14\n\x0cnum_consumed\x18\x02 \x01(\r\"\x19\n\x17GetTokenizerInfoRequest\"\xed\x01\n\x18GetTokenizerInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x19\n\x0c\x62os_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x0c\n\x04\x63hat\x18\x06 \x01(\x08\x12\x0e\n\x06\x64igest\x18\x07 \x01(\t\x12\x35\n\x10\x64\x65\x66\x61ult_sampling\x18\x08 \x01(\x0b\x32\x1b.holdfast.v1.SamplingParamsB\x0f\n\r_bos_token_id\"s\n\tChatInput\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.holdfast.v1.ChatMessage\x12\x1a\n\x12template_args_json\x18\x02 \x01(\t\x12\x1e\n\x16\x63ontinue_final_message\x18\x03 \x01(\x08\"A\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x13\n\x0b\x66ields_json\x18\x03 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r2\xcc\x02\n\x10TokenizerService\x12\x41\n\x06\x45ncode\x12\x1a.holdfast.v1.EncodeRequest\x1a\x1b.holdfast.v1.EncodeResponse\x12M\n\nEncodeChat\x12\x1e.holdfast.v1.EncodeChatRequest\x1a\x1f.holdfast.v1.EncodeChatResponse\x12\x45\n\x06\x44\x65\x63ode\x12\x1a.holdfast.v1.DecodeRequest\x1a\x1b.holdfast.v1.DecodeResponse(\x01\x30\x01\x12_\n\x10GetTokenizerInfo\x12$.holdfast.v1.GetTokenizerInfoRequest\x1a%.holdfast.v1.GetTokenizerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'holdfast.v1.tokenizer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENCODEREQUEST']._serialized_start=44
-  _globals['_ENCODEREQUEST']._serialized_end=101
-  _globals['_ENCODERESPONSE']._serialized_start=103
-  _globals['_ENCODERESPONSE']._serialized_end=155
-  _globals['_ENCODECHATREQUEST']._serialized_start=157
-  _globals['_ENCODECHATREQUEST']._serialized_end=214
-  _globals['_ENCODECHATRESPONSE']._serialized_start=216
-  _globals['_ENCODECHATRESPONSE']._serialized_end=272
-  _globals['_DECODEREQUEST']._serialized_start=274
-  _globals['_DECODEREQUEST']._serialized_end=329
-  _globals['_DECODEITEM']._serialized_start=331
-  _globals['_DECODEITEM']._serialized_end=416
-  _globals['_DECODERESPONSE']._serialized_start=418
-  _globals['_DECODERESPONSE']._serialized_end=475
-  _globals['_DECODEDITEM']._serialized_start=477
-  _globals['_DECODEDITEM']._serialized_end=526
-  _globals['_GETTOKENIZERINFOREQUEST']._serialized_start=528
-  _globals['_GETTOKENIZERINFOREQUEST']._serialized_end=553
-  _globals['_GETTOKENIZERINFORESPONSE']._serialized_start=556
-  _globals['_GETTOKENIZERINFORESPONSE']._serialized_end=738
-  _globals['_CHATINPUT']._serialized_start=740
-  _globals['_CHATINPUT']._serialized_end=855
-  _globals['_CHATMESSAGE']._serialized_start=857
-  _globals['_CHATMESSAGE']._serialized_end=922
-  _globals['_TOKENIDS']._serialized_start=924
-  _globals['_TOKENIDS']._serialized_end=947
-  _globals['_TOKENIZERSERVICE']._serialized_start=950
-  _globals['_TOKENIZERSERVICE']._serialized_end=1282
+  _globals['_ENCODEREQUEST']._serialized_start=74
+  _globals['_ENCODEREQUEST']._serialized_end=131
+  _globals['_ENCODERESPONSE']._serialized_start=133
+  _globals['_ENCODERESPONSE']._serialized_end=185
+  _globals['_ENCODECHATREQUEST']._serialized_start=187
+  _globals['_ENCODECHATREQUEST']._serialized_end=244
+  _globals['_ENCODECHATRESPONSE']._serialized_start=246
+  _globals['_ENCODECHATRESPONSE']._serialized_end=302
+  _globals['_DECODEREQUEST']._serialized_start=304
+  _globals['_DECODEREQUEST']._serialized_end=359
+  _globals['_DECODEITEM']._serialized_start=361
+  _globals['_DECODEITEM']._serialized_end=446
+  _globals['_DECODERESPONSE']._serialized_start=448
+  _globals['_DECODERESPONSE']._serialized_end=505
+  _globals['_DECODEDITEM']._serialized_start=507
+  _globals['_DECODEDITEM']._serialized_end=556
+  _globals['_GETTOKENIZERINFOREQUEST']._serialized_start=558
+  _globals['_GETTOKENIZERINFOREQUEST']._serialized_end=583
+  _globals['_GETTOKENIZERINFORESPONSE']._serialized_start=586
+  _globals['_GETTOKENIZERINFORESPONSE']._serialized_end=823
+  _globals['_CHATINPUT']._serialized_start=825
+  _globals['_CHATINPUT']._serialized_end=940
+  _globals['_CHATMESSAGE']._serialized_start=942
+  _globals['_CHATMESSAGE']._serialized_end=1007
+  _globals['_TOKENIDS']._serialized_start=1009
+  _globals['_TOKENIDS']._serialized_end=1032
+  _globals['_TOKENIZERSERVICE']._serialized_start=1035
+  _globals['_TOKENIZERSERVICE']._serialized_end=1367
 # @@protoc_insertion_point(module_scope)

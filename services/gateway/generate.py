@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from opentelemetry.context import Context
@@ -41,6 +41,8 @@ class Call:
     """The client's span."""
     spelled: bool = False
     """Whether the client wants the text of tokens beside their log-probabilities."""
+    clients_id: str = ""
+    """What the client calls it, for logs and traces alone."""
 
 
 class Gateway:
@@ -71,7 +73,7 @@ class Gateway:
         """The answer to a request. The block is entered once the log has the request; leaving it before the answer's
         end cancels the request, or not, as it asks."""
         with (
-            self._observer.request(request, face=call.face, parent=call.trace) as seen,
+            self._observe(request, call) as seen,
             self._admission.place(),
         ):
             admitted = self._admit(request, call, seen)
@@ -92,7 +94,7 @@ class Gateway:
                 field="request.cancel_on_disconnect",
             )
         with (
-            self._observer.request(request, face=call.face, parent=call.trace) as seen,
+            self._observe(request, call) as seen,
             self._admission.place(),
         ):
             admitted = self._admit(request, call, seen)
@@ -111,8 +113,12 @@ class Gateway:
         """The models that this mesh serves."""
         return [self._tokenizer.model]
 
+    def _observe(self, request: gateway_pb2.GenerateRequest, call: Call) -> AbstractContextManager[Observation]:
+        return self._observer.request(request, face=call.face, parent=call.trace, clients_id=call.clients_id)
+
     def _admit(self, request: gateway_pb2.GenerateRequest, call: Call, seen: Observation) -> Admitted:
         model = self._tokenizer.model
+        request = self._tokenizer.with_defaults(request)
         admitted = self._admission.admit(request, model, call_time_left=call.time_left)
         seen.admit(admitted, model.name)
         self._streams.check_new(admitted.request_id)

@@ -257,8 +257,8 @@ def _request(fields: Fields) -> gateway_pb2.GenerateRequest:
 
 def _sampling(fields: Fields) -> generation_pb2.SamplingParams:
     sampling = generation_pb2.SamplingParams(**{name: fields.number(name) for name in SAMPLING})  # type: ignore[arg-type]
-    if (top_k := fields.integer("top_k", -1)) is not None and top_k > 0:
-        sampling.top_k = top_k
+    if (top_k := fields.integer("top_k", -1)) is not None:
+        sampling.top_k = max(top_k, 0)
     if (seed := fields.integer("seed", -(1 << 63), (1 << 64) - 1)) is not None:
         sampling.seed = seed % (1 << 64)
     for token, bias in fields.members("logit_bias").items():

@@ -11,7 +11,7 @@ import structlog
 
 from holdfast.errors import ConfigurationError, DeadlineExceeded, InvalidRequest, Unavailable, from_rpc_error
 from holdfast.events import Model
-from holdfast.v1 import gateway_pb2, tokenizer_pb2, tokenizer_pb2_grpc
+from holdfast.v1 import gateway_pb2, generation_pb2, tokenizer_pb2, tokenizer_pb2_grpc
 
 log = structlog.get_logger(__name__)
 
@@ -45,6 +45,20 @@ class Tokenizer:
             chat=self._info.chat,
             created=self._since,
         )
+
+    def with_defaults(self, request: gateway_pb2.GenerateRequest) -> gateway_pb2.GenerateRequest:
+        """The request, sampled as the model's makers say where it says nothing itself."""
+        if self._info is None:
+            return request
+        sampling = generation_pb2.SamplingParams()
+        sampling.CopyFrom(self._info.default_sampling)
+        sampling.MergeFrom(request.sampling)
+        if sampling.top_k == 0:  # all; in the log that is no value but an absence
+            sampling.ClearField("top_k")
+        filled = gateway_pb2.GenerateRequest()
+        filled.CopyFrom(request)
+        filled.sampling.CopyFrom(sampling)
+        return filled
 
     async def wait_until_it_answers(self) -> None:
         """Returns once a tokenizer has said what it is.

@@ -165,8 +165,6 @@ def _check_sampling(sampling: generation_pb2.SamplingParams, model: Model) -> No
         value = getattr(sampling, name)
         if sampling.HasField(name) and value not in allowed:  # type: ignore[arg-type]  # a field's name, as data
             raise _wrong(f"sampling.{name}", f"{value:g}", f"must be {allowed}")
-    if sampling.HasField("top_k") and sampling.top_k < 1:
-        raise _wrong("sampling.top_k", sampling.top_k, "must be at least 1, or absent to keep all tokens")
     if sampling.HasField("logprobs") and sampling.logprobs > MAX_LOGPROBS:
         raise _wrong("sampling.logprobs", sampling.logprobs, f"must be from 0 to {MAX_LOGPROBS}")
     if len(sampling.logit_bias) > MAX_LOGIT_BIAS:

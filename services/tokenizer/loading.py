@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,16 @@ _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """What tokenizer_config.json calls the tokens that chat templates may name."""
+
+_SAMPLING: dict[str, Callable[[float], bool]] = {
+    "temperature": lambda value: 0 <= value <= 100,
+    "top_k": lambda value: value == int(value) and 1 <= value < 1 << 31,
+    "top_p": lambda value: 0 < value <= 1,
+    "min_p": lambda value: 0 <= value <= 1,
+    "repetition_penalty": lambda value: 0 < value <= 10,
+}
+"""What of generation_config.json is a default of requests, and what it may be: SamplingParams of the contract. The same
+fields as vLLM takes (`--generation-config auto`), and as there `do_sample` is not one of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +51,8 @@ class ModelTokenizer:
     """SHA-256 of tokenizer.json, hexadecimal."""
     special_tokens: dict[str, str]
     """`bos_token` and the like, for templates; a name without a token is absent."""
+    sampling: dict[str, Any]
+    """How the model's makers say to sample, named as in SamplingParams; what they do not say is absent."""
     chat_templates: dict[str, str] = field(repr=False)
     """By name; "default" is the usual one, "tool_use" the one for conversations with tools. Empty for a base model."""
 
@@ -76,6 +89,7 @@ def load(folder: Path) -> ModelTokenizer:
         eos_token_ids=_eos_ids(backend, special_tokens.get("eos_token"), generation, text_config),
         digest=hashlib.sha256(content).hexdigest(),
         special_tokens=special_tokens,
+        sampling=_sampling(generation, folder / "generation_config.json"),
         chat_templates=_chat_templates(folder, names),
     )
 
@@ -117,6 +131,16 @@ def _eos_ids(backend: Tokenizer, token: str | None, *configs: dict[str, Any]) ->
     if (id := _id_of(backend, token)) is not None:
         ids[id] = None
     return tuple(ids)
+
+
+def _sampling(generation: dict[str, Any], file: Path) -> dict[str, Any]:
+    given = {name: generation[name] for name in _SAMPLING if generation.get(name) is not None}
+    if given.get("top_k") in (0, -1):  # all, as without it
+        del given["top_k"]
+    for name, value in given.items():
+        if type(value) not in (int, float) or not _SAMPLING[name](value):
+            raise ConfigurationError(f"{file} names the {name} {value!r}, with which no model can be sampled")
+    return given
 
 
 def _chat_templates(folder: Path, names: dict[str, Any]) -> dict[str, str]:

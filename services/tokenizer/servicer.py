@@ -10,7 +10,7 @@ from typing import Any
 
 from holdfast import rpc
 from holdfast.errors import InvalidRequest, Overloaded
-from holdfast.v1 import tokenizer_pb2, tokenizer_pb2_grpc
+from holdfast.v1 import generation_pb2, tokenizer_pb2, tokenizer_pb2_grpc
 from services.tokenizer.chat import TemplateError
 from services.tokenizer.decode import Detokenizer
 from services.tokenizer.encode import Encoder
@@ -54,6 +54,7 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             eos_token_ids=tokenizer.eos_token_ids,
             chat=renderer is not None,
             digest=tokenizer.digest,
+            default_sampling=generation_pb2.SamplingParams(**tokenizer.sampling),
         )
 
     @rpc.unary

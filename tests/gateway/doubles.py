@@ -50,6 +50,8 @@ class ByteTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     """While it is not set encodings wait."""
     asked: asyncio.Event = field(default_factory=asyncio.Event)
     """Set by every encoding."""
+    sampling: generation_pb2.SamplingParams = field(default_factory=generation_pb2.SamplingParams)
+    """What the model's makers say."""
     decode_messages: list[tokenizer_pb2.DecodeRequest] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -72,6 +74,7 @@ class ByteTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             eos_token_ids=[EOS],
             chat=self.chat,
             digest=self.digest,
+            default_sampling=self.sampling,
         )
 
     @rpc.unary

@@ -113,6 +113,20 @@ async def test_the_log_has_all_that_an_engine_needs() -> None:
         assert (start.source.request_class, start.source.partition) == (record.request_class, job.record.partition)
 
 
+async def test_what_the_client_leaves_open_is_as_the_models_makers_say() -> None:
+    """A field that the request has counts, also one that is 0; the makers' top_k is got rid of by 0."""
+    makers = generation_pb2.SamplingParams(temperature=0.25, top_p=0.5, top_k=20)
+    async with open_mesh(tokenizer=ByteTokenizer(sampling=makers)) as mesh:
+        await mesh.client.submit("hi", presence_penalty=1.0)
+        left_open = (await mesh.engine.job()).request.sampling
+        await mesh.client.submit("hi", temperature=0.0, top_k=0)
+        given = (await mesh.engine.job()).request.sampling
+    assert (left_open.temperature, left_open.top_p, left_open.top_k) == (0.25, 0.5, 20)
+    assert (left_open.presence_penalty, left_open.HasField("min_p")) == (1.0, False)
+    assert (given.temperature, given.HasField("temperature"), given.top_p) == (0.0, True, 0.5)
+    assert not given.HasField("top_k")
+
+
 async def test_what_the_client_leaves_open_is_drawn() -> None:
     """Two requests without id and seed get ids and seeds of their own, and go to different partitions."""
     async with open_mesh() as mesh:

@@ -91,7 +91,8 @@ def test_null_is_as_if_it_was_not_there() -> None:
 def test_minus_one_and_zero_keep_all_tokens() -> None:
     """top_k -1 and 0 mean what other servers mean by them: all."""
     for top_k in (-1, 0):
-        assert not chat(top_k=top_k).requests[0].sampling.HasField("top_k")
+        sampling = chat(top_k=top_k).requests[0].sampling
+        assert sampling.HasField("top_k") and sampling.top_k == 0
 
 
 def test_both_names_of_the_longest_answer_are_known() -> None:

