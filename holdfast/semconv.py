@@ -21,6 +21,7 @@ USAGE_INPUT_TOKENS = "gen_ai.usage.input_tokens"
 USAGE_OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
 USAGE_CACHED_TOKENS = "gen_ai.usage.cache_read.input_tokens"
 ERROR_TYPE = "error.type"
+CLIENTS_ID = "http.request.header.x-request-id"
 
 OPERATION_CHAT = "chat"
 OPERATION_COMPLETION = "text_completion"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import socket
 import time
 import uuid
@@ -30,6 +31,7 @@ from holdfast.errors import (
     CannotListen,
     HoldfastError,
     InternalError,
+    InvalidRequest,
     NotFound,
     RequestTooLarge,
     RetryableError,
@@ -57,11 +59,13 @@ from services.gateway.openai_reply import (
 )
 from services.gateway.readiness import Readiness
 from services.gateway.tasks import all_of, running, unwrapped
-from services.gateway.validation import check_request_id
 
 log = structlog.get_logger(__name__)
 
 MAX_BODY_BYTES = 16 << 20
+
+CLIENTS_ID = re.compile(r"[!-~]{1,128}")
+"""What a client may call its call, in x-request-id."""
 
 SEND_BUFFER_BYTES = 1 << 18
 """What the kernel holds for a connection whose client does not read. Left to itself it takes megabytes, which a slow
@@ -151,9 +155,10 @@ class Completions:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        request_id = headers.get("x-request-id") or f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
+        request_id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
         exchange = Exchange(send, request_id, chat=self._chat)
         try:
+            exchange.clients_id = read_clients_id(headers)
             body = await read_body(receive, headers)
             async with connected(receive):
                 await self._serve(exchange, body, headers)
@@ -168,7 +173,6 @@ class Completions:
             await exchange.refuse(InternalError("internal error; the service's log has it"))
 
     async def _serve(self, exchange: Exchange, body: bytes, headers: Mapping[str, str]) -> None:
-        check_request_id(exchange.request_id, field="x-request-id")
         asked = self._read(read_json(body))
         context = extract(tuple((name, value.encode("latin-1")) for name, value in headers.items()))
         async with AsyncExitStack() as stack:
@@ -177,7 +181,7 @@ class Completions:
                 request.request_id = (
                     exchange.request_id if len(asked.requests) == 1 else f"{exchange.request_id}-{index}"
                 )
-                call = Call("http", trace=context, spelled=True)
+                call = Call("http", trace=context, spelled=True, clients_id=exchange.clients_id)
                 answers.append(await stack.enter_async_context(self._gateway.generate(request, call)))
             reply = self._reply(exchange, asked)
             if asked.stream:
@@ -200,6 +204,9 @@ class Exchange:
 
     def __init__(self, send: Send, request_id: str, *, chat: bool) -> None:
         self.request_id = request_id
+        """The mesh's."""
+        self.clients_id = ""
+        """What the client calls it, if it does."""
         self._send = send
         self._chat = chat
         self._streams = False
@@ -207,7 +214,7 @@ class Exchange:
     async def begin_stream(self) -> None:
         """The response is a stream of events."""
         self._streams = True
-        headers = [*STREAM_HEADERS, (b"x-request-id", self.request_id.encode("latin-1"))]
+        headers = [*STREAM_HEADERS, (b"x-request-id", self._told_id.encode())]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def write(self, text: str) -> None:
@@ -220,7 +227,7 @@ class Exchange:
 
     async def respond(self, body: object) -> None:
         """The response in one piece."""
-        await self._give(JSONResponse(body, headers={"x-request-id": self.request_id}))
+        await self._give(JSONResponse(body, headers={"x-request-id": self._told_id}))
 
     async def refuse(self, error: HoldfastError) -> None:
         """The error: as the response, or where a stream has begun, as its last event."""
@@ -228,8 +235,11 @@ class Exchange:
             await self.write(f"data: {json.dumps(error_json(error, chat=self._chat))}\n\n")
             await self.end_stream()
         else:
-            echoed = {"x-request-id": self.request_id} if self.request_id.isprintable() else {}
-            await self._give(error_response(error, chat=self._chat, headers=echoed))
+            await self._give(error_response(error, chat=self._chat, headers={"x-request-id": self._told_id}))
+
+    @property
+    def _told_id(self) -> str:
+        return self.clients_id or self.request_id
 
     async def _give(self, response: Response) -> None:
         async def nothing() -> dict[str, str]:
@@ -321,6 +331,18 @@ class InOnePiece:
                     assert isinstance(event, SpelledTokens)
                     whole.text.append(event.text)
                     whole.logprobs += spelled_logprobs(event)
+
+
+def read_clients_id(headers: Mapping[str, str]) -> str:
+    """What the client calls its call, empty where it does not. Of no meaning to the mesh: two calls may have the same.
+
+    Raises:
+        InvalidRequest: it cannot be repeated in a header and a log.
+    """
+    given = headers.get("x-request-id", "")
+    if given and not CLIENTS_ID.fullmatch(given):
+        raise InvalidRequest("x-request-id must be 1 to 128 visible ASCII characters", field="x-request-id")
+    return given
 
 
 async def read_body(receive: Receive, headers: Mapping[str, str]) -> bytes:

@@ -25,8 +25,9 @@ SUBMITTED = "submitted"
 class Observation:
     """What is known of one request, filled in as it goes on."""
 
-    def __init__(self, face: str, operation: str, span: trace.Span, tracer: trace.Tracer) -> None:
+    def __init__(self, face: str, operation: str, span: trace.Span, tracer: trace.Tracer, *, clients_id: str) -> None:
         self.face = face
+        self.clients_id = clients_id
         self.operation = operation
         self.span = span
         self._tracer = tracer
@@ -89,6 +90,7 @@ class Observation:
             log.info(
                 "request ended",
                 request_id=self.admitted.request_id if self.admitted is not None else "",
+                clients_id=self.clients_id,
                 face=self.face,
                 outcome=failure or outcome,
                 reason=_reason(error) if error is not None else "",
@@ -139,8 +141,10 @@ class Observer:
         self._tracer = tracer
 
     @contextmanager
-    def request(self, request: gateway_pb2.GenerateRequest, *, face: str, parent: Context) -> Iterator[Observation]:
-        """A request, from its call to its end, however that comes."""
+    def request(
+        self, request: gateway_pb2.GenerateRequest, *, face: str, parent: Context, clients_id: str = ""
+    ) -> Iterator[Observation]:
+        """A request, from its call to its end, however that comes. `clients_id`: what the client calls it."""
         operation = semconv.OPERATION_CHAT if request.HasField("chat") else semconv.OPERATION_COMPLETION
         span = self._tracer.start_span(
             operation,
@@ -148,7 +152,9 @@ class Observer:
             kind=trace.SpanKind.SERVER,
             attributes={semconv.OPERATION: operation, semconv.PROVIDER: semconv.PROVIDER_HOLDFAST},
         )
-        seen = Observation(face, operation, span, self._tracer)
+        if clients_id:
+            span.set_attribute(semconv.CLIENTS_ID, (clients_id,))
+        seen = Observation(face, operation, span, self._tracer, clients_id=clients_id)
         outcome, error = "left", None
         try:
             yield seen

@@ -147,13 +147,13 @@ async def test_prompts_and_choices_are_numbered_in_order(stream: bool) -> None:
         "stream_options": {"include_usage": True} if stream else None,
     }
     async with open_mesh() as mesh:
-        async with meanwhile(mesh.http.post(COMPLETION, json=body, headers={"x-request-id": "r"})) as call:
+        async with meanwhile(mesh.http.post(COMPLETION, json=body)) as call:
             jobs = [await mesh.engine.job(), await mesh.engine.job()]
             for job in jobs:
                 prompt = bytes(job.request.prompt_token_ids).decode()
                 for choice in range(2):
                     await mesh.engine.say(job, f"{prompt}{choice}", choice=choice, finish=LENGTH, cached=1)
-        assert sorted(job.request.request_id for job in jobs) == ["r-0", "r-1"]
+        names = sorted(job.request.request_id for job in jobs)
         if stream:
             texts, ends = dict[int, str](), dict[int, str]()
             for cursor_, event in events(call.result().text)[:-1]:
@@ -161,12 +161,14 @@ async def test_prompts_and_choices_are_numbered_in_order(stream: bool) -> None:
                 for choice in event["choices"]:
                     texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
                     ends[choice["index"]] = choice["finish_reason"]
-            usage = event["usage"]
+            usage, mesh_id = event["usage"], event["id"]
         else:
             answer = call.result().json()
+            mesh_id = answer["id"]
             texts = {choice["index"]: choice["text"] for choice in answer["choices"]}
             ends = {choice["index"]: choice["finish_reason"] for choice in answer["choices"]}
             usage = answer["usage"]
+        assert names == [f"{mesh_id}-0", f"{mesh_id}-1"]
         assert texts == {0: "a0", 1: "a1", 2: "b0", 3: "b1"}
         assert ends == dict.fromkeys(range(4), "length")
         assert (usage["prompt_tokens"], usage["completion_tokens"]) == (2, 8)
@@ -247,18 +249,52 @@ async def test_stop_strings_end_the_text() -> None:
         assert (await mesh.engine.cancelled()).choice == 0
 
 
-async def test_the_clients_request_id_is_the_requests() -> None:
-    """x-request-id is the id in the log, and what comes back; where it is open already the call is refused."""
+@pytest.mark.parametrize("stream", [False, True])
+async def test_two_calls_of_one_x_request_id_are_two_requests(stream: bool) -> None:
+    """x-request-id comes back, and names nothing in the mesh: calls that share it are each answered, under ids of their
+    own, which the bodies tell."""
+    body, headers = {"messages": HI, "stream": stream}, {"x-request-id": "trace=1/7"}
     async with open_mesh() as mesh:
-        headers = {"x-request-id": "mine-1"}
-        async with meanwhile(mesh.http.post(CHAT, json={"messages": HI}, headers=headers)) as call:
-            job = await mesh.engine.job()
-            assert job.request.request_id == "mine-1"
-            error = await refused(mesh, CHAT, {"messages": HI}, 409, headers=headers)
-            assert "mine-1 is open here" in error["message"]
-            await mesh.engine.say(job, "x", finish=LENGTH)
-        assert call.result().headers["x-request-id"] == call.result().json()["id"] == "mine-1"
-        error = await refused(mesh, CHAT, {"messages": HI}, 400, headers={"x-request-id": "not an id"})
+        async with (
+            meanwhile(mesh.http.post(CHAT, json=body, headers=headers)) as one,
+            meanwhile(mesh.http.post(CHAT, json=body, headers=headers)) as other,
+        ):
+            jobs = [await mesh.engine.job(), await mesh.engine.job()]
+            for job in jobs:
+                await mesh.engine.say(job, job.request.request_id, finish=LENGTH)
+        for response in (one.result(), other.result()):
+            assert response.headers["x-request-id"] == "trace=1/7"
+            if stream:
+                chunks = [chunk for _, chunk in events(response.text)[:-1]]
+                text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+                assert {chunk["id"] for chunk in chunks} == {text}
+            else:
+                assert response.json()["choices"][0]["message"]["content"] == response.json()["id"]
+
+
+async def test_a_request_over_http_is_cancelled_by_the_id_in_its_body() -> None:
+    """What a stream calls itself is what `Cancel` takes."""
+    async with (
+        open_mesh() as mesh,
+        mesh.http.stream(
+            "POST", CHAT, json={"messages": HI, "stream": True}, headers={"x-request-id": "a"}
+        ) as response,
+    ):
+        lines = response.aiter_lines()
+        job = await mesh.engine.job()
+        told = [await anext(lines) for _ in range(2)][1]
+        await mesh.client.cancel(json.loads(told.removeprefix("data: "))["id"])
+        assert (await mesh.engine.cancelled()).request_id == job.request.request_id
+        await mesh.engine.say(job, finish=generation_pb2.FINISH_REASON_CANCELLED)
+        assert "data: [DONE]" in [line async for line in lines]
+
+
+@pytest.mark.parametrize("given", ["two words", "x" * 129, "\xe9"])
+async def test_an_x_request_id_that_cannot_be_told_on_is_refused(given: str) -> None:
+    """It would stand in headers and logs."""
+    async with open_mesh() as mesh:
+        headers = {"x-request-id": given.encode("latin-1")}
+        error = await refused(mesh, CHAT, {"messages": HI}, 400, headers=headers)
         assert error["param"] == "x-request-id"
 
 
@@ -406,7 +442,7 @@ async def test_a_client_that_leaves_ends_its_request(stream: bool, when: str) ->
             tokenizer.open.clear()
         async with asyncio.TaskGroup() as group:
             body = {"messages": HI, "stream": stream}
-            call = group.create_task(mesh.http.post(CHAT, json=body, headers={"x-request-id": "r-1"}))
+            call = group.create_task(mesh.http.post(CHAT, json=body))
             if when == "while tokenizing":
                 await tokenizer.asked.wait()
             else:
@@ -420,7 +456,7 @@ async def test_a_client_that_leaves_ends_its_request(stream: bool, when: str) ->
             await mesh.client.submit("hi", request_id="next")
             assert (await mesh.engine.job()).request.request_id == "next", "it was never published"
         else:
-            assert (await mesh.engine.cancelled()).request_id == "r-1"
+            assert (await mesh.engine.cancelled()).request_id == job.request.request_id
 
 
 async def open_requests(mesh: Mesh, count: int) -> None:
@@ -445,22 +481,20 @@ async def test_a_request_may_outlive_its_connection() -> None:
 async def test_one_bad_prompt_ends_the_others() -> None:
     """Where one of several prompts is refused the call is, and what was accepted before is cancelled."""
     async with open_mesh() as mesh:
-        error = await refused(mesh, COMPLETION, {"prompt": ["ok", "x" * CONTEXT]}, 400, headers={"x-request-id": "r"})
+        error = await refused(mesh, COMPLETION, {"prompt": ["ok", "x" * CONTEXT]}, 400)
         assert error["param"] == "prompt"
-        assert (await mesh.engine.cancelled()).request_id == "r-0"
+        assert (await mesh.engine.cancelled()).request_id == (await mesh.engine.job()).request.request_id
 
 
 async def test_one_failed_prompt_ends_the_others() -> None:
     """Where the engine fails one of several prompts the call fails, and the others are cancelled."""
     async with open_mesh() as mesh:
-        async with meanwhile(
-            mesh.http.post(COMPLETION, json={"prompt": ["a", "b"]}, headers={"x-request-id": "r"})
-        ) as call:
+        async with meanwhile(mesh.http.post(COMPLETION, json={"prompt": ["a", "b"]})) as call:
             job, other = await mesh.engine.job(), await mesh.engine.job()
             await mesh.engine.say(job, [5000])
         assert call.result().status_code == 502
         cancelled = {(await mesh.engine.cancelled()).request_id for _ in range(2)}
-        assert cancelled == {job.request.request_id, other.request.request_id} == {"r-0", "r-1"}
+        assert cancelled == {job.request.request_id, other.request.request_id}
 
 
 async def test_the_tokenizers_refusal_is_400() -> None:

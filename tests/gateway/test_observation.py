@@ -87,6 +87,19 @@ async def test_a_request_is_a_server_span_with_its_phases(spans: Spans) -> None:
     assert phase.parent.span_id == span.context.span_id
 
 
+async def test_what_the_client_calls_it_stands_in_trace_and_log(
+    spans: Spans, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside the mesh's id, so that both can be found."""
+    request = pb.GenerateRequest(prompt="hi")
+    with spans.observer.request(request, face="http", parent=Context(), clients_id="theirs"):
+        pass
+    span = spans.named("text_completion")
+    assert span.attributes is not None
+    assert span.attributes[semconv.CLIENTS_ID] == ("theirs",)
+    assert "theirs" in capsys.readouterr().out
+
+
 async def test_a_refusal_is_an_error_of_its_kind(spans: Spans) -> None:
     """A request that is refused has the error's name in its span, and the field, but not what the client wrote in it."""
     request = pb.GenerateRequest()
