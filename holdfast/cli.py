@@ -9,10 +9,12 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import io
 import json
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read when grpc is imported: its notes are not for people
@@ -31,13 +33,17 @@ ADDRESS_VARIABLE = "HOLDFAST_ADDRESS"
 
 _HEALTH_SECONDS = 5.0
 
+_LIMITS = {"chat": 1024, "generate": 256}
+"""Most tokens of an answer where --max-tokens is not given, by command."""
+
 T = TypeVar("T")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    arguments = _parser().parse_args(argv)
     try:
+        _check_text(sys.argv[1:] if argv is None else argv)
+        arguments = _parser().parse_args(argv)
         code = arguments.run(arguments)
         sys.stdout.flush()
         return int(code)
@@ -52,6 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone; Python must not meet the closed pipe again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _check_text(argv: Sequence[str]) -> None:
+    for argument in argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"the argument {argument!r} is not UTF-8 text") from error
 
 
 def _fail(error: HoldfastError, *, code: int) -> int:
@@ -72,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = _verb(verbs, "chat", chat, "talk with the model; Ctrl-C stops an answer, Ctrl-D ends")
     verb.add_argument("message", nargs="?", help="say only this, and end with its answer")
     verb.add_argument("--system", help="what the model is told before the conversation")
-    _add_options(verb)
+    _add_options(verb, "chat")
 
     verb = _verb(verbs, "generate", generate, "let the model continue a text")
     verb.add_argument("prompt", help="the text; - reads it from standard input")
@@ -80,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--no-cancel", action="store_true", help="let the request run on when this command is interrupted"
     )
-    _add_options(verb)
+    _add_options(verb, "generate")
 
     verb = _verb(verbs, "cancel", cancel, "end a request, wherever it runs")
     verb.add_argument("request_id")
@@ -108,17 +122,63 @@ def _add_address(parser: argparse.ArgumentParser, *, default: str) -> None:
     parser.add_argument("--address", default=default, help=what)
 
 
-def _add_options(verb: argparse.ArgumentParser) -> None:
+def _add_options(verb: argparse.ArgumentParser, command: str) -> None:
+    def add(flag: str, kind: Callable[[str], object], metavar: str, text: str) -> None:
+        verb.add_argument(flag, type=kind, metavar=metavar, help=text)
+
     verb.add_argument("--model", default="", help="by default the one that the mesh serves")
-    verb.add_argument("--max-tokens", type=int, metavar="N", help="end after so many tokens")
-    verb.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
-    verb.add_argument("--top-k", type=int, metavar="K")
-    verb.add_argument("--top-p", type=float, metavar="P")
-    verb.add_argument(
-        "--seed", type=int, metavar="N", help="the same answer for the same seed, as far as numerics allow"
-    )
+    limit = f"end after so many tokens; by default after {_LIMITS[command]}, or where the model's context ends"
+    add("--max-tokens", _whole("--max-tokens", 1, 2**32 - 1), "N", limit)
+    makers = "by default what the model's makers say (its generation_config.json), otherwise"
+    add("--temperature", _number("--temperature"), "T", f"0 is greedy; {makers} 1")
+    add("--top-k", _whole("--top-k", 0, 2**32 - 1), "K", f"of the K likeliest tokens, 0 for all; {makers} all")
+    add("--top-p", _number("--top-p"), "P", f"of the likeliest tokens that together reach P; {makers} 1, all")
+    seed = "the same answer for the same seed, as far as numerics allow; by default another one each time"
+    add("--seed", _whole("--seed", 0, 2**64 - 1), "N", seed)
     verb.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
-    verb.add_argument("--timeout", type=float, metavar="SECONDS", help="end after this time, however far it is")
+    timeout = "end after this time, however far it is; by default never"
+    add("--timeout", _number("--timeout"), "SECONDS", timeout)
+
+
+def _whole(flag: str, least: int, most: int) -> Callable[[str], int]:
+    """Reads a flag's value. What is wrong with it is said here: past this, it is a library that would."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            raise InvalidRequest(f"{flag} must be a whole number from {least} to {most}, not {text!r}")
+        return value
+
+    return read
+
+
+def _number(flag: str) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0 <= value <= 1e9:
+            raise InvalidRequest(f"{flag} must be a number from 0, not {text!r}")
+        return value
+
+    return read
+
+
+async def _limited(ask: Callable[[Options, int | None], Awaitable[None]], options: Options, limit: int) -> None:
+    """Asks with this limit where the options have none; where the context leaves less, with what it leaves. The limit
+    that is not the user's own is also told to `ask`."""
+    if options["max_tokens"] is not None:
+        return await ask(options, None)
+    try:
+        await ask({**options, "max_tokens": limit}, limit)
+    except InvalidRequest as error:
+        if error.field != "stop.max_tokens":
+            raise
+        await ask(options, None)
 
 
 def _options(arguments: argparse.Namespace) -> Options:
@@ -154,6 +214,7 @@ def chat(arguments: argparse.Namespace) -> int:
 
 def _talk(runner: asyncio.Runner, client: Client, conversation: _Conversation) -> None:
     at_terminal = sys.stdin.isatty()
+    _expect_utf8()
     names = ", ".join(model.name for model in runner.run(client.models()))
     if at_terminal:
         with contextlib.suppress(ImportError):
@@ -166,6 +227,8 @@ def _talk(runner: asyncio.Runner, client: Client, conversation: _Conversation) -
             if at_terminal:
                 print()
             return
+        except UnicodeDecodeError as error:
+            raise _not_text(error) from error
         except KeyboardInterrupt:
             print("\n(Ctrl-D ends)")
             continue
@@ -192,8 +255,12 @@ class _Conversation:
         """Says something and prints the answer as it grows."""
         messages: list[Message] = [*self._messages, {"role": "user", "content": message}]
         heard: list[str] = []
+
+        async def ask(options: Options, limit: int | None) -> None:
+            _tell(await show(client.generate(messages=messages, **options), heard, limit=limit))
+
         try:
-            _tell(await show(client.generate(messages=messages, **self._options), heard))
+            await _limited(ask, self._options, _LIMITS["chat"])
         finally:
             if heard:
                 self._messages = [*messages, {"role": "assistant", "content": "".join(heard)}]
@@ -208,31 +275,47 @@ def generate(arguments: argparse.Namespace) -> int:
 
     async def stream() -> int:
         async with Client(arguments.address) as client:
-            answer = client.generate(prompt, cancel_on_exit=not arguments.no_cancel, **_options(arguments))
-            try:
-                if arguments.json:
-                    await show_json(answer)
-                else:
-                    _tell(await show(answer))
-            except asyncio.CancelledError:
-                if arguments.no_cancel:
-                    again = f"holdfast cancel {answer.request_id}"
-                    print(f"\n{answer.request_id} runs on; `{again}` ends it", file=sys.stderr, end="")
-                raise
+
+            async def ask(options: Options, limit: int | None) -> None:
+                answer = client.generate(prompt, cancel_on_exit=not arguments.no_cancel, **options)
+                try:
+                    if arguments.json:
+                        await show_json(answer)
+                    else:
+                        _tell(await show(answer, limit=limit))
+                except asyncio.CancelledError:
+                    if arguments.no_cancel:
+                        again = f"holdfast cancel {answer.request_id}"
+                        print(f"\n{answer.request_id} runs on; `{again}` ends it", file=sys.stderr, end="")
+                    raise
+
+            await _limited(ask, _options(arguments), _LIMITS["generate"])
         return 0
 
     return asyncio.run(stream())
 
 
 def _standard_input() -> str:
+    _expect_utf8()
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise InvalidRequest(f"standard input is not UTF-8 text: {error}") from error
+        raise _not_text(error) from error
 
 
-async def show(answer: Answer, heard: list[str] | None = None) -> Stopwatch:
-    """Prints the text of an answer as it grows, and returns how fast it came. `heard` gets each piece of text."""
+def _expect_utf8() -> None:
+    """Some locales would let any bytes pass, as characters that no message can carry."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+
+
+def _not_text(error: UnicodeDecodeError) -> InvalidRequest:
+    return InvalidRequest(f"standard input is not UTF-8 text: byte {error.object[error.start]:#04x} is out of place")
+
+
+async def show(answer: Answer, heard: list[str] | None = None, *, limit: int | None = None) -> Stopwatch:
+    """Prints the text of an answer as it grows, and returns how fast it came. `heard` gets each piece of text. An end
+    at `limit` tokens is said to be one: nobody asked for it."""
     watch = Stopwatch()
     async with answer:
         async for event in answer:
@@ -242,7 +325,7 @@ async def show(answer: Answer, heard: list[str] | None = None) -> Stopwatch:
                 if heard is not None:
                     heard.append(event.text)
             else:
-                _warn_of(event)
+                _warn_of(event, limit)
     print(flush=True)
     return watch
 
@@ -252,10 +335,13 @@ def _tell(watch: Stopwatch) -> None:
         print(f"[{watch}]", file=sys.stderr)
 
 
-def _warn_of(event: Event) -> None:
-    reason = getattr(event, "reason", None)
-    if reason in (FinishReason.CANCELLED, FinishReason.DEADLINE):
-        why = "somebody cancelled it" if reason is FinishReason.CANCELLED else "its time was over"
+def _warn_of(event: Event, limit: int | None) -> None:
+    why = {
+        FinishReason.CANCELLED: "somebody cancelled it",
+        FinishReason.DEADLINE: "its time was over",
+        FinishReason.LENGTH: limit and f"it has {limit} tokens, and --max-tokens allows more",
+    }.get(getattr(event, "reason", FinishReason.STOP))
+    if why:
         print(f"\nholdfast: the answer ended early: {why}", file=sys.stderr, end="")
 
 

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ from tests.holdfast.fake_gateway import FakeGateway, accepted, finished, serving
 COMMAND = [sys.executable, "-m", "holdfast.cli"]
 
 
-async def run(*arguments: str, stdin: str = "", **environment: str) -> tuple[int, str, str]:
+async def run(*arguments: str | bytes, stdin: str | bytes = "", **environment: str) -> tuple[int, str, str]:
     """The exit code, standard output and standard error of a whole run."""
     process = await asyncio.create_subprocess_exec(
         *COMMAND,
@@ -33,7 +34,7 @@ async def run(*arguments: str, stdin: str = "", **environment: str) -> tuple[int
         stderr=asyncio.subprocess.PIPE,
         env={**os.environ, **environment},
     )
-    out, err = await asyncio.wait_for(process.communicate(stdin.encode()), 60)
+    out, err = await asyncio.wait_for(process.communicate(stdin.encode() if isinstance(stdin, str) else stdin), 60)
     assert process.returncode is not None
     return process.returncode, out.decode(), err.decode()
 
@@ -159,7 +160,7 @@ async def test_errors_are_one_line_and_a_code() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["generate"], ["sing"], ["generate", "Once", "--max-tokens", "many"], ["generate", "x", "--max", "1"]],
+    [[], ["generate"], ["sing"], ["generate", "x", "--max", "1"]],
 )
 def test_usage_errors_are_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """As argparse says them."""
@@ -167,6 +168,78 @@ def test_usage_errors_are_2(arguments: list[str], capsys: pytest.CaptureFixture[
         main(arguments)
     assert caught.value.code == 2
     assert "usage: holdfast" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "right"),
+    [
+        ("--max-tokens", "-3", "a whole number from 1 to "),
+        ("--max-tokens", "many", "a whole number from 1 to "),
+        ("--top-k", "-1", "a whole number from 0 to "),
+        ("--seed", str(1 << 64), f"a whole number from 0 to {2**64 - 1}, "),
+        ("--temperature", "nan", "a number from 0, "),
+        ("--timeout", "inf", "a number from 0, "),
+        ("--top-p", "half", "a number from 0, "),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_in_one_line(
+    flag: str, value: str, right: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is asked, in words of ours."""
+    for command in ("chat", "generate"):
+        assert main([command, "Once", flag, value]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"holdfast: {flag} must be {right}")
+        assert line.endswith(f"not {value!r}")
+
+
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C", "POSIX"])
+async def test_what_is_no_text_is_refused_in_one_line(locale: str) -> None:
+    """On the command line and on standard input, whatever the locale makes of it."""
+    broken = b"caf\xe9"
+    async with serving(FakeGateway([accepted(), finished()])) as server:
+        for arguments, stdin in (
+            (["generate", broken], b""),
+            (["chat", "Hi", "--system", broken], b""),
+            (["generate", "-"], broken),
+            (["chat"], b"Hi\n" + broken + b"\n"),
+        ):
+            code, _, err = await run("--address", server.address, *arguments, stdin=stdin, LC_ALL=locale)
+            assert (code, len(err.splitlines())) == (2, 1), err
+            assert "not UTF-8 text" in err
+
+
+async def test_an_answer_has_a_limit_unless_another_is_given() -> None:
+    """The one that --help states; an answer that comes to its end there says so."""
+    gateway = FakeGateway([accepted(), tokens(0, "a"), finished(generation_pb2.FINISH_REASON_LENGTH)])
+    async with serving(gateway) as server:
+        for command, limit in (("generate", 256), ("chat", 1024)):
+            _, usage, _ = await run(command, "--help")
+            assert f"by default after {limit}," in " ".join(usage.split())
+            code, out, err = await run(command, "Hi", "--address", server.address)
+            assert (code, out) == (0, "a\n")
+            assert f"it has {limit} tokens, and --max-tokens allows more" in err
+            assert gateway.requests[-1].stop.max_tokens == limit
+            assert await run(command, "Hi", "--address", server.address, "--max-tokens", "9") == (0, "a\n", "")
+            assert gateway.requests[-1].stop.max_tokens == 9
+
+
+async def test_a_limit_that_nobody_asked_for_gives_way_to_the_context() -> None:
+    """Where the context leaves less, it is what it leaves; a limit that was asked for is refused."""
+
+    class Full(FakeGateway):
+        async def Generate(self, request: Any, context: Any) -> Any:
+            self.answer = [accepted(), tokens(0, "a"), finished()]
+            if request.stop.HasField("max_tokens"):
+                self.answer = [InvalidRequest("max_tokens may be at most 8", field="stop.max_tokens")]
+            async for response in super().Generate(request, context):
+                yield response
+
+    async with serving(Full()) as server:
+        for command in ("generate", "chat"):
+            assert await run(command, "Hi", "--address", server.address) == (0, "a\n", "")
+            code, _, err = await run(command, "Hi", "--address", server.address, "--max-tokens", "9")
+            assert (code, err) == (2, "holdfast: stop.max_tokens: max_tokens may be at most 8\n")
 
 
 async def test_an_interrupt_ends_generate_with_130_and_cancels() -> None:
