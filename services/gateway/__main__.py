@@ -11,7 +11,7 @@ from holdfast.bus import Bus
 from holdfast.service import run
 from holdfast.telemetry import tracing
 from holdfast.topics import TOPICS
-from services.gateway import http
+from services.gateway import http, web
 from services.gateway.admission import Admission
 from services.gateway.cancel import Canceller
 from services.gateway.detokenize import Detokenizer
@@ -75,15 +75,17 @@ async def serve(settings: GatewaySettings, *, bus: Bus | None = None) -> AsyncIt
             observer=Observer(metrics, parts.enter_context(tracing("gateway"))),
         )
         app = http.application(gateway, readiness, metrics, keepalive=settings.keepalive_seconds)
-        server, web = await parts.enter_async_context(
+        server, http_address = await parts.enter_async_context(
             together(
-                rpc.serving(settings.address, [servicer(gateway)], drain=settings.drain_seconds),
-                http.serving(settings.http_address, app, drain=settings.drain_seconds),
+                rpc.serving(settings.address, [servicer(gateway, settings)], drain=settings.drain_seconds),
+                web.serving(
+                    settings.http_address, app, drain=settings.drain_seconds, write_seconds=settings.write_seconds
+                ),
             )
         )
         await readiness.tell(lambda ready: server.health.ready() if ready else server.health.not_ready())
         await readiness.wait()
-        yield GatewayAddresses(grpc=server.address, http=web)
+        yield GatewayAddresses(grpc=server.address, http=http_address)
 
 
 @asynccontextmanager

@@ -10,14 +10,12 @@ import asyncio
 import json
 import math
 import re
-import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import structlog
-import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -28,7 +26,6 @@ from starlette.types import Receive, Scope, Send
 
 from holdfast import __version__
 from holdfast.errors import (
-    CannotListen,
     HoldfastError,
     InternalError,
     InvalidRequest,
@@ -58,7 +55,7 @@ from services.gateway.openai_reply import (
     spelled_logprobs,
 )
 from services.gateway.readiness import Readiness
-from services.gateway.tasks import all_of, running, unwrapped
+from services.gateway.tasks import all_of, running
 
 log = structlog.get_logger(__name__)
 
@@ -66,10 +63,6 @@ MAX_BODY_BYTES = 16 << 20
 
 CLIENTS_ID = re.compile(r"[!-~]{1,128}")
 """What a client may call its call, in x-request-id."""
-
-SEND_BUFFER_BYTES = 1 << 18
-"""What the kernel holds for a connection whose client does not read. Left to itself it takes megabytes, which a slow
-client reads much later, and nobody notices that it is slow."""
 
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -385,48 +378,3 @@ async def connected(receive: Receive) -> AsyncIterator[None]:
 
     async with running(watch()):
         yield
-
-
-class _Server(uvicorn.Server):
-    """A server that leaves the process's signals alone: whoever runs the service handles them."""
-
-    def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
-        return nullcontext()
-
-
-@asynccontextmanager
-async def serving(address: str, app: Starlette, *, drain: float) -> AsyncIterator[str]:
-    """An HTTP server on `host:port` (port 0: any); yields the address that was really bound. Leaving the block takes no
-    new connections, lets running calls end for at most `drain` seconds and cancels what is left.
-
-    Raises:
-        CannotListen: the address cannot be bound.
-    """
-    host, _, port = address.rpartition(":")
-    try:
-        listener = socket.create_server(
-            (host.strip("[]"), int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
-        )
-    except (OSError, ValueError, OverflowError) as error:
-        raise CannotListen(address) from error
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # its connections inherit it
-    config = uvicorn.Config(
-        app,
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        interface="asgi3",
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=math.ceil(drain),
-    )
-    server = _Server(config)
-    with listener, unwrapped():
-        async with asyncio.TaskGroup() as group:
-            group.create_task(server.serve(sockets=[listener]))
-            try:
-                yield f"{host}:{listener.getsockname()[1]}"
-            finally:
-                server.should_exit = True

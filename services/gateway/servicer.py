@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
 from typing import Any
 
 import grpc.aio
 
 from holdfast import rpc
+from holdfast.errors import Overloaded
 from holdfast.events import Accepted, Event, Finished, FinishReason, Model, TokenLogprobs, Tokens, Usage
 from holdfast.telemetry import extract
 from holdfast.v1 import gateway_pb2 as pb
 from holdfast.v1 import gateway_pb2_grpc, generation_pb2
 from services.gateway.generate import Call, Gateway
+from services.gateway.settings import GatewaySettings
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GatewayService"].full_name
 
@@ -29,16 +31,19 @@ REASONS = {
 class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     """GatewayService, as protos/holdfast/v1/gateway.proto promises it."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, *, write_seconds: float) -> None:
+        """`write_seconds`: how long a client may leave unread what is written for it."""
         self._gateway = gateway
+        self._write_seconds = write_seconds
 
-    @rpc.stream
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+    @rpc.unary  # as far as errors go: it writes its stream itself, each message within its time
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         async with self._gateway.generate(request, _call(context)) as answer:
-            yield response(Accepted(answer.request_id, cursor=answer.cursor, prompt_tokens=answer.prompt_tokens))
+            accepted = Accepted(answer.request_id, cursor=answer.cursor, prompt_tokens=answer.prompt_tokens)
+            await self._write(accepted, context)
             while not answer.at_end:
                 for event in await answer.next():
-                    yield response(event)
+                    await self._write(event, context)
 
     @rpc.unary
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.SubmitResponse:
@@ -54,11 +59,21 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=[_model(model) for model in self._gateway.models()])
 
+    async def _write(self, event: Event, context: Context) -> None:
+        try:
+            async with asyncio.timeout(self._write_seconds):
+                await context.write(response(event))
+        except TimeoutError as error:
+            raise Overloaded(
+                f"the client reads too slowly: it left a message unread for {self._write_seconds:g} seconds"
+            ) from error
 
-def servicer(gateway: Gateway) -> rpc.Servicer:
+
+def servicer(gateway: Gateway, settings: GatewaySettings) -> rpc.Servicer:
     """The service, as a server takes it."""
     add = gateway_pb2_grpc.add_GatewayServiceServicer_to_server
-    return rpc.Servicer(name=SERVICE, add=lambda server: add(GatewayServicer(gateway), server))
+    serves = GatewayServicer(gateway, write_seconds=settings.write_seconds)
+    return rpc.Servicer(name=SERVICE, add=lambda server: add(serves, server))
 
 
 def _call(context: Context, *, outlived: bool = False) -> Call:

@@ -46,5 +46,7 @@ class GatewaySettings(Settings, env_prefix="HOLDFAST_GATEWAY_"):
     max_buffered_tokens: Annotated[int, Field(ge=512)] = 4096
     """Most tokens of a choice that wait for a client that reads slowly; beyond, its stream ends with
     RESOURCE_EXHAUSTED."""
+    write_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """How long a client may leave unread what is written for it; after that it is as one that left."""
     keepalive_seconds: Annotated[float, Field(gt=0)] = 15.0
     """An HTTP stream that has been silent for so long gets a comment."""

@@ -386,6 +386,30 @@ async def test_a_client_that_reads_too_slowly_is_told_so() -> None:
         assert 0 < last < job.written[0].count, "the last cursor is that of the last text that came"
 
 
+async def test_a_client_that_stops_reading_gives_its_place_back() -> None:
+    """A message that is not read within write_seconds ends the call, long before too much waits: its place is free for
+    others, its request is cancelled, and the client learns why if it reads on."""
+    small_window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16)]
+    async with (
+        open_mesh(max_buffered_tokens=1 << 20, max_streams=1, write_seconds=0.05) as mesh,
+        grpc.aio.insecure_channel(mesh.addresses.grpc, options=small_window) as channel,
+    ):
+        stub: gateway_pb2_grpc.GatewayServiceAsyncStub = gateway_pb2_grpc.GatewayServiceStub(channel)
+        request = pb.GenerateRequest(prompt="hi", request_id="r-1", cancel_on_disconnect=True)
+        async with rpc.streaming(stub.Generate(request)) as stream:
+            assert (await anext(aiter(stream))).HasField("accepted")
+            job = await mesh.engine.job()
+            for _ in range(1500):  # more than is ever under way
+                await mesh.engine.say(job, "x" * 200)
+            assert (await mesh.engine.cancelled()).reason == "the client left"
+            await mesh.client.submit("hi", request_id="next")
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                async for _ in stream:
+                    pass
+        assert isinstance(from_rpc_error(caught.value), Overloaded)
+        assert "unread for 0.05 seconds" in str(from_rpc_error(caught.value))
+
+
 async def test_an_engines_error_is_the_calls_status() -> None:
     """Where the engine fails a request the call ends with its code and message, and its other choices are cancelled."""
     async with open_mesh() as mesh, mesh.client.generate("hi", num_choices=2) as answer:

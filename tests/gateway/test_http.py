@@ -556,6 +556,31 @@ async def test_a_client_that_reads_too_slowly_is_told_so() -> None:
         assert (error["error"]["code"], done) == ("overloaded", "[DONE]")
 
 
+@pytest.mark.parametrize("when", ["in the middle", "at the end"])
+async def test_a_client_that_stops_reading_loses_its_connection(when: str) -> None:
+    """What is not read within write_seconds ends the call as a client that leaves does, long before too much waits: its
+    place is free for others, and its request is cancelled where it has not ended."""
+    small_window = httpx.AsyncHTTPTransport(socket_options=[(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)])
+    async with (
+        open_mesh(max_buffered_tokens=1 << 20, max_streams=1, write_seconds=0.05) as mesh,
+        httpx.AsyncClient(transport=small_window) as client,
+    ):
+        body = {"messages": HI, "stream": when == "in the middle", "logprobs": True, "top_logprobs": 20}
+        named = logprobs((A, -0.5, [(A, -0.5)] * 20)) * 200
+        request = client.build_request("POST", f"http://{mesh.addresses.http}{CHAT}", json=body)
+        async with meanwhile(client.send(request, stream=True)) as call:
+            job = await mesh.engine.job()
+            for _ in range(12):  # some 3 megabytes: more than is ever under way
+                await mesh.engine.say(job, [A] * 200, logprobs=named)
+            if when == "at the end":
+                await mesh.engine.say(job, [A], logprobs=named[:1], finish=LENGTH)
+            else:
+                assert (await mesh.engine.cancelled()).reason == "the client left"
+        await open_requests(mesh, 0)
+        with pytest.raises(httpx.RemoteProtocolError):
+            await call.result().aread()
+
+
 async def test_httpx_is_not_alone() -> None:
     """A client that sends its request byte by byte, and asks for the connection to be closed, is served, too."""
     async with open_mesh() as mesh:
