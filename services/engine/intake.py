@@ -4,7 +4,7 @@ It is a member of two groups, one for each request topic, so that interactive re
 as many records as it has slots, and none beyond: what it does not take another engine could start. A record that cannot
 be honoured is answered with the reason; one that is no request at all is logged and passed over.
 
-A rebalance gives and takes partitions. What is kept goes on (its records come again and are known by their ids and
+A rebalance gives and takes partitions. What is kept goes on (its records come again and are known by their
 offsets); what is lost is dropped without another word: the new owner answers now.
 """
 
@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError
 
 from holdfast import topics
 from holdfast.bus import NOTHING_OWNED, Bus, Member, Ownership, Position, Reader, Record, TopicPartition
-from holdfast.errors import HoldfastError, NotOwner, RequestError, Unavailable
+from holdfast.errors import AlreadyExists, HoldfastError, NotOwner, RequestError, Unavailable
 from holdfast.topics import Topic
 from holdfast.v1 import generation_pb2 as pb
 from services.engine.commits import Commits
@@ -260,8 +260,8 @@ class Intake:
         if not self._commits.begin(source, record.offset):
             return
         message = self._readable(record)
-        if message is None or self._requests.get(message.request_id) is not None:
-            log.warning("record passed over", request_id=message.request_id if message else None, source=source)
+        if message is None:
+            log.warning("record passed over", source=source, offset=record.offset)
             self._commits.finish(source, record.offset)
             return
         sequences, reason, error = self._sequences(message, record, interactive=interactive)
@@ -269,6 +269,7 @@ class Intake:
             request_id=message.request_id,
             source=source,
             offset=record.offset,
+            timestamp_ms=record.timestamp_ms,
             headers=record.headers,
             reply_partition=message.reply_partition,
             interactive=interactive,
@@ -298,6 +299,9 @@ class Intake:
         self, message: pb.GenerationRequest, record: Record, *, interactive: bool
     ) -> tuple[tuple[Sequence, ...], FinishReason | None, HoldfastError | None]:
         """A request's sequences, or why there are none."""
+        if self._requests.running(message.request_id) is not None:
+            error = AlreadyExists(f"a request with the id {message.request_id} runs; choose another, or none")
+            return (), FinishReason.ERROR, error
         if self._was_cancelled(record, message.request_id, None):
             return (), FinishReason.CANCELLED, None
         deadline = deadline_of(message)
@@ -322,14 +326,15 @@ class Intake:
                     log.warning("record passed over", source=record.topic_partition)
 
     def _cancel(self, cancel: pb.Cancel, timestamp_ms: int) -> None:
-        """Ends a request, or one choice of it, and remembers to do so where it is still to come."""
+        """Ends a request that was written before, or one choice of it, and remembers to do so where it is still to
+        come."""
         choice = cancel.choice if cancel.HasField("choice") else None
         self._cancels[cancel.request_id, choice] = timestamp_ms
         self._cancels.move_to_end((cancel.request_id, choice))
         if len(self._cancels) > MAX_CANCELS:
             self._cancels.popitem(last=False)
-        request = self._requests.get(cancel.request_id)
-        if request is not None:
+        request = self._requests.running(cancel.request_id)
+        if request is not None and request.timestamp_ms <= timestamp_ms:
             self._steps.cancel([each for each in request.sequences if choice in (None, each.choice)])
 
     def _was_cancelled(self, record: Record, request_id: str, choice: int | None) -> bool:

@@ -24,6 +24,8 @@ class Request:
     request_id: str
     source: TopicPartition
     offset: int
+    timestamp_ms: int
+    """When the log took it: a cancellation from before is not meant for it."""
     headers: Headers
     """Of its record: they carry the trace."""
     reply_partition: int
@@ -47,24 +49,30 @@ class Request:
 
 
 class Requests:
-    """All requests that this engine holds, by id. Lives in the event loop."""
+    """All requests that this engine holds. Lives in the event loop.
+
+    At most one **runs** under an id: has choices that are open. Others of that id may be held, such as one that was
+    refused because of it.
+    """
 
     def __init__(self, commits: Commits) -> None:
         """`commits` is told of every request whose last token the log has."""
         self._commits = commits
-        self._requests: dict[str, Request] = {}
+        self._held: set[Request] = set()
+        self._running: dict[str, Request] = {}
         self._num_open = {True: 0, False: 0}
         self.when_fewer: Callable[[], None] = lambda: None
         """Called when a choice is no longer open."""
         self._empty = asyncio.Event()
         self._empty.set()
 
-    def get(self, request_id: str) -> Request | None:
-        return self._requests.get(request_id)
+    def running(self, request_id: str) -> Request | None:
+        """The request that runs under this id."""
+        return self._running.get(request_id)
 
     def of(self, sequence: Sequence) -> Request | None:
-        """The request that a sequence answers; None where it was dropped, though it may have come again."""
-        request = self._requests.get(sequence.request_id)
+        """The running request that a sequence answers; None where it was dropped, though it may have come again."""
+        request = self._running.get(sequence.request_id)
         return request if request is not None and sequence in request.sequences else None
 
     def num_open(self, *, interactive: bool) -> int:
@@ -72,8 +80,10 @@ class Requests:
         return self._num_open[interactive]
 
     def add(self, request: Request) -> None:
-        assert request.request_id not in self._requests
-        self._requests[request.request_id] = request
+        self._held.add(request)
+        if request.open:
+            assert request.request_id not in self._running
+            self._running[request.request_id] = request
         self._num_open[request.interactive] += len(request.open)
         self._empty.clear()
 
@@ -81,23 +91,27 @@ class Requests:
         """The choice ended; its last record is on its way."""
         if choice in request.open:
             request.open.remove(choice)
+            if not request.open:
+                del self._running[request.request_id]
             self._num_open[request.interactive] -= 1
             self.when_fewer()
 
     def settle(self, request: Request, choice: int) -> None:
         """The log has the choice's last record."""
         request.unsettled.discard(choice)
-        if not request.unsettled and self._requests.get(request.request_id) is request:
-            self._remove(request)
+        if not request.unsettled and request in self._held:
+            self._forget([request])
             self._commits.finish(request.source, request.offset)
 
     def drop(self, partitions: Collection[TopicPartition]) -> list[Request]:
         """Forgets the requests of these partitions: they are another engine's now. Returns them."""
-        dropped = [each for each in self._requests.values() if each.source in partitions]
+        dropped = [each for each in self._held if each.source in partitions]
         for request in dropped:
+            if request.open:
+                del self._running[request.request_id]
             self._num_open[request.interactive] -= len(request.open)
             request.open.clear()
-            self._remove(request)
+        self._forget(dropped)
         if dropped:
             self.when_fewer()
         return dropped
@@ -106,7 +120,7 @@ class Requests:
         """Returns once no request is held."""
         await self._empty.wait()
 
-    def _remove(self, request: Request) -> None:
-        del self._requests[request.request_id]
-        if not self._requests:
+    def _forget(self, requests: Collection[Request]) -> None:
+        self._held.difference_update(requests)
+        if not self._held:
             self._empty.set()

@@ -7,7 +7,7 @@ import enum
 from collections.abc import Callable, Sequence
 
 from holdfast.accept import Source
-from holdfast.errors import HoldfastError, Overloaded, StreamFailed
+from holdfast.errors import AlreadyExists, HoldfastError, Overloaded, StreamFailed
 from holdfast.events import Finished, FinishReason, Tokens
 from holdfast.v1 import generation_pb2
 from services.gateway import cursor
@@ -174,6 +174,9 @@ class Answer:
     def _accept(self, choice: Choice, part: Part, offset: int) -> Choice | None:
         try:
             choice.accept(part, offset=offset)
+        except AlreadyExists as error:
+            self.lose(error)  # the request that has the id is another one: a cancellation would end that
+            return None
         except HoldfastError as error:
             self.fail(error)
             return None

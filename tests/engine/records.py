@@ -91,6 +91,6 @@ class Answers:
 
 
 @asynccontextmanager
-async def answers(bus: Bus) -> AsyncIterator[Answers]:
-    async with bus.reader({topics.TOKENS.partition(REPLY): None}) as reader:
+async def answers(bus: Bus, *, reply: int = REPLY) -> AsyncIterator[Answers]:
+    async with bus.reader({topics.TOKENS.partition(reply): None}) as reader:
         yield Answers(reader)

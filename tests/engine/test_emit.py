@@ -80,15 +80,16 @@ class Bench:
             metrics=EngineMetrics(self.registry),
             tracer=tracer,
         )
-        self.num_confirmed = 0
+        self.num_confirmed = self.num_requests = 0
         for partition in (HERE, THERE):
             self.commits.gain(partition, None)
 
     def request(self, request_id: str, *, source: TopicPartition = HERE, reply: int = 1, choices: int = 1) -> Request:
-        offset = len(self.requests._requests)
+        self.num_requests += 1
+        offset = self.num_requests - 1
         self.commits.begin(source, offset)
         sequences = tuple(sequence([1], request_id=request_id, choice=choice) for choice in range(choices))
-        request = Request(request_id, source, offset, (), reply, True, choices, sequences)
+        request = Request(request_id, source, offset, 0, (), reply, True, choices, sequences)
         self.requests.add(request)
         return request
 
@@ -170,6 +171,24 @@ async def test_a_request_is_done_when_the_log_has_its_last_record() -> None:
         assert b.commits.due()[HERE].offset == 1
 
 
+async def test_an_id_is_free_once_its_request_was_told_to_the_end() -> None:
+    """Whoever has read the last token may use the id again, though the engine waits for the ack; each of the two
+    requests is done with its own."""
+    async with bench() as b:
+        first = b.request("a")
+        b.tell((first.sequences[0], 1), ends=FinishReason.STOP)
+        assert b.requests.running("a") is None
+        second = b.request("a")
+        b.tell((second.sequences[0], 2), ends=FinishReason.STOP)
+        await b.until_sent(2)
+        b.log.ack(0)
+        await until(lambda: not first.unsettled)
+        assert b.commits.due()[HERE].offset == 1
+        b.log.ack(1)
+        await asyncio.wait_for(b.requests.until_empty(), 10)
+        assert b.commits.due()[HERE].offset == 2
+
+
 async def test_what_failed_is_sent_again_with_all_after_it_in_order() -> None:
     """No hole is left where one record of a stream got lost; readers know what comes twice."""
     async with bench() as b:
@@ -216,7 +235,7 @@ async def test_what_was_lost_is_not_sent_any_more() -> None:
 async def test_a_refused_request_ends_in_all_its_choices() -> None:
     """Each gets an end with the reason and its code, and the request is done with the ack."""
     async with bench() as b:
-        request = Request("a", HERE, 0, (), 1, True, 2)
+        request = Request("a", HERE, 0, 0, (), 1, True, 2)
         b.commits.begin(HERE, 0)
         b.requests.add(request)
         b.emitter.refuse(request, FinishReason.ERROR, InvalidRequest("no", field="x"))

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+from google.rpc import code_pb2
 
 from holdfast import topics
 from holdfast.bus import Bus, Position
@@ -234,6 +235,46 @@ async def test_a_request_cancelled_before_it_was_read_is_not_begun(memory: Memor
         assert heard["c"].token_ids == expected([1])
 
 
+async def test_a_late_cancellation_is_not_meant_for_a_request_written_after_it(memory: MemoryBus) -> None:
+    """A cancellation that is read when the id has been used again ends nothing: not the request that runs now."""
+    async with answers(memory) as heard, engine(memory) as running:
+        running.runner.hold()
+        intake = running.engine.intake
+        before = time.time_ns() // 10**6
+        await until_next_millisecond()
+        await publish(memory, request("a", [1], max_tokens=6, ignore_eos=True))
+        await until(lambda: running.num_open() == 1)
+        intake._cancel(pb.Cancel(request_id="a"), before)
+        running.runner.allow()
+        await heard.finished("a")
+        assert heard["a"].token_ids == expected_output([1], StopRules(6))
+
+
+async def test_a_request_whose_id_runs_is_refused(memory: MemoryBus) -> None:
+    """A second record with the id of a request that runs is answered, where it asks for it, with ALREADY_EXISTS, and
+    committed; the request that runs is not disturbed, and its record is still passed over when it comes again."""
+    async with answers(memory) as heard, answers(memory, reply=6) as other, engine(memory) as running:
+        running.runner.hold()
+        await publish(memory, request("a", [1, 2], max_tokens=30, ignore_eos=True))
+        await until(lambda: running.num_open() == 1)
+        await publish(memory, request("a", [7], num_choices=2, reply_partition=6), partition=9)
+        await other.finished(("a", 0), ("a", 1))
+        for choice in (0, 1):
+            finish = other["a", choice].finish
+            assert finish is not None
+            assert finish.error.code == code_pb2.ALREADY_EXISTS
+            assert "id a " in finish.error.message
+        assert {record.source.partition for record in other.records} == {9}
+        async with engine(memory, name="second"):
+            running.runner.allow()
+            await heard.finished("a")
+        assert heard["a"].token_ids == expected_output([1, 2], StopRules(30))
+        assert heard.num_repeated == 0
+    lag = await memory.lag(GROUP, [topics.REQUESTS_INTERACTIVE])
+    for partition in (2, 9):
+        assert lag[topics.REQUESTS_INTERACTIVE.partition(partition)].committed == Position(1)
+
+
 async def test_redelivery_to_the_same_engine_does_not_answer_twice(memory: MemoryBus) -> None:
     """A second engine joins while requests run; what stays with the first is delivered to it again, and passed over."""
     async with answers(memory) as heard, engine(memory, name="first") as first:
@@ -276,11 +317,11 @@ async def test_a_member_that_was_thrown_out_begins_again(memory: MemoryBus) -> N
         running.runner.allow(3)
         await publish(memory, request("a", [1, 2], max_tokens=190, ignore_eos=True))
         await heard.until(lambda: len(heard["a"].token_ids) == 3)
-        first = running.engine.requests.get("a")
+        first = running.engine.requests.running("a")
         (member,) = memory.members(GROUP)
         with memory.frozen(member):
             pass
-        await until(lambda: running.engine.requests.get("a") not in (first, None))
+        await until(lambda: running.engine.requests.running("a") not in (first, None))
         running.runner.allow()
         await heard.finished("a")
         assert heard["a"].token_ids == expected_output([1, 2], StopRules(190))

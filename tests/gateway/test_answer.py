@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from holdfast.accept import Source, extend_hash
-from holdfast.errors import Overloaded, StreamFailed
+from holdfast.errors import AlreadyExists, Overloaded, StreamFailed
 from holdfast.events import Finished, FinishReason, Tokens, Usage
 from services.gateway import cursor
 from services.gateway.answer import Answer, State
@@ -177,6 +177,16 @@ async def test_a_choice_that_was_not_asked_for_breaks_the_answer() -> None:
     feed.accept(Part(1, 0, [98], (), prefix_hash=0))
     with pytest.raises(StreamFailed, match="choice 1 of 1"):
         await feed.answer.next()
+
+
+async def test_a_refusal_because_the_id_is_taken_cancels_nothing() -> None:
+    """The answer breaks with AlreadyExists; a cancellation under this id would end the request that has it."""
+    feed = Feed(cancel_on_disconnect=True)
+    feed.accept(Part(0, 0, [], (), prefix_hash=0, finish=Finish(None, Usage(0, 0, 0), AlreadyExists("it runs"))))
+    with pytest.raises(AlreadyExists, match="it runs"):
+        await feed.answer.next()
+    feed.answer.close()
+    assert (feed.ended, feed.cancelled) == ([State.BROKEN], [])
 
 
 async def test_a_client_that_reads_too_slowly_loses_the_stream() -> None:
