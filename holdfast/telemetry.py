@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -26,6 +27,9 @@ from holdfast.errors import CannotListen, ConfigurationError
 
 LEVEL_VARIABLE = "HOLDFAST_LOG_LEVEL"
 FORMAT_VARIABLE = "HOLDFAST_LOG_FORMAT"
+
+QUIET_SECONDS = 30.0
+"""For how long a library does not say again what it has just said."""
 
 
 def configure_logs(service: str, *, level: str = "info") -> None:
@@ -68,9 +72,37 @@ def configure_logs(service: str, *, level: str = "info") -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    # aiokafka says at INFO and WARNING what is its ordinary life: joins, retries, closed sockets.
-    logging.getLogger("aiokafka").setLevel(max(logging.ERROR, root.level))
+    # aiokafka says at INFO and WARNING what is its ordinary life: joins, retries, closed sockets; and it calls an error,
+    # ten times a second, what it tries again. What it gives up it raises.
+    logging.getLogger("aiokafka").setLevel(logging.ERROR if root.level <= logging.WARNING else logging.CRITICAL)
+    handler.addFilter(Repetitive("aiokafka", seconds=QUIET_SECONDS))
     structlog.contextvars.bind_contextvars(service=service)
+
+
+class Repetitive(logging.Filter):
+    """Lets what a library repeats pass once in some seconds, with the number of those held back, as warnings. The same
+    is what has the same words, whatever its values; there are as many as the library has lines that log."""
+
+    def __init__(self, library: str, *, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._library = library
+        self._seconds = seconds
+        self._clock = clock
+        self._last: dict[tuple[str, str], float] = {}
+        self._held_back: dict[tuple[str, str], int] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name.partition(".")[0] != self._library:
+            return True
+        words, now = (record.name, str(record.msg)), self._clock()
+        if now - self._last.get(words, -self._seconds) < self._seconds:
+            self._held_back[words] = self._held_back.get(words, 0) + 1
+            return False
+        self._last[words] = now
+        record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
+        if num_held_back := self._held_back.pop(words, 0):
+            record.msg, record.args = f"{record.getMessage()} (and {num_held_back} times before, not shown)", ()
+        return True
 
 
 def _add_trace(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import subprocess
 import sys
 
@@ -41,6 +43,40 @@ async def test_metrics_are_served_where_they_should_be() -> None:
         with pytest.raises(ConfigurationError, match=str(port)):
             async with telemetry.metrics_server(f"127.0.0.1:{port}", registry):
                 pass
+
+
+def test_a_library_that_repeats_itself_is_heard_once_in_a_while() -> None:
+    """Other words are heard at once, and so is everybody else; the next line says how often it was said meanwhile."""
+    now = 100.0
+    repetitive = telemetry.Repetitive("lib", seconds=30, clock=lambda: now)
+
+    def heard(name: str, words: str, *values: object) -> str | None:
+        record = logging.LogRecord(name, logging.ERROR, "", 0, words, values, None)
+        return f"{record.levelname} {record.getMessage()}" if repetitive.filter(record) else None
+
+    assert heard("lib.client", "no %s", "broker 1") == "WARNING no broker 1"
+    assert [heard("lib.client", "no %s", f"broker {n}") for n in range(9)] == [None] * 9
+    assert heard("lib.client", "no topic") == "WARNING no topic"
+    assert [heard("library", "no topic") for _ in range(2)] == ["ERROR no topic"] * 2
+    now += 30
+    assert heard("lib.client", "no %s", "broker 2") == "WARNING no broker 2 (and 9 times before, not shown)"
+    now += 30
+    assert heard("lib.client", "no %s", "broker 2") == "WARNING no broker 2"
+
+
+def test_aiokafka_is_repetitive() -> None:
+    """Of what it says a thousand times one line is left, and none where only errors are wanted."""
+    program = (
+        "import logging; from holdfast.telemetry import configure_logs; configure_logs('bell');"
+        "[logging.getLogger('aiokafka.client').error('no %s', n) for n in range(1000)]"
+    )
+    for level, expected in (("info", [("no 0", "warning")]), ("error", [])):
+        environment = {**os.environ, "HOLDFAST_LOG_LEVEL": level}
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30, env=environment
+        )
+        lines = [json.loads(line) for line in done.stderr.splitlines()]
+        assert [(line["event"], line["level"]) for line in lines] == expected
 
 
 def test_a_log_line_is_one_json_object_with_the_service() -> None:
