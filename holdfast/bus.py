@@ -199,6 +199,11 @@ class Bus(Protocol):
         """A reader of these partitions, each from the offset given, or from its end where that is None."""
         ...
 
+    async def kept(self, partition: TopicPartition) -> range:
+        """The offsets that the partition holds, from its oldest record's up to the next one's. On a broker the oldest
+        may be gone a moment later."""
+        ...
+
     def join(self, group: str, topics: Sequence[Topic], *, incarnation: int = 0) -> AbstractAsyncContextManager[Member]:
         """A member of a group that shares all partitions of these topics; all members of a group name the same topics.
         Partitions without a committed position are read from their beginning. The first `read` returns [] as soon as

@@ -214,6 +214,14 @@ class KafkaBus:
                 consumer.seek(self._names.theirs(partition), offset)
             yield _KafkaReader(consumer, self._names, positions)
 
+    async def kept(self, partition: TopicPartition) -> range:
+        await self._check_partitions([partition])
+        place = self._names.theirs(partition)
+        # In this order, so that the end does not lie before the beginning.
+        beginnings = await self._ask(lambda: self._offsets.beginning_offsets([place]))
+        ends = await self._ends([partition])
+        return range(beginnings[place], ends[partition])
+
     @asynccontextmanager
     async def join(self, group: str, topics: Sequence[Topic], *, incarnation: int = 0) -> AsyncIterator[Member]:
         await self._check_partitions(partition for topic in topics for partition in topic.partitions)

@@ -96,6 +96,11 @@ class MemoryBus:
             cursor.move({p: logs[p].end if offset is None else offset for p, offset in start.items()}, logs)
             yield _MemoryReader(self, cursor)
 
+    async def kept(self, partition: TopicPartition) -> range:
+        self.check_open()
+        log = self.partition_log(partition)
+        return range(log.start, log.end)
+
     @asynccontextmanager
     async def join(self, group: str, topics: Sequence[Topic], *, incarnation: int = 0) -> AsyncIterator[Member]:
         self.check_open()

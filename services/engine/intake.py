@@ -38,7 +38,8 @@ COMMIT_SECONDS = 1.0
 """How long a request that is done may wait for its commit."""
 
 MAX_CANCELS = 4096
-"""Most cancellations remembered, for requests that were not read yet; the oldest are forgotten first."""
+"""Most cancellations remembered, for requests that were not read yet; the oldest are forgotten first. So many, as far as
+the log keeps them, are read when the engine starts, before its first request."""
 
 log = structlog.get_logger(__name__)
 
@@ -119,12 +120,12 @@ class Intake:
             Unavailable: the log cannot be read any more.
         """
         async with (
-            self._bus.reader({topics.CONTROL.partition(0): None}) as control,
+            self._informed() as control,
             self._join(topics.REQUESTS_INTERACTIVE, "holdfast-engines-interactive", interactive=True) as interactive,
             self._join(topics.REQUESTS_BATCH, "holdfast-engines-batch", interactive=False) as batch,
             asyncio.TaskGroup() as tasks,
         ):
-            hearing = tasks.create_task(self._hear(control))
+            hearing = tasks.create_task(self._hear_on(control))
             async with asyncio.TaskGroup() as until_drained:
                 until_drained.create_task(self._read(interactive))
                 until_drained.create_task(self._read(batch))
@@ -317,13 +318,27 @@ class Intake:
 
     # Cancellations.
 
-    async def _hear(self, control: Reader) -> None:
+    @asynccontextmanager
+    async def _informed(self) -> AsyncIterator[Reader]:
+        """The control topic, once the cancellations were heard that nobody was there for: the requests they are meant
+        for may lie unread, or come again."""
+        partition = topics.CONTROL.partition(0)
+        missed = (await self._bus.kept(partition))[-MAX_CANCELS:]
+        async with self._bus.reader({partition: missed.start}) as control:
+            while control.position(partition) < missed.stop:
+                await self._hear(control)
+            yield control
+
+    async def _hear_on(self, control: Reader) -> None:
         while True:
-            for record in await control.read():
-                try:
-                    self._cancel(pb.Cancel.FromString(record.value), record.timestamp_ms)
-                except DecodeError:
-                    log.warning("record passed over", source=record.topic_partition)
+            await self._hear(control)
+
+    async def _hear(self, control: Reader) -> None:
+        for record in await control.read():
+            try:
+                self._cancel(pb.Cancel.FromString(record.value), record.timestamp_ms)
+            except DecodeError:
+                log.warning("record passed over", source=record.topic_partition)
 
     def _cancel(self, cancel: pb.Cancel, timestamp_ms: int) -> None:
         """Ends a request that was written before, or one choice of it, and remembers to do so where it is still to

@@ -15,6 +15,7 @@ from holdfast.bus import Bus, Position
 from holdfast.errors import InternalError
 from holdfast.memory import MemoryBus
 from holdfast.v1 import generation_pb2 as pb
+from services.engine import intake
 from services.engine.batch import Step
 from services.engine.sequence import StopRules
 from tests.conftest import OpenBus
@@ -235,16 +236,52 @@ async def test_a_request_cancelled_before_it_was_read_is_not_begun(memory: Memor
         assert heard["c"].token_ids == expected([1])
 
 
+async def test_a_request_cancelled_while_no_engine_was_there_is_not_begun(bus: Bus) -> None:
+    """An engine that starts hears first what was cancelled meanwhile: neither a request that nobody took runs, nor one
+    that an engine left behind runs again."""
+    await bus.create_topics(topics.TOPICS)
+    async with answers(bus) as heard:
+        async with engine(bus, drain_seconds=0) as running:
+            running.runner.hold()
+            await publish(bus, request("left", [1], max_tokens=100))
+            await until(lambda: running.num_open() == 1)
+        await publish(bus, request("unread", [1]))
+        await cancel(bus, "left")
+        await cancel(bus, "unread")
+        async with engine(bus):
+            await heard.finished("left", "unread")
+        for request_id in ("left", "unread"):
+            finish = heard[request_id].finish
+            assert finish is not None
+            assert finish.reason == pb.FINISH_REASON_CANCELLED
+            assert heard[request_id].token_ids == []
+
+
+async def test_an_engine_that_starts_hears_no_more_than_it_can_remember(
+    memory: MemoryBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what was cancelled before it started only the newest is read."""
+    monkeypatch.setattr(intake, "MAX_CANCELS", 2)
+    async with answers(memory) as heard:
+        for request_id in ("a", "b", "c"):
+            await publish(memory, request(request_id, [1]))
+        for request_id in ("a", "b", "c"):
+            await cancel(memory, request_id)
+        async with engine(memory):
+            await heard.finished("a", "b", "c")
+        assert heard["a"].token_ids == expected([1])
+        assert heard["b"].token_ids == heard["c"].token_ids == []
+
+
 async def test_a_late_cancellation_is_not_meant_for_a_request_written_after_it(memory: MemoryBus) -> None:
     """A cancellation that is read when the id has been used again ends nothing: not the request that runs now."""
     async with answers(memory) as heard, engine(memory) as running:
         running.runner.hold()
-        intake = running.engine.intake
         before = time.time_ns() // 10**6
         await until_next_millisecond()
         await publish(memory, request("a", [1], max_tokens=6, ignore_eos=True))
         await until(lambda: running.num_open() == 1)
-        intake._cancel(pb.Cancel(request_id="a"), before)
+        running.engine.intake._cancel(pb.Cancel(request_id="a"), before)
         running.runner.allow()
         await heard.finished("a")
         assert heard["a"].token_ids == expected_output([1], StopRules(6))

@@ -183,6 +183,8 @@ class TestTopics:
             async with bus.reader({place: None}):
                 pass
         with pytest.raises(ConfigurationError, match=place.topic):
+            await bus.kept(place)
+        with pytest.raises(ConfigurationError, match=place.topic):
             async with bus.join("g", [unknown]):
                 pass
         with pytest.raises(ConfigurationError, match=place.topic):
@@ -252,6 +254,18 @@ class TestReader:
         assert read[LETTERS.partition(0)] == [b"%d" % i for i in range(0, 40, 4)]
         assert read[LETTERS.partition(1)] == [b"%d" % i for i in range(13, 40, 4)]
         assert read[LETTERS.partition(3)] == [b"end"]
+
+    async def test_what_is_kept_can_be_read(self, bus: Bus) -> None:
+        """The range begins with the oldest record, and ends where the next one will lie."""
+        assert not await bus.kept(PLACE)
+        offsets = await publish_all(bus, b"a", b"b", b"c")
+        kept = await bus.kept(PLACE)
+        assert (kept.start, kept.stop > offsets[2]) == (offsets[0], True)
+        async with bus.reader({PLACE: kept[-2:].start}) as reader:
+            assert values(await reader.read(timeout=SOON))[-1] == b"c"
+        async with bus.reader({PLACE: kept.stop}) as reader:
+            assert await bus.publish(PLACE, b"d") == kept.stop
+            assert values(await reader.read(timeout=SOON)) == [b"d"]
 
     async def test_an_offset_that_the_log_does_not_hold_is_unavailable(self, bus: Bus) -> None:
         """A reader never jumps silently: an offset beyond the end is Unavailable, and names the place."""

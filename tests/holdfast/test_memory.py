@@ -24,6 +24,8 @@ async def test_a_topic_forgets_its_oldest_records() -> None:
         await bus.publish(PAIR.partition(0), b"oldest")
         for number in range(4):
             await bus.publish(PAIR.partition(1), b"%d" % number + bytes(900_000))
+        assert await bus.kept(PAIR.partition(0)) == range(1, 1)
+        assert await bus.kept(PAIR.partition(1)) == range(1, 4)
         async with bus.reader({PAIR.partition(1): 1}) as reader:
             assert [record.value[:1] for record in await reader.read()] == [b"1", b"2", b"3"]
         async with bus.reader({PAIR.partition(0): 0}) as reader:
