@@ -4,6 +4,7 @@
     ├── RequestError              the caller must change something
     │   ├── InvalidRequest          an argument is wrong; `field` names it
     │   │   └── RequestTooLarge       more bytes than one message may have
+    │   ├── RequestTooSlow          it did not come to its end in time
     │   ├── NotFound                no such model, request, cursor
     │   └── AlreadyExists           the request id is taken
     ├── RetryableError            the same call may succeed later; `retry_after` says when
@@ -49,6 +50,10 @@ class InvalidRequest(RequestError):
 
 class RequestTooLarge(InvalidRequest):
     """More bytes than one message may have."""
+
+
+class RequestTooSlow(RequestError):
+    """It did not come to its end in time."""
 
 
 class NotFound(RequestError):
@@ -130,6 +135,7 @@ WIRE: dict[type[HoldfastError], Wire] = {
     Unavailable: Wire(grpc.StatusCode.UNAVAILABLE, 503, "service_unavailable_error"),
     Cancelled: Wire(grpc.StatusCode.CANCELLED, 499, "cancelled_error"),
     DeadlineExceeded: Wire(grpc.StatusCode.DEADLINE_EXCEEDED, 504, "timeout_error"),
+    RequestTooSlow: Wire(grpc.StatusCode.DEADLINE_EXCEEDED, 408, "timeout_error"),
     StreamFailed: Wire(grpc.StatusCode.ABORTED, 502, "server_error"),
     ConfigurationError: Wire(grpc.StatusCode.FAILED_PRECONDITION, 500, "server_error"),
     InternalError: Wire(grpc.StatusCode.INTERNAL, 500, "server_error"),

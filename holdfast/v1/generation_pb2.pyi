@@ -218,7 +218,7 @@ class StopRules(_message.Message):
     """Go on past the model's end-of-sequence tokens (for benchmarks)."""
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Ends the choice when sampled; not shown. In addition to the model's own end-of-sequence tokens."""
+        """Ends the choice when sampled; not shown. In addition to the model's own end-of-sequence tokens. At most 1024."""
 
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

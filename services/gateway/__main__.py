@@ -74,7 +74,7 @@ async def serve(settings: GatewaySettings, *, bus: Bus | None = None) -> AsyncIt
             admission=admission,
             observer=Observer(metrics, parts.enter_context(tracing("gateway"))),
         )
-        app = http.application(gateway, readiness, metrics, keepalive=settings.keepalive_seconds)
+        app = http.application(gateway, readiness, metrics, settings)
         server, http_address = await parts.enter_async_context(
             together(
                 rpc.serving(settings.address, [servicer(gateway, settings)], drain=settings.drain_seconds),

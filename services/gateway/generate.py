@@ -43,6 +43,8 @@ class Call:
     """Whether the client wants the text of tokens beside their log-probabilities."""
     clients_id: str = ""
     """What the client calls it, for logs and traces alone."""
+    default_max_tokens: int | None = None
+    """Most tokens of each choice where the request does not say; None for what the context leaves."""
 
 
 class Gateway:
@@ -77,7 +79,7 @@ class Gateway:
             self._admission.place(),
         ):
             admitted = self._admit(request, call, seen)
-            prompt_ids = await self._tokenize(admitted, seen)
+            prompt_ids = await self._tokenize(admitted, call, seen)
             with self._routing.partition(admitted.request_class) as partition:
                 answer = self._answer(admitted, prompt_ids, partition, spelled=call.spelled)
                 with self._streams.open(answer):
@@ -98,7 +100,7 @@ class Gateway:
             self._admission.place(),
         ):
             admitted = self._admit(request, call, seen)
-            prompt_ids = await self._tokenize(admitted, seen)
+            prompt_ids = await self._tokenize(admitted, call, seen)
             with self._routing.partition(admitted.request_class) as partition:
                 answer = self._answer(admitted, prompt_ids, partition)
                 await self._publish(admitted, prompt_ids, partition, seen)
@@ -124,10 +126,13 @@ class Gateway:
         self._streams.check_new(admitted.request_id)
         return admitted
 
-    async def _tokenize(self, admitted: Admitted, seen: Observation) -> list[int]:
+    async def _tokenize(self, admitted: Admitted, call: Call, seen: Observation) -> list[int]:
         with seen.phase("tokenize"):
             prompt_ids = await self._tokenizer.encode(admitted.request, time_left=admitted.time_left())
-        self._admission.check_prompt(admitted, prompt_ids, self._tokenizer.model)
+        model, rules = self._tokenizer.model, admitted.request.stop
+        self._admission.check_prompt(admitted, prompt_ids, model)
+        if call.default_max_tokens is not None and not rules.HasField("max_tokens"):
+            rules.max_tokens = min(call.default_max_tokens, model.context_length - len(prompt_ids))
         return prompt_ids
 
     async def _publish(self, admitted: Admitted, prompt_ids: list[int], partition: int, seen: Observation) -> None:

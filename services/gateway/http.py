@@ -30,7 +30,7 @@ from holdfast.errors import (
     InternalError,
     InvalidRequest,
     NotFound,
-    RequestTooLarge,
+    RequestTooSlow,
     RetryableError,
     Unavailable,
     wire,
@@ -38,6 +38,7 @@ from holdfast.errors import (
 from holdfast.events import Finished
 from holdfast.telemetry import extract
 from services.gateway.answer import Answer
+from services.gateway.bodies import Bodies, ClientLeft
 from services.gateway.choice import SpelledTokens
 from services.gateway.generate import Call, Gateway
 from services.gateway.metrics import Metrics
@@ -55,11 +56,10 @@ from services.gateway.openai_reply import (
     spelled_logprobs,
 )
 from services.gateway.readiness import Readiness
+from services.gateway.settings import GatewaySettings
 from services.gateway.tasks import all_of, running
 
 log = structlog.get_logger(__name__)
-
-MAX_BODY_BYTES = 16 << 20
 
 CLIENTS_ID = re.compile(r"[!-~]{1,128}")
 """What a client may call its call, in x-request-id."""
@@ -71,12 +71,10 @@ STREAM_HEADERS = [
 ]
 
 
-class ClientLeft(Exception):
-    """Nobody waits for the response."""
-
-
-def application(gateway: Gateway, readiness: Readiness, metrics: Metrics, *, keepalive: float) -> Starlette:
-    """All routes. `keepalive`: a stream silent for so many seconds gets a comment."""
+def application(gateway: Gateway, readiness: Readiness, metrics: Metrics, settings: GatewaySettings) -> Starlette:
+    """All routes."""
+    bodies = Bodies(max_bytes=settings.max_reading_bytes, seconds=settings.read_seconds)
+    keepalive = settings.keepalive_seconds
 
     async def healthz(request: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -103,8 +101,12 @@ def application(gateway: Gateway, readiness: Readiness, metrics: Metrics, *, kee
 
     return Starlette(
         routes=[
-            Route("/v1/chat/completions", Completions(gateway, read_chat, keepalive=keepalive), methods=["POST"]),
-            Route("/v1/completions", Completions(gateway, read_completion, keepalive=keepalive), methods=["POST"]),
+            Route(
+                "/v1/chat/completions", Completions(gateway, read_chat, bodies, keepalive=keepalive), methods=["POST"]
+            ),
+            Route(
+                "/v1/completions", Completions(gateway, read_completion, bodies, keepalive=keepalive), methods=["POST"]
+            ),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             Route("/healthz", healthz),
@@ -132,6 +134,8 @@ async def _not_routed(request: Request, error: Exception) -> Response:
 def error_response(error: HoldfastError, *, chat: bool = False, headers: Mapping[str, str] | None = None) -> Response:
     """A refusal."""
     headers = dict(headers or {})
+    if isinstance(error, RequestTooSlow):
+        headers["connection"] = "close"  # what still comes is no call
     if isinstance(error, RetryableError):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
     return JSONResponse(error_json(error, chat=chat), status_code=wire(error).http, headers=headers)
@@ -140,9 +144,13 @@ def error_response(error: HoldfastError, *, chat: bool = False, headers: Mapping
 class Completions:
     """One of the two routes that generate: an ASGI application."""
 
-    def __init__(self, gateway: Gateway, read: Callable[[Mapping[str, Value]], Asked], *, keepalive: float) -> None:
+    def __init__(
+        self, gateway: Gateway, read: Callable[[Mapping[str, Value], int], Asked], bodies: Bodies, *, keepalive: float
+    ) -> None:
+        """`keepalive`: a stream silent for so many seconds gets a comment."""
         self._gateway = gateway
         self._read = read
+        self._bodies = bodies
         self._chat = read is read_chat
         self._keepalive = keepalive
 
@@ -152,9 +160,9 @@ class Completions:
         exchange = Exchange(send, request_id, chat=self._chat)
         try:
             exchange.clients_id = read_clients_id(headers)
-            body = await read_body(receive, headers)
+            asked = await self._asked(receive, headers)
             async with connected(receive):
-                await self._serve(exchange, body, headers)
+                await self._serve(exchange, asked, headers)
         except ClientLeft:
             return
         except asyncio.CancelledError:  # by the server, at the end of its drain; the task ends here
@@ -165,8 +173,11 @@ class Completions:
             log.exception("unexpected error in a call", exc_info=error)
             await exchange.refuse(InternalError("internal error; the service's log has it"))
 
-    async def _serve(self, exchange: Exchange, body: bytes, headers: Mapping[str, str]) -> None:
-        asked = self._read(read_json(body))
+    async def _asked(self, receive: Receive, headers: Mapping[str, str]) -> Asked:
+        body = await self._bodies.read(receive, headers)
+        return self._read(read_json(body), self._gateway.models()[0].context_length)
+
+    async def _serve(self, exchange: Exchange, asked: Asked, headers: Mapping[str, str]) -> None:
         context = extract(tuple((name, value.encode("latin-1")) for name, value in headers.items()))
         async with AsyncExitStack() as stack:
             answers = []
@@ -174,7 +185,13 @@ class Completions:
                 request.request_id = (
                     exchange.request_id if len(asked.requests) == 1 else f"{exchange.request_id}-{index}"
                 )
-                call = Call("http", trace=context, spelled=True, clients_id=exchange.clients_id)
+                call = Call(
+                    "http",
+                    trace=context,
+                    spelled=True,
+                    clients_id=exchange.clients_id,
+                    default_max_tokens=asked.default_max_tokens,
+                )
                 answers.append(await stack.enter_async_context(self._gateway.generate(request, call)))
             reply = self._reply(exchange, asked)
             if asked.stream:
@@ -336,31 +353,6 @@ def read_clients_id(headers: Mapping[str, str]) -> str:
     if given and not CLIENTS_ID.fullmatch(given):
         raise InvalidRequest("x-request-id must be 1 to 128 visible ASCII characters", field="x-request-id")
     return given
-
-
-async def read_body(receive: Receive, headers: Mapping[str, str]) -> bytes:
-    """The request's body.
-
-    Raises:
-        RequestTooLarge: it has more than MAX_BODY_BYTES.
-        ClientLeft: the client did not wait for its end.
-    """
-    announced = headers.get("content-length", "0")
-    size = int(announced) if announced.isascii() and announced.isdecimal() else 0
-    parts: list[bytes] = []
-    num_read = 0
-    more = True
-    while more and size <= MAX_BODY_BYTES:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientLeft
-        parts.append(message.get("body", b""))
-        num_read += len(parts[-1])
-        more = message.get("more_body", False)
-        size = max(size, num_read)
-    if size > MAX_BODY_BYTES:
-        raise RequestTooLarge(f"the body has more than {MAX_BODY_BYTES:,} bytes, the most that is taken")
-    return b"".join(parts)
 
 
 @asynccontextmanager

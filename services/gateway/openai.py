@@ -5,25 +5,27 @@ What a parameter means here, and which are known:
 * as OpenAI documents them: model, messages or prompt (text, texts, ids, lists of ids), stream, stream_options
   (include_usage), max_tokens, max_completion_tokens, temperature, top_p, n, stop, seed, presence_penalty,
   frequency_penalty, logit_bias, logprobs, top_logprobs; without max_tokens a chat may fill the context and a
-  completion has 16 tokens;
+  completion has 16 tokens, or what the context leaves;
 * more, named as other servers name them: top_k (-1 or 0: all), min_p, repetition_penalty, min_tokens, stop_token_ids,
   ignore_eos, skip_special_tokens, chat_template_kwargs, continue_final_message with add_generation_prompt; and timeout
   (seconds) and cancel_on_disconnect (true by default) as in our contract;
 * without any effect: what only tells OpenAI who asks and what it may keep (`IGNORED`);
 * a value that changes nothing, of parameters that are not supported (`NEUTRAL`): `"tools": []`, `"echo": false`;
 * everything else is refused, by name. null is as if the parameter was not there.
+
+Lists are measured before they are walked: a body has room for a million entries, and streams wait while it is read.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
 
 from holdfast.errors import InvalidRequest
 from holdfast.v1 import gateway_pb2, generation_pb2, tokenizer_pb2
-from services.gateway.validation import MAX_CHOICES
+from services.gateway.validation import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
 
 MAX_PROMPTS = 128
 DEFAULT_COMPLETION_TOKENS = 16
@@ -93,6 +95,8 @@ class Asked:
     stream: bool
     include_usage: bool
     """Whether a stream tells its usage at the end."""
+    default_max_tokens: int | None = None
+    """Most tokens of each choice where the requests do not say; None for what the context leaves."""
 
     @property
     def num_choices(self) -> int:
@@ -117,15 +121,15 @@ def read_json(body: bytes) -> dict[str, Value]:
     return values
 
 
-def read_chat(values: Mapping[str, Value]) -> Asked:
-    """The request of `/v1/chat/completions`.
+def read_chat(values: Mapping[str, Value], context_length: int) -> Asked:
+    """The request of `/v1/chat/completions`. `context_length`: the model's.
 
     Raises:
         InvalidRequest: a parameter is not supported, or has a value that it may not have; `field` names it.
     """
     fields = Fields(values, CHAT)
     request = _request(fields)
-    request.chat.CopyFrom(_conversation(fields))
+    request.chat.CopyFrom(_conversation(fields, context_length))
     most = [count for name in ("max_tokens", "max_completion_tokens") if (count := fields.integer(name, 1)) is not None]
     if most:
         request.stop.max_tokens = min(most)
@@ -137,7 +141,7 @@ def read_chat(values: Mapping[str, Value]) -> Asked:
     return _asked(fields, [request], chat=True)
 
 
-def read_completion(values: Mapping[str, Value]) -> Asked:
+def read_completion(values: Mapping[str, Value], context_length: int) -> Asked:
     """The request, or several, of `/v1/completions`.
 
     Raises:
@@ -145,13 +149,12 @@ def read_completion(values: Mapping[str, Value]) -> Asked:
     """
     fields = Fields(values, COMPLETION)
     request = _request(fields)
-    request.stop.max_tokens = fields.integer("max_tokens", 1) or DEFAULT_COMPLETION_TOKENS
-    if request.stop.min_tokens > request.stop.max_tokens and "max_tokens" not in fields:
-        request.stop.max_tokens = request.stop.min_tokens
+    if (max_tokens := fields.integer("max_tokens", 1)) is not None:
+        request.stop.max_tokens = max_tokens
     if (top := fields.integer("logprobs", 0)) is not None:
         request.sampling.logprobs = top
     requests = []
-    for prompt in _prompts(fields):
+    for prompt in _prompts(fields, context_length):
         each = gateway_pb2.GenerateRequest()
         each.CopyFrom(request)
         if isinstance(prompt, str):
@@ -159,7 +162,8 @@ def read_completion(values: Mapping[str, Value]) -> Asked:
         else:
             each.token_ids.ids.extend(prompt)
         requests.append(each)
-    return _asked(fields, requests, chat=False)
+    default = max(DEFAULT_COMPLETION_TOKENS, request.stop.min_tokens)
+    return replace(_asked(fields, requests, chat=False), default_max_tokens=default)
 
 
 def param(field: str, *, chat: bool) -> str:
@@ -245,7 +249,9 @@ def _request(fields: Fields) -> gateway_pb2.GenerateRequest:
     rules = request.stop
     if (min_tokens := fields.integer("min_tokens", 0)) is not None:
         rules.min_tokens = min_tokens
-    rules.stop_token_ids.extend(_ids("stop_token_ids", fields.items("stop_token_ids")))
+    stop_token_ids = fields.items("stop_token_ids")
+    _check_count("stop_token_ids", stop_token_ids, MAX_STOP_TOKEN_IDS)
+    rules.stop_token_ids.extend(_ids("stop_token_ids", stop_token_ids))
     rules.stop.extend(_stop_strings(fields))
     rules.ignore_eos = fields.flag("ignore_eos")
     if (timeout := fields.number("timeout")) is not None:
@@ -261,7 +267,9 @@ def _sampling(fields: Fields) -> generation_pb2.SamplingParams:
         sampling.top_k = max(top_k, 0)
     if (seed := fields.integer("seed", -(1 << 63), (1 << 64) - 1)) is not None:
         sampling.seed = seed % (1 << 64)
-    for token, bias in fields.members("logit_bias").items():
+    logit_bias = fields.members("logit_bias")
+    _check_count("logit_bias", logit_bias, MAX_LOGIT_BIAS)
+    for token, bias in logit_bias.items():
         if not re.fullmatch("[0-9]{1,10}", token):
             raise _wrong("logit_bias", "must map token ids, as strings of digits, to numbers", token)
         if isinstance(bias, bool) or not isinstance(bias, int | float):
@@ -274,18 +282,20 @@ def _sampling(fields: Fields) -> generation_pb2.SamplingParams:
 def _stop_strings(fields: Fields) -> list[str]:
     value = fields.get("stop")
     strings = [value] if isinstance(value, str) else [] if value is None else value
-    if not isinstance(strings, list) or not all(isinstance(each, str) for each in strings):
+    if not isinstance(strings, list) or not all(isinstance(each, str) for each in strings[: MAX_STOP_STRINGS + 1]):
         raise _wrong("stop", "must be a string or a list of strings", value)
+    _check_count("stop", strings, MAX_STOP_STRINGS)
     return [_utf8("stop", each) for each in strings]
 
 
-def _conversation(fields: Fields) -> tokenizer_pb2.ChatInput:
+def _conversation(fields: Fields, context_length: int) -> tokenizer_pb2.ChatInput:
     if "messages" not in fields:
         raise InvalidRequest("messages is missing; it must be a list of messages", field="messages")
     go_on, begin = fields.flag("continue_final_message"), fields.get("add_generation_prompt")
     if begin is not None and begin is not (not go_on):
         raise _wrong("add_generation_prompt", "must be false with continue_final_message, and true without", begin)
     variables = fields.members("chat_template_kwargs")
+    _check_count("messages", fields.items("messages"), context_length)
     return tokenizer_pb2.ChatInput(
         messages=[_message(f"messages[{i}]", each) for i, each in enumerate(fields.items("messages"))],
         template_args_json=_json("chat_template_kwargs", variables),
@@ -328,7 +338,7 @@ def _part(path: str, value: Value) -> str:
     return _utf8(path, text)
 
 
-def _prompts(fields: Fields) -> Sequence[str | list[int]]:
+def _prompts(fields: Fields, context_length: int) -> Sequence[str | list[int]]:
     value = fields.get("prompt")
     if value is None:
         raise InvalidRequest("prompt is missing; it must be text, token ids, or a list of such", field="prompt")
@@ -336,11 +346,21 @@ def _prompts(fields: Fields) -> Sequence[str | list[int]]:
         return [value]
     if not isinstance(value, list) or not value:
         raise _wrong("prompt", "must be text, token ids, or a list of such, not empty", value)
-    if all(isinstance(each, int) for each in value):
-        return [_ids("prompt", value)]
-    if len(value) > MAX_PROMPTS:
-        raise _wrong("prompt", f"may have at most {MAX_PROMPTS} prompts", len(value))
-    return [each if isinstance(each, str) else _ids(f"prompt[{i}]", each) for i, each in enumerate(value)]
+    if isinstance(value[0], int):
+        return [_prompt_ids("prompt", value, context_length)]
+    _check_count("prompt", value, MAX_PROMPTS)
+    return [
+        each if isinstance(each, str) else _prompt_ids(f"prompt[{i}]", each, context_length)
+        for i, each in enumerate(value)
+    ]
+
+
+def _prompt_ids(name: str, value: Value, context_length: int) -> list[int]:
+    if isinstance(value, list) and len(value) > context_length:
+        raise InvalidRequest(
+            f"{name} has {len(value)} token ids, more than the model's context, {context_length} tokens", field="prompt"
+        )
+    return _ids(name, value)
 
 
 def _asked(fields: Fields, requests: list[gateway_pb2.GenerateRequest], *, chat: bool) -> Asked:
@@ -360,6 +380,11 @@ def _ids(name: str, value: Value) -> list[int]:
     if not isinstance(value, list):
         raise _wrong(name, "must be text or a list of token ids", value)
     return [_integer(name, each, 0) for each in value]
+
+
+def _check_count(name: str, value: Sized, most: int) -> None:
+    if len(value) > most:
+        raise InvalidRequest(f"{name} may have at most {most} entries, not {len(value)}", field=name)
 
 
 def _integer(name: str, value: Value, low: int, high: int = (1 << 32) - 1) -> int:
@@ -389,8 +414,13 @@ def _utf8(field: str, text: str) -> str:
 
 
 def _wrong(name: str, right: str, value: Value | None) -> InvalidRequest:
-    given = json.dumps(value, default=str)
-    return InvalidRequest(f"{name} {right}, not {given if len(given) <= 60 else given[:60] + '...'}", field=name)
+    given = ""
+    for piece in json.JSONEncoder(default=str).iterencode(value):  # of a million entries only the first are spelled
+        given += piece
+        if len(given) > 60:
+            given = given[:60] + "..."
+            break
+    return InvalidRequest(f"{name} {right}, not {given}", field=name)
 
 
 def _kind(value: Value) -> str:

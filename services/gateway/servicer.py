@@ -37,7 +37,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         self._write_seconds = write_seconds
 
     @rpc.unary  # as far as errors go: it writes its stream itself, each message within its time
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         async with self._gateway.generate(request, _call(context)) as answer:
             accepted = Accepted(answer.request_id, cursor=answer.cursor, prompt_tokens=answer.prompt_tokens)
             await self._write(accepted, context)

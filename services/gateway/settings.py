@@ -8,6 +8,7 @@ from pydantic import Field
 
 from holdfast.settings import Settings
 from holdfast.topics import TOKENS
+from services.gateway.bodies import MAX_BODY_BYTES
 
 
 class GatewaySettings(Settings, env_prefix="HOLDFAST_GATEWAY_"):
@@ -46,6 +47,10 @@ class GatewaySettings(Settings, env_prefix="HOLDFAST_GATEWAY_"):
     max_buffered_tokens: Annotated[int, Field(ge=512)] = 4096
     """Most tokens of a choice that wait for a client that reads slowly; beyond, its stream ends with
     RESOURCE_EXHAUSTED."""
+    max_reading_bytes: Annotated[int, Field(ge=MAX_BODY_BYTES)] = 64 << 20
+    """Most bytes of HTTP bodies that have not come to their end; what comes beyond is refused with 429."""
+    read_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """How long a client may take to send the body of an HTTP call; after that it is refused with 408."""
     write_seconds: Annotated[float, Field(gt=0)] = 60.0
     """How long a client may leave unread what is written for it; after that it is as one that left."""
     keepalive_seconds: Annotated[float, Field(gt=0)] = 15.0

@@ -19,6 +19,7 @@ MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_STRINGS = 16
+MAX_STOP_TOKEN_IDS = 1024
 MAX_STOP_LENGTH = 256
 """Most characters of a stop string."""
 
@@ -114,6 +115,7 @@ def _check_input(request: gateway_pb2.GenerateRequest, model: Model, max_bytes: 
         case "token_ids":
             if not request.token_ids.ids:
                 raise InvalidRequest("the prompt is empty; it must have at least one token id", field="token_ids.ids")
+            _check_fits("token ids", len(request.token_ids.ids), model, field="token_ids.ids")
             _check_ids("token_ids.ids", request.token_ids.ids, model)
         case _:
             raise InvalidRequest("the request has no input; set one of prompt, chat and token_ids", field="input")
@@ -124,6 +126,7 @@ def _check_chat(chat: tokenizer_pb2.ChatInput, model: Model, max_bytes: int) -> 
         raise InvalidRequest(f"{model.name} has no chat template; give it a prompt or token_ids", field="chat")
     if not chat.messages:
         raise InvalidRequest("the conversation is empty; it must have at least one message", field="chat.messages")
+    _check_fits("messages", len(chat.messages), model, field="chat.messages")
     for index, message in enumerate(chat.messages):
         if not message.role:
             raise InvalidRequest("a message needs a role, such as user", field=f"chat.messages[{index}].role")
@@ -135,6 +138,14 @@ def _check_chat(chat: tokenizer_pb2.ChatInput, model: Model, max_bytes: int) -> 
         raise InvalidRequest(
             f"only the assistant's message can be continued, and the last is of {chat.messages[-1].role}",
             field="chat.continue_final_message",
+        )
+
+
+def _check_fits(what: str, count: int, model: Model, *, field: str) -> None:
+    """Raises where there are so many that nobody need look at them: each is a token at least."""
+    if count > model.context_length:
+        raise InvalidRequest(
+            f"{count} {what} are more than the context of {model.name}, {model.context_length} tokens", field=field
         )
 
 
@@ -180,6 +191,10 @@ def _check_stop(rules: generation_pb2.StopRules, model: Model) -> None:
         raise _wrong("stop.max_tokens", rules.max_tokens, "must be at least 1, or absent for what the context leaves")
     if rules.HasField("max_tokens") and rules.min_tokens > rules.max_tokens:
         raise _wrong("stop.min_tokens", rules.min_tokens, f"must be at most max_tokens, {rules.max_tokens}")
+    if len(rules.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise _wrong(
+            "stop.stop_token_ids", f"{len(rules.stop_token_ids)} ids", f"may have at most {MAX_STOP_TOKEN_IDS}"
+        )
     _check_ids("stop.stop_token_ids", rules.stop_token_ids, model)
     if len(rules.stop) > MAX_STOP_STRINGS:
         raise _wrong("stop.stop", f"{len(rules.stop)} strings", f"may have at most {MAX_STOP_STRINGS}")

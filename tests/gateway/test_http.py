@@ -339,17 +339,44 @@ async def test_a_broken_body_is_refused() -> None:
 
 @pytest.mark.parametrize("announced", [True, False])
 async def test_a_body_that_is_too_large_is_refused(announced: bool) -> None:
-    """More than 16 MiB get 413, whether the length was announced or not."""
+    """More than 4 MiB get 413, whether the length was announced or not."""
 
     async def parts() -> AsyncIterator[bytes]:
-        for _ in range(17):
+        for _ in range(5):
             yield b" " * (1 << 20)
 
     async with open_mesh() as mesh:
-        body = b" " * (17 << 20) if announced else parts()
+        body = b" " * (5 << 20) if announced else parts()
         response = await mesh.http.post(COMPLETION, content=body)
         assert response.status_code == 413
-        assert "16,777,216 bytes" in response.json()["error"]["message"]
+        assert "4,194,304 bytes" in response.json()["error"]["message"]
+
+
+async def test_a_body_that_does_not_come_is_408() -> None:
+    """A client that does not send what it announced is told so, and its connection closed."""
+    async with open_mesh(read_seconds=0.05) as mesh:
+        host, _, port = mesh.addresses.http.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(f"POST {COMPLETION} HTTP/1.1\r\nhost: x\r\ncontent-length: 20\r\n\r\n".encode() + b'{"prompt"')
+        response = await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        assert response.startswith(b"HTTP/1.1 408 ")
+        assert b"connection: close" in response
+        assert b"within 0.05 seconds" in response
+
+
+async def test_a_completion_has_16_tokens_or_what_the_context_leaves() -> None:
+    """Where it does not say itself how many; what it says is held to the context."""
+    async with open_mesh() as mesh:
+        for room, expected in ((CONTEXT - 2, 16), (5, 5), (1, 1)):
+            prompt = "x" * (CONTEXT - room)
+            async with meanwhile(mesh.http.post(COMPLETION, json={"prompt": prompt})) as call:
+                job = await mesh.engine.job()
+                await mesh.engine.say(job, "y", finish=LENGTH)
+            assert (call.result().status_code, job.request.stop.max_tokens) == (200, expected)
+        error = await refused(mesh, COMPLETION, {"prompt": "x" * (CONTEXT - 5), "max_tokens": 16}, 400)
+        assert error["param"] == "max_tokens"
 
 
 async def test_an_unknown_model_is_404() -> None:

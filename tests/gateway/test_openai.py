@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -13,15 +13,16 @@ from holdfast.errors import InvalidRequest
 from holdfast.v1 import gateway_pb2 as pb
 from services.gateway.openai import IGNORED, Asked, param, read_chat, read_completion, read_json
 
+CONTEXT = 200
 HI = [{"role": "user", "content": "hi"}]
 
 
 def chat(**parameters: Any) -> Asked:
-    return read_chat({"messages": HI} | parameters)
+    return read_chat({"messages": HI} | parameters, CONTEXT)
 
 
 def completion(**parameters: Any) -> Asked:
-    return read_completion({"prompt": "hi"} | parameters)
+    return read_completion({"prompt": "hi"} | parameters, CONTEXT)
 
 
 def refused(read: Callable[..., Asked], **parameters: Any) -> InvalidRequest:
@@ -78,8 +79,9 @@ def test_what_is_left_out_is_left_open() -> None:
         sampling=request.sampling, stop=request.stop, num_choices=1, cancel_on_disconnect=True
     )
     assert request.sampling.ByteSize() == request.stop.ByteSize() == 0
-    assert completion().requests[0].stop.max_tokens == 16
-    assert completion(min_tokens=20).requests[0].stop.max_tokens == 20
+    assert chat().default_max_tokens is None
+    assert (completion().default_max_tokens, completion().requests[0].stop.HasField("max_tokens")) == (16, False)
+    assert completion(min_tokens=20).default_max_tokens == 20
 
 
 def test_null_is_as_if_it_was_not_there() -> None:
@@ -123,7 +125,8 @@ def test_messages_keep_what_templates_read() -> None:
             "chat_template_kwargs": {"enable_thinking": False},
             "continue_final_message": True,
             "add_generation_prompt": False,
-        }
+        },
+        CONTEXT,
     )
     conversation = asked.requests[0].chat
     assert [message.content for message in conversation.messages] == ["Be kind.", ""]
@@ -248,7 +251,14 @@ def test_a_value_that_changes_nothing_is_accepted(read: Callable[..., Asked], pa
         (completion, {"prompt": [1, -2]}, "prompt", "at least 0"),
         (completion, {"prompt": [[1], {}]}, "prompt[1]", "a list of token ids"),
         (completion, {"prompt": [1, True]}, "prompt", "an integer"),
-        (completion, {"prompt": ["a"] * 129}, "prompt", "at most 128 prompts"),
+        (completion, {"prompt": ["a"] * 129}, "prompt", "at most 128 entries"),
+        (completion, {"prompt": [0] * 201}, "prompt", "201 token ids, more than the model's context, 200 tokens"),
+        (completion, {"prompt": ["a", [0] * 201]}, "prompt", "prompt[1] has 201 token ids"),
+        (chat, {"messages": HI * 201}, "messages", "at most 200 entries, not 201"),
+        (chat, {"stop": ["a"] * 17}, "stop", "at most 16 entries"),
+        (chat, {"stop_token_ids": [0] * 1025}, "stop_token_ids", "at most 1024 entries"),
+        (chat, {"logit_bias": {str(i): 0 for i in range(1025)}}, "logit_bias", "at most 1024 entries"),
+        (chat, {"seed": [0] * 99}, "seed", "0, 0,..."),
         (completion, {"prompt": "\udfff"}, "prompt", "unpaired surrogate"),
         (completion, {"logprobs": True}, "logprobs", "an integer"),
     ],
@@ -301,3 +311,21 @@ def test_a_body_must_be_a_json_object(body: bytes, says: str) -> None:
 def test_fields_have_their_names_in_each_api(field: str, chat_name: str, completion_name: str) -> None:
     """A refusal names the parameter that the client knows."""
     assert (param(field, chat=True), param(field, chat=False)) == (chat_name, completion_name)
+
+
+class Unread(list[Any]):
+    """A list that nobody may walk."""
+
+    def __iter__(self) -> Iterator[Any]:
+        raise AssertionError("it was walked")
+
+
+@pytest.mark.parametrize("parameters", [{"prompt": Unread([0] * 201)}, {"stop_token_ids": Unread([0] * 1025)}])
+def test_a_list_that_is_too_long_is_not_walked(parameters: dict[str, Any]) -> None:
+    """Its length is enough to refuse it, and a million entries would hold up every stream."""
+    assert refused(completion, **parameters).field in parameters
+
+
+def test_a_messages_list_that_is_too_long_is_not_walked() -> None:
+    """Nor is a conversation."""
+    assert refused(chat, messages=Unread(HI * 201)).field == "messages"

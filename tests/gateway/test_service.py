@@ -103,7 +103,7 @@ async def test_a_gateway_that_is_not_ready_says_what_is_missing() -> None:
             admission=Admission(settings()),
             observer=Observer(metrics, NoOpTracer()),
         )
-        app = http.application(gateway, readiness, metrics, keepalive=15)
+        app = http.application(gateway, readiness, metrics, settings())
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
             ready = await client.get("/readyz")
             missing = dict.fromkeys(("log", "tokenizer"), "it has not answered yet")

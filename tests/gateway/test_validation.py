@@ -41,7 +41,13 @@ BAD: list[Case] = [
     ("input", {"prompt": "x" * CONTEXT}, f"a prompt may have at most {CONTEXT - 1}"),
     ("token_ids.ids", {"token_ids": TokenIds()}, "at least one token id"),
     ("token_ids.ids", {"token_ids": TokenIds(ids=[1, VOCABULARY])}, f"below {VOCABULARY}"),
-    ("input", {"token_ids": TokenIds(ids=[1] * 600)}, "600 tokens"),
+    (
+        "token_ids.ids",
+        {"token_ids": TokenIds(ids=[VOCABULARY] * (CONTEXT + 1))},
+        "513 token ids are more than the context",
+    ),
+    ("input", {"token_ids": TokenIds(ids=[1] * CONTEXT)}, "512 tokens"),
+    ("chat.messages", {"chat": ChatInput(messages=[ChatMessage()] * 513)}, "513 messages are more"),
     chat("chat.messages", ChatInput(), "at least one message"),
     chat("chat.messages[1].role", ChatInput(messages=[USER, ChatMessage(content="hi")]), "needs a role"),
     chat(
@@ -73,6 +79,7 @@ BAD: list[Case] = [
     ("stop.max_tokens", {"stop": StopRules(max_tokens=CONTEXT - 1)}, f"at most {CONTEXT - 2} after this prompt"),
     ("stop.min_tokens", {"stop": StopRules(max_tokens=3, min_tokens=4)}, "at most max_tokens, 3"),
     stop("stop_token_ids", [VOCABULARY], f"below {VOCABULARY}"),
+    stop("stop_token_ids", [VOCABULARY] * 1025, "at most 1024, not 1025 ids"),
     stop("stop", [""], "strings of 1 to 256"),
     stop("stop", ["x" * 257], "257 characters"),
     stop("stop", ["x"] * 17, "at most 16"),
