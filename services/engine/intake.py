@@ -1,8 +1,10 @@
 """From the log to the scheduler: which requests this engine takes, and when it lets go of them.
 
 It is a member of two groups, one for each request topic, so that interactive requests can be asked for first. It takes
-as many records as it has slots, and none beyond: what it does not take another engine could start. A record that cannot
-be honoured is answered with the reason; one that is no request at all is logged and passed over.
+as many records as it has slots: what it does not take another engine could start. Since both groups are read at once,
+the slots that either may have are filled one by one, and at most one record is taken beyond them; apart from that, only
+interactive requests that take the slots of batch ones make it hold more. A record that cannot be honoured is answered
+with the reason; one that is no request at all is logged and passed over.
 
 A rebalance gives and takes partitions. What is kept goes on (its records come again and are known by their
 offsets); what is lost is dropped without another word: the new owner answers now.
@@ -200,11 +202,13 @@ class Intake:
             side.reading = None
 
     def _room(self, side: _Side) -> int:
+        """How many records a read may return, whatever the other side's read returns meanwhile; or one, where there is
+        a slot now that both may take."""
         if self.is_draining:
             return 0
-        interactive, batch = (self._requests.num_open(interactive=each) for each in (True, False))
-        others = min(batch, self._batch_share) if side.interactive else batch
-        return max(0, self._max_sequences - interactive - others)
+        free = self._max_sequences - self._requests.num_open(interactive=True)
+        shared = min(1, free - self._requests.num_open(interactive=False))
+        return max(0, shared, free - self._batch_share if side.interactive else 0)
 
     def _look_for_room(self) -> None:
         for side in self._sides:

@@ -97,6 +97,35 @@ async def test_no_more_is_taken_than_there_are_slots(memory: MemoryBus) -> None:
         assert most_open == 2
 
 
+async def test_slots_are_not_given_to_both_classes(memory: MemoryBus) -> None:
+    """Of many requests of both classes that come at once no more than one is taken beyond the slots."""
+    async with answers(memory) as heard, engine(memory, max_sequences=20, num_blocks=200) as running:
+        running.runner.hold()
+        ids = [f"{kind}{number}" for kind in "ib" for number in range(30)]
+        for request_id in ids:
+            await publish(memory, request(request_id, [1], max_tokens=2), batch=request_id.startswith("b"))
+        await until(lambda: running.num_open(interactive=False) > 0)
+        assert (running.num_open(), running.num_open(interactive=False)) == (20, 1)
+        running.runner.allow()
+        await heard.finished(*ids)
+
+
+async def test_slots_that_batch_requests_took_meanwhile_are_not_promised(memory: MemoryBus) -> None:
+    """Interactive requests that come long after an engine filled with batch ones leave those their share."""
+    async with answers(memory) as heard, engine(memory, max_sequences=20, num_blocks=200) as running:
+        running.runner.hold()
+        batch, interactive = ([f"{kind}{number}" for number in range(30)] for kind in "bi")
+        for request_id in batch:
+            await publish(memory, request(request_id, [1], max_tokens=2), batch=True)
+        await until(lambda: running.num_open(interactive=False) == 20)
+        for request_id in interactive:
+            await publish(memory, request(request_id, [1], max_tokens=2))
+        await until(lambda: running.num_open() > 0)
+        assert (running.num_open(), running.num_open(interactive=False)) == (18, 20)
+        running.runner.allow()
+        await heard.finished(*batch, *interactive)
+
+
 async def test_interactive_requests_take_the_slots_of_batch_ones(memory: MemoryBus) -> None:
     """An engine full of batch requests still takes an interactive one, which runs at once; the batch request that
     yields its slot is answered in full later."""
