@@ -39,7 +39,7 @@ class GatewayAddresses:
 async def serve(settings: GatewaySettings, *, bus: Bus | None = None) -> AsyncIterator[GatewayAddresses]:
     """A gateway that is ready: the log was reached, and the tokenizer answered. Until then, and whenever one of the two
     is gone, its health is NOT_SERVING and `/readyz` says what is missing. Leaving the block lets open streams end for
-    `drain_seconds`, while what feeds them still runs.
+    `drain_seconds`, while what feeds them still runs; until they have, HTTP says 503 to whoever comes.
 
     Raises:
         ConfigurationError: an address cannot be bound, the log has other topics, or the tokenizer has become another.
@@ -79,13 +79,21 @@ async def serve(settings: GatewaySettings, *, bus: Bus | None = None) -> AsyncIt
             together(
                 rpc.serving(settings.address, [servicer(gateway, settings)], drain=settings.drain_seconds),
                 web.serving(
-                    settings.http_address, app, drain=settings.drain_seconds, write_seconds=settings.write_seconds
+                    settings.http_address,
+                    app,
+                    ended=admission.wait_until_empty,
+                    drain=settings.drain_seconds,
+                    write_seconds=settings.write_seconds,
                 ),
             )
         )
         await readiness.tell(lambda ready: server.health.ready() if ready else server.health.not_ready())
         await readiness.wait()
-        yield GatewayAddresses(grpc=server.address, http=http_address)
+        try:
+            yield GatewayAddresses(grpc=server.address, http=http_address)
+        finally:
+            admission.close()
+            await readiness.lost("draining", "this gateway is being stopped")
 
 
 @asynccontextmanager

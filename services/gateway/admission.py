@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 import uuid
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 from google.protobuf.duration_pb2 import Duration
 
-from holdfast.errors import InvalidRequest, Overloaded
+from holdfast.errors import InvalidRequest, Overloaded, Unavailable
 from holdfast.events import Model
 from holdfast.v1 import gateway_pb2, generation_pb2
 from services.gateway.settings import GatewaySettings
@@ -45,6 +46,9 @@ class Admission:
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
         self._num_open = 0
+        self._closed = False
+        self._empty = asyncio.Event()
+        self._empty.set()
 
     @property
     def num_open(self) -> int:
@@ -57,14 +61,28 @@ class Admission:
 
         Raises:
             Overloaded: all are taken.
+            Unavailable: the gateway takes no more requests.
         """
+        if self._closed:
+            raise Unavailable("this gateway is being stopped; ask another one, or later")
         if self._num_open >= self._settings.max_streams:
             raise Overloaded(f"{self._num_open} requests are open, as many as this gateway takes; try again later")
         self._num_open += 1
+        self._empty.clear()
         try:
             yield
         finally:
             self._num_open -= 1
+            if self._num_open == 0:
+                self._empty.set()
+
+    def close(self) -> None:
+        """No further request gets a place."""
+        self._closed = True
+
+    async def wait_until_empty(self) -> None:
+        """Until no request holds a place."""
+        await self._empty.wait()
 
     def admit(
         self, request: gateway_pb2.GenerateRequest, model: Model, *, call_time_left: float | None = None

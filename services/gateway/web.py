@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import math
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from typing import Any
 
@@ -24,12 +23,19 @@ SEND_BUFFER_BYTES = 1 << 18
 """What the kernel holds for a connection whose client does not read. Left to itself it takes megabytes, which a slow
 client reads much later, and nobody notices that it is slow."""
 
+LAST_WORDS_SECONDS = 1.0
+"""How long calls that are ended may take to say so. Connections whose clients do not read them are cut then."""
+
 
 @asynccontextmanager
-async def serving(address: str, app: ASGIApp, *, drain: float, write_seconds: float) -> AsyncIterator[str]:
+async def serving(
+    address: str, app: ASGIApp, *, ended: Callable[[], Awaitable[None]], drain: float, write_seconds: float
+) -> AsyncIterator[str]:
     """An HTTP server on `host:port` (port 0: any); yields the address that was really bound. A client that for
-    `write_seconds` does not take what is written for it loses its connection. Leaving the block takes no
-    new connections, lets running calls end for at most `drain` seconds and cancels what is left.
+    `write_seconds` does not take what is written for it loses its connection.
+
+    Leaving the block goes on serving until `ended` returns, so that who asks is told why he is refused; then takes no
+    new connections and lets running calls end. After `drain` seconds in all, what is left is cancelled.
 
     Raises:
         CannotListen: the address cannot be bound.
@@ -52,23 +58,48 @@ async def serving(address: str, app: ASGIApp, *, drain: float, write_seconds: fl
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=math.ceil(drain),
     )
     server = _Server(config)
     with listener, unwrapped():
         async with asyncio.TaskGroup() as group:
-            group.create_task(server.serve(sockets=[listener]))
+            life = group.create_task(server.serve(sockets=[listener]))
             try:
                 yield f"{host}:{listener.getsockname()[1]}"
             finally:
-                server.should_exit = True
+                await _leave(server, life, ended, drain)
+
+
+async def _leave(server: _Server, life: asyncio.Task[None], ended: Callable[[], Awaitable[None]], drain: float) -> None:
+    """Ends the server's life."""
+    try:
+        async with asyncio.timeout(drain):
+            await ended()
+            server.should_exit = True
+            await asyncio.wait([life])
+    except TimeoutError:
+        server.should_exit = True
+        server.cancel_calls()
+        await asyncio.wait([life], timeout=LAST_WORDS_SECONDS)
+        server.cut_connections()
 
 
 class _Server(uvicorn.Server):
-    """A server that leaves the process's signals alone: whoever runs the service handles them."""
+    """A server that leaves the process's signals alone: whoever runs the service handles them. Its drain has no limit of
+    its own: uvicorn's would log an error where there is none."""
 
     def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
         return nullcontext()
+
+    def cancel_calls(self) -> None:
+        """Ends what runs; each call answers that as it can."""
+        for call in self.server_state.tasks:
+            call.cancel()
+
+    def cut_connections(self) -> None:
+        """Ends what is left, though something should wait to be read."""
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
 
 
 class _Connection(HttpToolsProtocol):

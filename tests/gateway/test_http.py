@@ -608,6 +608,24 @@ async def test_a_client_that_stops_reading_loses_its_connection(when: str) -> No
             await call.result().aread()
 
 
+async def test_a_client_that_does_not_read_does_not_hold_up_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    """A gateway that is left cuts its connection soon after drain_seconds."""
+    small_window = httpx.AsyncHTTPTransport(socket_options=[(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)])
+    async with httpx.AsyncClient(transport=small_window) as client:
+        async with open_mesh(max_buffered_tokens=512) as mesh:
+            body = {"messages": HI, "stream": True, "logprobs": True, "top_logprobs": 20}
+            named = logprobs((A, -0.5, [(A, -0.5)] * 20)) * 200
+            request = client.build_request("POST", f"http://{mesh.addresses.http}{CHAT}", json=body)
+            response = await client.send(request, stream=True)
+            job = await mesh.engine.job()
+            for _ in range(12):  # some 3 megabytes: more than is ever under way
+                await mesh.engine.say(job, [A] * 200, logprobs=named)
+            await mesh.engine.cancelled()
+        with pytest.raises(httpx.RemoteProtocolError):
+            await response.aread()
+    assert not caplog.records
+
+
 async def test_httpx_is_not_alone() -> None:
     """A client that sends its request byte by byte, and asks for the connection to be closed, is served, too."""
     async with open_mesh() as mesh:

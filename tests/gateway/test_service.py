@@ -170,7 +170,7 @@ async def scrape(mesh: Mesh) -> dict[tuple[str, frozenset[tuple[str, str]]], flo
 
 async def test_leaving_lets_open_streams_end() -> None:
     """A gateway that is told to stop is NOT_SERVING at once, takes no new calls, and serves open streams to their end on
-    both faces."""
+    both faces; until then whoever asks over HTTP is told so."""
     async with (
         MemoryBus() as bus,
         tokenizing(ByteTokenizer()) as server,
@@ -186,6 +186,12 @@ async def test_leaving_lets_open_streams_end() -> None:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.ListModels(pb.ListModelsRequest())
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            ready = await web.get(f"http://{addresses.http}/readyz")
+            draining = {"ready": False, "missing": {"draining": "this gateway is being stopped"}}
+            assert (ready.status_code, ready.json()) == (503, draining)
+            refused = await web.post(url, json={"prompt": "hi"})
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            assert "being stopped" in refused.json()["error"]["message"]
             for job in jobs:
                 await engine.say(job, "the end", finish=LENGTH)
             events = [response.WhichOneof("event") async for response in call]
@@ -208,8 +214,36 @@ async def test_leaving_lets_open_streams_end() -> None:
             group.create_task(read_to_the_end())
 
 
-async def test_what_does_not_end_in_time_is_ended() -> None:
-    """After drain_seconds open streams end, and requests that live with their connection are cancelled."""
+async def test_http_listens_until_the_last_stream_has_ended() -> None:
+    """Though that is one of gRPC: who balances load asks /readyz."""
+    async with (
+        MemoryBus() as bus,
+        tokenizing(ByteTokenizer()) as server,
+        playing_engine(bus) as engine,
+        httpx.AsyncClient() as web,
+        AsyncExitStack() as channels,
+        asyncio.TaskGroup() as group,
+    ):
+
+        async def ask_and_end() -> None:
+            while (await web.get(f"http://{addresses.http}/readyz")).status_code == 200:
+                pass
+            await engine.say(job, "the end", finish=LENGTH)
+            assert [response.WhichOneof("event") async for response in call][-1] == "finished"
+
+        async with serve(settings(tokenizer=server.address, drain_seconds=60), bus=bus) as addresses:
+            channel = await channels.enter_async_context(rpc.channel(addresses.grpc))
+            stub: gateway_pb2_grpc.GatewayServiceAsyncStub = gateway_pb2_grpc.GatewayServiceStub(channel)
+            call = await channels.enter_async_context(rpc.streaming(stub.Generate(pb.GenerateRequest(prompt="hi"))))
+            job = await engine.job()
+            group.create_task(ask_and_end())
+        with pytest.raises(httpx.ConnectError):
+            await web.get(f"http://{addresses.http}/readyz")
+
+
+async def test_what_does_not_end_in_time_is_ended(caplog: pytest.LogCaptureFixture) -> None:
+    """After drain_seconds open streams end, and requests that live with their connection are cancelled; that is how it is
+    meant to be, and no error."""
     async with (
         MemoryBus() as bus,
         tokenizing(ByteTokenizer()) as server,
@@ -230,6 +264,7 @@ async def test_what_does_not_end_in_time_is_ended() -> None:
             async for _ in call:
                 pass
         assert ((await posted).status_code, (await posted).json()["error"]["code"]) == (503, "unavailable")
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("face", ["address", "http_address"])
