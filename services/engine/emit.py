@@ -2,8 +2,8 @@
 
 One record for each (reply partition, source partition) and step. Records of one reply partition are sent in order, each
 kept until the log has confirmed it; where one fails, it and all after it are sent again, in order: readers ignore what
-they know (`holdfast.accept`), but would end a stream that has a hole. A request is done, and may be committed, when
-the record with its last token is confirmed.
+they know (`holdfast.accept`), but would end a stream that has a hole. No reply partition waits for another. A request is
+done, and may be committed, when the record with its last token is confirmed.
 """
 
 from __future__ import annotations
@@ -81,9 +81,12 @@ class _Outgoing:
 class _Lane:
     """The records of one reply partition, in their order."""
 
+    partition: TopicPartition
     unsent: deque[_Outgoing] = field(default_factory=deque)
     sent: deque[_Outgoing] = field(default_factory=deque)
     """Not confirmed yet."""
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when there is something to send, or an ack."""
 
     def confirmed(self) -> Iterator[_Outgoing]:
         """Takes out the leading ones that are confirmed."""
@@ -120,8 +123,7 @@ class Emitter:
         self._epoch_of = epoch_of
         self._metrics = metrics
         self._tracer = tracer
-        self._lanes: defaultdict[int, _Lane] = defaultdict(_Lane)
-        self._wake = asyncio.Event()
+        self._lanes = [_Lane(partition) for partition in topics.TOKENS.partitions]
 
     def deliver(self, news: list[News], *, confirmed: Callable[[], None]) -> None:
         """The news of one step. `confirmed` is called once, when the log has all that is still to be told of them."""
@@ -146,13 +148,17 @@ class Emitter:
 
     async def run(self) -> None:
         """Sends until it is cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for lane in self._lanes:
+                tasks.create_task(self._serve(lane))
+
+    async def _serve(self, lane: _Lane) -> None:
         while True:
-            await self._wake.wait()
-            self._wake.clear()
-            for partition, lane in list(self._lanes.items()):
-                if self._settle(lane):
-                    await asyncio.sleep(RETRY_SECONDS)
-                await self._send(partition, lane)
+            await lane.wake.wait()
+            lane.wake.clear()
+            if self._settle(lane):
+                await asyncio.sleep(RETRY_SECONDS)
+            await self._send(lane)
 
     def _add(self, streams: _Streams, request: Request, news: News) -> None:
         sequence = news.sequence
@@ -178,8 +184,9 @@ class Emitter:
             return
         delivery = _Delivery(len(records), confirmed)
         for reply_partition, source, entries in records:
-            self._lanes[reply_partition].unsent.append(self._outgoing(source, entries, delivery))
-        self._wake.set()
+            lane = self._lanes[reply_partition]
+            lane.unsent.append(self._outgoing(source, entries, delivery))
+            lane.wake.set()
 
     def _outgoing(self, source: TopicPartition, entries: list[_Entry], delivery: _Delivery) -> _Outgoing:
         epoch = self._epoch_of(source)
@@ -202,18 +209,18 @@ class Emitter:
         num_failed = lane.go_back()
         if num_failed:
             self._metrics.resent_records.inc(num_failed)
-            log.warning("token records are sent again", records=num_failed)
+            log.warning("token records are sent again", reply_partition=lane.partition.partition, records=num_failed)
         return num_failed > 0
 
-    async def _send(self, partition: int, lane: _Lane) -> None:
+    async def _send(self, lane: _Lane) -> None:
         while lane.unsent and not any(each.has_failed for each in lane.sent):
             record = lane.unsent.popleft()
             if self._epoch_of(record.source) is None:  # another engine answers now
                 record.delivery.confirm_one()
                 continue
             lane.sent.append(record)
-            record.ack = await self._acked(topics.TOKENS.partition(partition), record.value)
-            record.ack.add_done_callback(lambda _: self._wake.set())
+            record.ack = await self._acked(lane.partition, record.value)
+            record.ack.add_done_callback(lambda _: lane.wake.set())
 
     async def _acked(self, partition: TopicPartition, value: bytes) -> asyncio.Future[int]:
         """The future of a record's offset; a failed one where it could not even be sent."""

@@ -40,11 +40,15 @@ class SlowLog:
         self.acks: list[asyncio.Future[int]] = []
         self.refuses = 0
         """How many sends fail at once."""
+        self.blocked: TopicPartition | None = None
+        """Where a send waits for ever."""
 
     async def send(self, partition: TopicPartition, value: bytes) -> asyncio.Future[int]:
         if self.refuses:
             self.refuses -= 1
             raise Unavailable("no broker")
+        if partition == self.blocked:
+            await asyncio.Event().wait()
         self.sent.append((partition, pb.TokenBatch.FromString(value)))
         self.acks.append(asyncio.get_running_loop().create_future())
         return self.acks[-1]
@@ -217,6 +221,23 @@ async def test_a_log_that_refuses_is_asked_again() -> None:
         b.tell((each, 2), ends=FinishReason.LENGTH)
         await b.until_sent(2)
         assert b.log.texts == [[1], [2]]
+
+
+async def test_no_reply_partition_waits_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one is paused because a send failed, and another takes no record for now, the rest get theirs."""
+    monkeypatch.setattr(emit, "RETRY_SECONDS", 3600.0)
+    async with bench() as b:
+        failing, blocked, well = (b.request(f"r{reply}", reply=reply).sequences[0] for reply in (1, 2, 3))
+        b.tell((failing, 1))
+        await b.until_sent(1)
+        b.log.fail(0)
+        b.log.blocked = topics.TOKENS.partition(2)
+        b.tell((failing, 2), (blocked, 1), (well, 1))
+        b.tell((well, 2), ends=FinishReason.LENGTH)
+        await b.until_sent(3)
+        assert [partition.partition for partition, _ in b.log.sent] == [1, 3, 3]
+        b.log.ack(1, 2)
+        await until(lambda: b.commits.due() != {})
 
 
 async def test_what_was_lost_is_not_sent_any_more() -> None:
