@@ -14,24 +14,32 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import functools
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import structlog
 import uvloop
 
 from holdfast.errors import CannotListen, ConfigurationError, HoldfastError
-from holdfast.settings import Settings, flags_of, load
+from holdfast.settings import Settings, flags_of, listening, load
 from holdfast.telemetry import configure_logs
 
 S = TypeVar("S", bound=Settings)
 T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
+
+_WHY = {
+    errno.EADDRINUSE: "somebody else listens there",
+    errno.EADDRNOTAVAIL: "it is no address of this host",
+    errno.EACCES: "this user may not",
+}
 
 
 async def until_stopped(settings: Settings, parts: object, stop: asyncio.Event) -> None:
@@ -54,6 +62,8 @@ def run(
     try:
         configure_logs(name, level=log_level)
         settings = load(kind, sys.argv[1:])
+        for address in listening(settings):
+            check_free(address)  # a start takes a while, and a server's own words for it are no help
         uvloop.run(_live(name, serve(settings), functools.partial(use, settings)))
     except* CannotListen as group:
         sys.exit(_refusal(name, group, code=2, remedy=_another_address(settings, group)))
@@ -118,6 +128,35 @@ def _another_address(settings: Settings | None, group: BaseExceptionGroup[Cannot
     assert isinstance(error, CannotListen)
     flags = flags_of(settings, error.address) if settings is not None else []
     return f"; choose another by {' or '.join(flags)}" if flags else ""
+
+
+def check_free(address: str) -> None:
+    """Raises CannotListen: nobody can listen on `host:port` now, or that is no such address. Port 0 is always free."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or int(port) >= 1 << 16:
+        raise CannotListen(address, "it must be host:port, the port at most 65535")
+    try:
+        found = socket.getaddrinfo(
+            host.strip("[]") or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (OSError, UnicodeError) as error:
+        raise CannotListen(address, "nobody knows that host") from error
+    failures = [error for family, *_, where in found if (error := _failure_to_bind(family, where)) is not None]
+    in_use = [error for error in failures if error.errno == errno.EADDRINUSE]
+    if in_use or len(failures) == len(found):  # of a name with several addresses one may do
+        error = (in_use or failures)[0]
+        if error.errno in _WHY:  # what else there may be the server itself may know to help
+            raise CannotListen(address, _WHY[error.errno]) from error
+
+
+def _failure_to_bind(family: int, where: Any) -> OSError | None:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
+            probe.bind(where)
+    except OSError as error:
+        return error
+    return None
 
 
 @asynccontextmanager

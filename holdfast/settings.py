@@ -13,10 +13,12 @@ stops the start, as a bad value does: nothing falls back silently.
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import ValidationError
 from pydantic_settings import (
@@ -30,8 +32,17 @@ from pydantic_settings import (
 
 from holdfast.errors import ConfigurationError
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 PREFIX = "HOLDFAST_"
 FILE_VARIABLE = "HOLDFAST_CONFIG"
+
+
+def _program() -> str:
+    """This process's program, as one types it."""
+    spec = sys.modules["__main__"].__spec__
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec is not None else Path(sys.argv[0]).name
 
 
 class Settings(BaseSettings):
@@ -49,6 +60,7 @@ class Settings(BaseSettings):
         cli_avoid_json=True,
         cli_hide_none_type=True,
         cli_exit_on_error=False,
+        cli_prog_name=_program(),
     )
 
     @classmethod
@@ -79,24 +91,94 @@ def load(kind: type[S], argv: Sequence[str] = ()) -> S:
     """The settings of this process. `--help` prints every setting and exits.
 
     Raises:
-        ConfigurationError: naming every value that is wrong, and where it was given.
+        ConfigurationError: naming every value that is wrong and every name that is unknown, and where it was given.
     """
     file = os.environ.get(FILE_VARIABLE)
     if file is not None and not Path(file).is_file():
         raise ConfigurationError(f"{FILE_VARIABLE} names {file}, which is not a file")
+    flags, problems = _known_flags(kind, argv)
+    settings: S | None = None
     try:
-        settings = CliApp.run(kind, cli_args=list(argv))
+        settings = CliApp.run(kind, cli_args=flags)
     except ValidationError as error:
-        problems = [
-            f"{_where(kind, problem['loc'], argv)}: {problem['msg']}, not {problem['input']!r}"
-            for problem in error.errors(include_url=False)
-        ]
-        raise ConfigurationError("; ".join(problems)) from error
+        problems += [_problem(kind, details, argv) for details in error.errors(include_url=False)]
     except (SettingsError, ValueError) as error:
-        raise ConfigurationError(str(error)) from error
-    if unknown := _unknown_variables(kind):
-        raise ConfigurationError(f"{', '.join(unknown)}: no such setting; --help lists them")
+        problems.append(str(error))
+    problems += [_unknown(name, _variables(kind)) for name in _unknown_variables(kind)]
+    if settings is None or problems:
+        raise ConfigurationError("; ".join(problems))
     return settings
+
+
+def _known_flags(kind: type[Settings], argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments that are flags of settings, with their values, and what is wrong with the others. The library's
+    parser would stop at the first of those, and say nothing of the rest."""
+    takes_value = _flags(kind) | {"-h": False, "--help": False}
+    known: list[str] = []
+    problems: list[str] = []
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        flag, equals, _ = argument.partition("=")
+        value = [rest.pop(0)] if not equals and takes_value.get(flag, True) and rest and rest[0][:2] != "--" else []
+        if not argument.startswith("-"):
+            problems.append(f"{argument}: a setting is given as --name value")
+            rest = value + rest
+        elif flag not in takes_value:
+            problems.append(_unknown(flag, takes_value))
+        elif takes_value[flag] and not equals and not value:
+            problems.append(f"{flag}: needs a value")
+        else:
+            known += [argument, *value]
+    return known, problems
+
+
+def _flags(kind: type[Settings], prefix: str = "") -> dict[str, bool]:
+    """Every flag, and whether it takes a value."""
+    flags: dict[str, bool] = {}
+    for name, field in kind.model_fields.items():
+        path = prefix + name.replace("_", "-")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            flags |= _flags(field.annotation, f"{path}.")
+        elif field.annotation in (bool, bool | None):
+            flags |= {f"--{path}": False, f"--no-{path}": False}
+        else:
+            flags[f"--{path}"] = True
+    return flags
+
+
+def _variables(kind: type[Settings]) -> list[str]:
+    return [kind._prefix() + name.upper() for name in kind.model_fields]
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    start = os.path.commonprefix([name, *known])  # says nothing about which is meant
+    near = difflib.get_close_matches(name.removeprefix(start), [each.removeprefix(start) for each in known], n=1)
+    return f"{name}: no such setting; {f'did you mean {start}{near[0]}?' if near else '--help lists them'}"
+
+
+def _problem(kind: type[Settings], details: ErrorDetails, argv: Sequence[str]) -> str:
+    if details["type"] != "extra_forbidden":
+        return f"{_where(kind, details['loc'], argv)}: {details['msg']}, not {details['input']!r}"
+    path = [str(part) for part in details["loc"]]
+    variable = kind._prefix() + "_".join(path).upper()
+    if variable in os.environ:
+        return _unknown(
+            variable, [PREFIX + flag[2:].replace(".", "_").replace("-", "_").upper() for flag in _flags(kind)]
+        )
+    in_file = [flag[2:].replace("-", "_") for flag in _flags(kind)]
+    return f"{os.environ.get(FILE_VARIABLE, 'settings')}: {_unknown('.'.join(path), in_file)}"
+
+
+def listening(settings: Settings) -> Iterator[str]:
+    """The addresses on which this process will listen: every `address` and `..._address`."""
+    for name in type(settings).model_fields:
+        given = getattr(settings, name)
+        if isinstance(given, Settings):
+            yield from listening(given)
+        elif name.rpartition("_")[2] == "address" and given:
+            yield given
 
 
 def flags_of(settings: Settings, value: object) -> list[str]:
@@ -117,8 +199,7 @@ def _unknown_variables(kind: type[Settings]) -> list[str]:
     prefix = kind._prefix()
     if prefix == PREFIX:  # several services in one process: pydantic itself refuses what it cannot place
         return []
-    known = {prefix + name.upper() for name in kind.model_fields}
-    return sorted(name for name in os.environ if name.startswith(prefix) and name not in known)
+    return sorted(name for name in os.environ if name.startswith(prefix) and name not in _variables(kind))
 
 
 def _where(kind: type[Settings], loc: tuple[int | str, ...], argv: Sequence[str]) -> str:

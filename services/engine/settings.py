@@ -24,8 +24,8 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     """Stands before the names of all topics and groups, so that several meshes can share a cluster."""
     incarnation: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
     """Raise it when the engines' consumer group was deleted: epochs must never fall."""
-    address: str = "127.0.0.1:50053"
-    """Where the control service listens, `host:port`; port 0 for any."""
+    address: str = "127.0.0.1:0"
+    """Where the control service listens, `host:port`; port 0 for any: what serves needs no address, only who looks on."""
     metrics_address: str = ""
     """Where `/metrics` is served, `host:port`; empty for nowhere."""
     drain_seconds: Annotated[float, Field(ge=0)] = 30.0

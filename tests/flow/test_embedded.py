@@ -102,5 +102,15 @@ async def test_settings_of_each_part_are_flags_and_variables() -> None:
     )
     out, _ = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == 0
+    assert out.startswith(b"usage: python -m services ")
+    for word in (
+        "function",
+        "factory",
+        "--gateway.kafka",
+        "--gateway.tokenizer",
+        "--engine.model",
+        "--tokenizer.model",
+    ):
+        assert word not in out.decode()
     for flag in ("--model", "--ask", "--exit", "--gateway.flush-ms", "--engine.cache-bytes", "--tokenizer.threads"):
         assert flag in out.decode()

@@ -14,10 +14,8 @@ import pytest
 
 from holdfast.client import Client
 from holdfast.events import Event, Finished, FinishReason, Tokens
-from services.__main__ import MeshSettings
 from services.__main__ import serve as serve_mesh
-from services.engine.settings import EngineSettings
-from services.gateway.settings import GatewaySettings
+from services.settings import EnginePart, GatewayPart, MeshSettings
 from tests.conftest import OpenBus
 from tests.flow.mesh import ANYWHERE, is_idle, running
 
@@ -51,8 +49,8 @@ async def test_the_mesh_in_one_process_streams_the_published_text(stories260k: P
     """As `python -m services` composes it."""
     settings = MeshSettings(
         model=str(stories260k),
-        gateway=GatewaySettings(address=ANYWHERE, http_address=ANYWHERE, flush_ms=0),
-        engine=EngineSettings(threads=1, cache_bytes=64 << 20),
+        gateway=GatewayPart(address=ANYWHERE, http_address=ANYWHERE, flush_ms=0),
+        engine=EnginePart(threads=1, cache_bytes=64 << 20),
     )
     async with serve_mesh(settings) as mesh, Client(mesh.grpc) as client:
         events = await story(client)

@@ -84,6 +84,18 @@ async def test_a_taken_address_is_named_with_its_flag(taken: str, stories260k: P
     assert line.endswith(f"choose another by {flag}")
 
 
+async def test_a_taken_address_is_known_before_the_model(taken: str, tmp_path: Path) -> None:
+    """There is none here, and yet it is the address that is named, by us alone: no library says a word."""
+    for service in ("tokenizer", "engine"):
+        process = await asyncio.create_subprocess_exec(
+            *command(service, model=tmp_path, address=taken), stderr=asyncio.subprocess.PIPE, env=environment()
+        )
+        _, err = await asyncio.wait_for(process.communicate(), 100)
+        assert err.decode() == (
+            f"{service}: cannot listen on {taken}: somebody else listens there; choose another by --address\n"
+        )
+
+
 async def test_what_one_process_decides_cannot_be_set() -> None:
     """A broker's address means nothing to a log in memory."""
     code, line = await refusal(*command(), "--gateway.kafka", "somewhere:9092")

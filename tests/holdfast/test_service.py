@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -20,6 +21,8 @@ class BellSettings(Settings, env_prefix="HOLDFAST_BELL_"):
     rings: Annotated[int, Field(ge=1)] = 1
     fault: str = ""
     tower: str = "tower:1"
+    address: str = ""
+    bells_address: str = ""
 
 @asynccontextmanager
 async def serve(settings):
@@ -77,6 +80,31 @@ def test_a_service_that_cannot_start_says_why_in_its_last_line() -> None:
         assert err.splitlines()[-1].startswith("bell: ")
         assert text in err.splitlines()[-1]
         assert "Traceback" not in err
+
+
+def test_an_address_is_looked_at_before_the_start() -> None:
+    """Every setting that is one; what is wrong with it is said with the flag that chooses another."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = f"127.0.0.1:{server.getsockname()[1]}"
+        for flags, why in (
+            (
+                ["--address", taken],
+                f"cannot listen on {taken}: somebody else listens there; choose another by --address",
+            ),
+            (["--address=127.0.0.1:0", f"--bells-address={taken}"], "choose another by --bells-address"),
+            (["--address", "192.0.2.1:80"], "it is no address of this host"),
+            (["--address", "127.0.0.1"], "cannot listen on 127.0.0.1: it must be host:port"),
+            (["--address", "127.0.0.1:many"], "it must be host:port"),
+            (["--address", "127.0.0.1:70000"], "the port at most 65535"),
+        ):
+            with bell(*flags, "--fault", "never ready") as process:
+                try:
+                    out, err = process.communicate(timeout=30)
+                finally:
+                    process.kill()
+            assert (process.returncode, out) == (2, ""), err
+            (line,) = err.splitlines()
+            assert why in line
 
 
 def test_a_signal_before_a_service_is_ready_ends_its_start() -> None:

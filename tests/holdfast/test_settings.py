@@ -60,6 +60,40 @@ def test_every_bad_value_is_named_at_once_with_where_it_was_given(monkeypatch: p
     assert "'broad'" in str(caught.value)
 
 
+def test_all_that_is_wrong_is_named_at_once_unknown_names_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Flags, variables and lines of the file, values and names, each with the name that was meant where one is near."""
+    file = tmp_path / "holdfast.toml"
+    file.write_text('[station]\nguage = "narrow"\n')
+    monkeypatch.setenv("HOLDFAST_CONFIG", str(file))
+    monkeypatch.setenv("HOLDFAST_STATION_MAX_TRIANS", "7")
+    argv = ["--max-trains", "0", "--gage", "narrow", "--colour=red", "stray", "--guard"]
+    with pytest.raises(ConfigurationError) as caught:
+        load(StationSettings, [*argv, "--gauge"])
+    assert sorted(str(caught.value).split("; ")) == sorted(
+        [
+            "--max-trains: Input should be greater than or equal to 1, not '0'",
+            *("--gage: no such setting", "did you mean --gauge?"),
+            *("--colour: no such setting", "--help lists them"),
+            "stray: a setting is given as --name value",
+            *("--guard: no such setting", "--help lists them"),
+            "--gauge: needs a value",
+            *(f"{file}: guage: no such setting", "did you mean gauge?"),
+            *("HOLDFAST_STATION_MAX_TRIANS: no such setting", "did you mean HOLDFAST_STATION_MAX_TRAINS?"),
+        ]
+    )
+
+
+def test_a_nested_setting_that_is_unknown_is_named_as_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flag and a variable of a part."""
+    monkeypatch.setenv("HOLDFAST_STATION_MAX_TRIANS", "7")
+    with pytest.raises(ConfigurationError) as caught:
+        load(LineSettings, ["--station.guage", "narrow"])
+    assert "--station.guage: no such setting; did you mean --station.gauge?" in str(caught.value)
+    assert "HOLDFAST_STATION_MAX_TRIANS: no such setting; did you mean HOLDFAST_STATION_MAX_TRAINS?" in str(
+        caught.value
+    )
+
+
 @pytest.mark.parametrize("kind", [StationSettings, LineSettings])
 def test_an_unknown_variable_stops_the_start(monkeypatch: pytest.MonkeyPatch, kind: type[Settings]) -> None:
     """A misspelt variable is an error, not a silent default."""
