@@ -141,12 +141,12 @@ def check_free(address: str) -> None:
         )
     except (OSError, UnicodeError) as error:
         raise CannotListen(address, "nobody knows that host") from error
-    failures = [error for family, *_, where in found if (error := _failure_to_bind(family, where)) is not None]
-    in_use = [error for error in failures if error.errno == errno.EADDRINUSE]
+    failures = [failure for family, *_, where in found if (failure := _failure_to_bind(family, where)) is not None]
+    in_use = [failure for failure in failures if failure.errno == errno.EADDRINUSE]
     if in_use or len(failures) == len(found):  # of a name with several addresses one may do
-        error = (in_use or failures)[0]
-        if error.errno in _WHY:  # what else there may be the server itself may know to help
-            raise CannotListen(address, _WHY[error.errno]) from error
+        first = (in_use or failures)[0]
+        if first.errno in _WHY:  # what else there may be the server itself may know to help
+            raise CannotListen(address, _WHY[first.errno]) from first
 
 
 def _failure_to_bind(family: int, where: Any) -> OSError | None:
