@@ -210,6 +210,11 @@ class Bus(Protocol):
         the member has joined. Leaving the block leaves the group at once. `incarnation` goes into every `Ownership`."""
         ...
 
+    async def group_size(self, group: str) -> int:
+        """How many members a group has, 0 where nobody ever joined it. One that died counts until the group throws it
+        out."""
+        ...
+
     async def lag(self, group: str, topics: Sequence[Topic]) -> dict[TopicPartition, Lag]:
         """How far a group is behind, for all partitions of these topics."""
         ...

@@ -243,6 +243,9 @@ class KafkaBus:
             consumer.subscribe([self._names.prefix + topic.name for topic in topics], listener=member)
             yield member
 
+    async def group_size(self, group: str) -> int:
+        return int(await self._ask(lambda: self._count_members(self._names.prefix + group)))
+
     async def lag(self, group: str, topics: Sequence[Topic]) -> dict[TopicPartition, Lag]:
         partitions = [partition for topic in topics for partition in topic.partitions]
         await self._check_partitions(partitions)
@@ -277,6 +280,13 @@ class KafkaBus:
         if len(answer) < len(partitions):
             raise errors.GroupLoadInProgressError
         return answer
+
+    async def _count_members(self, group: str) -> int:
+        (answer,) = await self._admin.describe_consumer_groups([group])
+        ((code, _name, _state, _protocol_type, _protocol, members, *_rest),) = answer.groups
+        if code:
+            raise errors.for_code(code)
+        return len(members)
 
     async def _ends(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
         """The offset that the next record of each partition will get."""

@@ -115,6 +115,10 @@ class MemoryBus:
             finally:
                 joined.remove(member)
 
+    async def group_size(self, group: str) -> int:
+        self.check_open()
+        return len(self.members(group))
+
     async def lag(self, group: str, topics: Sequence[Topic]) -> dict[TopicPartition, Lag]:
         self.check_open()
         committed = self._groups[group].committed if group in self._groups else {}

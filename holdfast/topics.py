@@ -45,6 +45,12 @@ TOKENS = Topic("holdfast.tokens", 32, timedelta(hours=6))
 CONTROL = Topic("holdfast.control", 1, timedelta(hours=1))
 """`Cancel`, key = request id. Every engine reads all of it."""
 
+ENGINES = "holdfast-engines-interactive"
+"""The group in which engines share `REQUESTS_INTERACTIVE`."""
+
+ENGINES_BATCH = "holdfast-engines-batch"
+"""The group in which the same engines share `REQUESTS_BATCH`."""
+
 TOPICS = (REQUESTS_INTERACTIVE, REQUESTS_BATCH, TOKENS, CONTROL)
 
 REQUESTS = {

@@ -123,8 +123,8 @@ class Intake:
         """
         async with (
             self._informed() as control,
-            self._join(topics.REQUESTS_INTERACTIVE, "holdfast-engines-interactive", interactive=True) as interactive,
-            self._join(topics.REQUESTS_BATCH, "holdfast-engines-batch", interactive=False) as batch,
+            self._join(topics.REQUESTS_INTERACTIVE, topics.ENGINES, interactive=True) as interactive,
+            self._join(topics.REQUESTS_BATCH, topics.ENGINES_BATCH, interactive=False) as batch,
             asyncio.TaskGroup() as tasks,
         ):
             hearing = tasks.create_task(self._hear_on(control))

@@ -24,6 +24,7 @@ from services.gateway.settings import GatewaySettings
 from services.gateway.streams import Streams
 from services.gateway.tasks import running, together
 from services.gateway.tokenizer import Tokenizer
+from services.gateway.watch import Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,8 @@ class GatewayAddresses:
 
 @asynccontextmanager
 async def serve(settings: GatewaySettings, *, bus: Bus | None = None) -> AsyncIterator[GatewayAddresses]:
-    """A gateway that is ready: the log was reached, and the tokenizer answered. Until then, and whenever one of the two
-    is gone, its health is NOT_SERVING and `/readyz` says what is missing. Leaving the block lets open streams end for
+    """A gateway that can take requests: the log was reached, and the tokenizer answered. Until then, and whenever one of
+    the two is gone, or no engine is there, its health is NOT_SERVING and `/readyz` says what is missing. Leaving the block lets open streams end for
     `drain_seconds`, while what feeds them still runs; until they have, HTTP says 503 to whoever comes.
 
     Raises:
@@ -72,6 +73,7 @@ async def serve(settings: GatewaySettings, *, bus: Bus | None = None) -> AsyncIt
             streams=streams,
             canceller=canceller,
             admission=admission,
+            readiness=readiness,
             observer=Observer(metrics, parts.enter_context(tracing("gateway"))),
         )
         app = http.application(gateway, readiness, metrics, settings)
@@ -89,6 +91,9 @@ async def serve(settings: GatewaySettings, *, bus: Bus | None = None) -> AsyncIt
         )
         await readiness.tell(lambda ready: server.health.ready() if ready else server.health.not_ready())
         await readiness.wait()
+        watch = Watch(log, readiness, every=settings.watch_seconds, seconds=settings.log_seconds)
+        await watch.look()
+        await parts.enter_async_context(running(watch.run()))
         try:
             yield GatewayAddresses(grpc=server.address, http=http_address)
         finally:

@@ -11,7 +11,7 @@ from opentelemetry.context import Context
 
 from holdfast.accept import Source
 from holdfast.bus import Bus
-from holdfast.errors import InvalidRequest
+from holdfast.errors import InvalidRequest, Unavailable
 from holdfast.events import Accepted, Model
 from holdfast.telemetry import inject
 from holdfast.topics import REQUESTS
@@ -22,6 +22,7 @@ from services.gateway.answer import Answer
 from services.gateway.cancel import Canceller
 from services.gateway.choice import Manner
 from services.gateway.observation import Observation, Observer
+from services.gateway.readiness import Readiness
 from services.gateway.routing import Routing
 from services.gateway.settings import GatewaySettings
 from services.gateway.streams import Streams
@@ -59,6 +60,7 @@ class Gateway:
         streams: Streams,
         canceller: Canceller,
         admission: Admission,
+        readiness: Readiness,
         observer: Observer,
     ) -> None:
         self._settings = settings
@@ -67,6 +69,7 @@ class Gateway:
         self._streams = streams
         self._canceller = canceller
         self._admission = admission
+        self._readiness = readiness
         self._observer = observer
         self._routing = Routing()
 
@@ -123,6 +126,7 @@ class Gateway:
         request = self._tokenizer.with_defaults(request)
         admitted = self._admission.admit(request, model, call_time_left=call.time_left)
         seen.admit(admitted, model.name)
+        self._readiness.check("log")
         self._streams.check_new(admitted.request_id)
         return admitted
 
@@ -154,12 +158,18 @@ class Gateway:
             record.deadline.FromNanoseconds(round(admitted.deadline * 1e9))
         topic = REQUESTS[admitted.request_class]
         with seen.phase("publish") as span, self._cancelled_if_unknown(admitted):
-            await self._bus.publish(
-                topic.partition(partition),
-                record.SerializeToString(),
-                key=admitted.request_id.encode(),
-                headers=inject(span),
-            )
+            try:
+                async with asyncio.timeout(self._settings.log_seconds):
+                    await self._bus.publish(
+                        topic.partition(partition),
+                        record.SerializeToString(),
+                        key=admitted.request_id.encode(),
+                        headers=inject(span),
+                    )
+            except TimeoutError as error:
+                raise Unavailable(
+                    f"the log did not take the request within {self._settings.log_seconds:g} seconds; it was not accepted"
+                ) from error
 
     @contextmanager
     def _cancelled_if_unknown(self, admitted: Admitted) -> Iterator[None]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 
+from holdfast.errors import Unavailable
+
 NOT_YET = "it has not answered yet"
 
 
 class Readiness:
     """Ready while nothing that the gateway needs is missing. The log is missing until it was read from and whenever it
-    cannot be; the tokenizer while there is no call to it."""
+    cannot be, or does not answer; the tokenizer while there is no call to it; an engine while none has joined."""
 
     def __init__(self, needs: Iterable[str]) -> None:
         self._missing = dict.fromkeys(needs, NOT_YET)
@@ -21,6 +23,11 @@ class Readiness:
     def missing(self) -> dict[str, str]:
         """What is missing, and why; empty where the gateway can serve."""
         return dict(self._missing)
+
+    def check(self, need: str) -> None:
+        """Raises Unavailable where this is missing."""
+        if need in self._missing:
+            raise Unavailable(f"the {need} is missing: {self._missing[need]}")
 
     async def found(self, need: str) -> None:
         """This is there."""

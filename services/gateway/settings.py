@@ -42,6 +42,12 @@ class GatewaySettings(Settings, env_prefix="HOLDFAST_GATEWAY_"):
     tokenize_seconds: Annotated[float, Field(gt=0)] = 30.0
     """How long the tokenizer may take for a prompt."""
 
+    log_seconds: Annotated[float, Field(gt=0)] = 10.0
+    """How long the log may take for a request's record, and for the question whether it is there. A request whose record
+    takes longer is refused with UNAVAILABLE; a log that does not answer is missing, and until it does every request is."""
+    watch_seconds: Annotated[float, Field(gt=0)] = 2.0
+    """How often the log is asked whether it is there, and engines behind it."""
+
     flush_ms: Annotated[float, Field(ge=0)] = 20.0
     """Least time between two messages of a stream, except its first and last ones; 0 sends tokens as they come."""
     max_buffered_tokens: Annotated[int, Field(ge=512)] = 4096

@@ -19,7 +19,7 @@ from holdfast.bus import Bus, Reader, Record
 from holdfast.client import Client
 from holdfast.errors import InvalidRequest
 from holdfast.memory import MemoryBus
-from holdfast.topics import CONTROL, REQUESTS, TOKENS, TOPICS
+from holdfast.topics import CONTROL, ENGINES, REQUESTS, REQUESTS_INTERACTIVE, TOKENS, TOPICS
 from holdfast.v1 import gateway_pb2_grpc, generation_pb2, tokenizer_pb2, tokenizer_pb2_grpc
 from services.gateway.__main__ import GatewayAddresses, serve
 from services.gateway.settings import GatewaySettings
@@ -210,7 +210,11 @@ async def playing_engine(bus: MemoryBus) -> AsyncIterator[FakeEngine]:
     """An engine that is told all requests and cancellations from now on."""
     await bus.create_topics(TOPICS)
     requests = {partition: None for topic in REQUESTS.values() for partition in topic.partitions}
-    async with bus.reader(requests) as jobs, bus.reader({CONTROL.partition(0): None}) as control:
+    async with (
+        bus.join(ENGINES, [REQUESTS_INTERACTIVE]),
+        bus.reader(requests) as jobs,
+        bus.reader({CONTROL.partition(0): None}) as control,
+    ):
         yield FakeEngine(bus, jobs, control)
 
 

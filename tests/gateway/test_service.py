@@ -69,7 +69,11 @@ async def test_a_gateway_waits_for_its_tokenizer() -> None:
         address = server.address
 
     async def gateway(bus: MemoryBus) -> None:
-        async with serve(settings(tokenizer=address), bus=bus) as addresses, rpc.channel(addresses.grpc) as channel:
+        async with (
+            playing_engine(bus),
+            serve(settings(tokenizer=address), bus=bus) as addresses,
+            rpc.channel(addresses.grpc) as channel,
+        ):
             health = health_pb2_grpc.HealthStub(channel)
             assert (await health.Check(health_pb2.HealthCheckRequest())).status == SERVING
             entered.set()
@@ -101,6 +105,7 @@ async def test_a_gateway_that_is_not_ready_says_what_is_missing() -> None:
             streams=streams,
             canceller=Canceller(bus),
             admission=Admission(settings()),
+            readiness=readiness,
             observer=Observer(metrics, NoOpTracer()),
         )
         app = http.application(gateway, readiness, metrics, settings())

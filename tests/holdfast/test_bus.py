@@ -399,6 +399,20 @@ class TestGroups:
             await one.commit({PLACE: Position(1)})
             assert await two.committed() == {}
 
+    async def test_a_group_knows_how_many_it_is(self, bus: Bus, open_bus: OpenBus) -> None:
+        """To whoever asks, a member or not; a group that nobody joined has none."""
+        async with open_bus() as other:
+            assert await other.group_size("g") == 0
+            async with bus.join("g", [LETTERS]) as one:
+                await settle(one)
+                assert await other.group_size("g") == 1
+                async with bus.join("g", [LETTERS]) as two:
+                    await settle(one, two)
+                    assert (await other.group_size("g"), await other.group_size("another")) == (2, 0)
+                await settle(one)
+                assert await other.group_size("g") == 1
+            assert await other.group_size("g") == 0
+
     async def test_connections_share_groups(self, bus: Bus, open_bus: OpenBus) -> None:
         """Members of one group that joined through different connections share its partitions."""
         async with open_bus() as other, bus.join("g", [LETTERS]) as one, other.join("g", [LETTERS]) as two:
