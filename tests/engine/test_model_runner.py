@@ -117,7 +117,7 @@ class Engine:
         pool.release(blocks)
         limits = Limits(max_sequences=max_sequences, max_step_tokens=max_step_tokens, lookahead=lookahead)
         self.scheduler = Scheduler(pool, limits)
-        self.runner = computer.runner
+        self.model, self.cache, self.runner = computer.model, computer.cache, computer.runner
         self.shapes: set[tuple[int, int]] = set()
         """(decodes, prefill chunks) of the steps that ran."""
 
@@ -190,6 +190,37 @@ def test_the_story_goes_on_from_cached_blocks(stories260k: Path, story: list[int
     second = greedy(story[:150], 50)
     assert story[:150] + engine.run(second)[0] == story
     assert second.num_cached == 144
+
+
+def test_what_blocks_held_before_spoils_nothing(stories260k: Path, story: list[int]) -> None:
+    """Though every block holds NaN until it is written, prompts of many lengths, decoded beside one another, each
+    continue the same story."""
+    engine = Engine(stories260k, num_blocks=104, max_step_tokens=40)
+    engine.cache.data.fill_(torch.nan)
+    prompts = [story[:count] for count in (1, 2, 15, 16, 17, 33, 100, 150)]
+    outputs = engine.run(*[greedy(prompt, 200 - len(prompt)) for prompt in prompts])
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert prompt + output == story
+
+
+def test_a_sequence_without_numbers_spoils_no_other(
+    stories260k: Path, story: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its keys and values are NaN, chunk by chunk beside others that decode; they, and those that get its blocks after
+    its end, say what they say without it."""
+    engine, broken = Engine(stories260k, num_blocks=40, max_step_tokens=40, max_sequences=4), max(story) + 1
+    embed = engine.model._embedding  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        engine.model,
+        "_embedding",
+        lambda token_ids_N: embed(token_ids_N).masked_fill_((token_ids_N == broken)[:, None], torch.nan),
+    )
+    others = [greedy(story[:count], 200 - count) for count in (1, 20, 60, 2, 40)]
+    spoiled = [greedy([1] + [broken] * 99, 10) for _ in range(2)]
+    engine.run(others[0], spoiled[0], *others[1:3], spoiled[1], *others[3:])
+    assert [each.finish for each in spoiled] == [FinishReason.ERROR] * 2
+    for each in others:
+        assert [*each.prompt_ids, *each.output_ids] == story
 
 
 def drawn(prompt_ids: list[int], max_tokens: int, *, seed: int, choice: int = 0) -> Sequence:

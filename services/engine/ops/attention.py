@@ -5,7 +5,9 @@ what is masked. `paged_attention` is the op.
 
 The torch form gathers the blocks of a group of sequences into padded keys and values and attends to them with torch's
 flash kernel, or, where sinks or a cap on the scores are asked for, with plain matrix products in float32. Decode rows of
-like length share a group; a prefill chunk is a group of its own. A window's blocks alone are gathered.
+like length share a group; a prefill chunk is a group of its own. A window's blocks alone are gathered. What is hidden
+counts with a weight of zero, and zero times NaN is NaN: so behind its end a row gathers its own last block again, the rest
+of which is cleared when it is begun, and never what others wrote.
 
 Shapes: N tokens of the step, S sequences of a group, H query heads, K kv heads, G = H / K, D head size, Q query tokens
 of a prefill chunk, C keys of a group, B blocks, T tokens of a block.
@@ -45,8 +47,20 @@ class AttentionPlan:
         """The groups for layers of this window; the same list at every call."""
         groups = self._groups.get(window)
         if groups is None:
+            if not self._groups:
+                self._clear_rests()
             groups = self._groups[window] = list(self._decode_groups(window)) + list(self._prefill_groups(window))
         return groups
+
+    def _clear_rests(self) -> None:
+        """Zeroes what lies behind the step's tokens in the blocks that it begins: another sequence's, perhaps NaN."""
+        end = 0
+        for query_len, kv_len in zip(self._batch.query_lens, self._batch.kv_lens, strict=True):
+            end += query_len
+            filled = kv_len % self._cache.block_size
+            if 0 < filled <= query_len:
+                block = int(self.slots.blocks_N[end - 1])
+                self._cache.data[block, :, :, :, filled:].zero_()
 
     def _decode_groups(self, window: int | None) -> list[Group]:
         batch, block_size = self._batch, self._cache.block_size
@@ -239,15 +253,17 @@ def _tokens(batch: Batch, works: Seq[int]) -> slice | Tensor:
 
 def _block_rows(batch: Batch, cache: KVCache, works: Seq[int], *, firsts: Seq[int], num_blocks: int) -> Tensor:
     """Which of a layer's `cache.rows` hold each sequence's keys, then its values: [S, 2, K, B], flat. In this order a
-    thread gathers the very sequences that it will attend for."""
+    thread gathers the very sequences that it will attend for. A shorter sequence's last block stands for those that it
+    does not have."""
     device = batch.block_tables_SB.device
     if works[-1] - works[0] == len(works) - 1:
         tables_SB = batch.block_tables_SB[works[0] : works[-1] + 1]
     else:
         tables_SB = batch.block_tables_SB[torch.tensor(works, device=device)]
-    if any(firsts):
+    lasts = [-(-batch.kv_lens[work] // cache.block_size) - 1 for work in works]
+    if any(firsts) or min(lasts) < max(lasts):
         columns = torch.tensor(firsts, device=device)[:, None] + torch.arange(num_blocks, device=device)
-        tables_SB = tables_SB.gather(1, columns.clamp_(max=tables_SB.shape[1] - 1))
+        tables_SB = tables_SB.gather(1, columns.minimum(torch.tensor(lasts, device=device)[:, None]))
     else:
         tables_SB = tables_SB[:, :num_blocks]
     heads_2K = torch.arange(2 * cache.shape.kv_heads, device=device)
