@@ -2,7 +2,7 @@
 
 * Logs: one line for each event, with the request id and the trace id where there is one; JSON, or readable where the
   output is a terminal. Never prompt text.
-* Metrics: a registry for each service (nothing global), read over HTTP at `/metrics`.
+* Metrics: a registry for each process (nothing global), read over HTTP at `/metrics`.
 * Traces: a span for each request and each phase of it, never one for each token. Off, at no cost, unless
   `OTEL_EXPORTER_OTLP_ENDPOINT` says where to send them. `traceparent` travels in the headers of records.
 """

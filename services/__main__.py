@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read when grpc is imported: its notes are not for people
 
+from prometheus_client import CollectorRegistry
+
 from holdfast import __version__, models
 from holdfast.memory import MemoryBus
 from holdfast.service import run
@@ -60,16 +62,19 @@ async def serve(settings: MeshSettings, *, say: Say = lambda line: None) -> Asyn
     folder = await _timed(say, f"model {settings.model}", resolving)
     name = settings.served_model_name or models.served_name(settings.model)
     model = {"model": str(folder), "served_model_name": name}
+    registry = CollectorRegistry()  # one of all parts: the gateway shows it
     async with AsyncExitStack() as parts:
         enter = parts.enter_async_context
         bus = await enter(MemoryBus())
-        tokenizer = await _timed(say, "tokenizer", enter(serve_tokenizer(settings.tokenizer.model_copy(update=model))))
-        kvstore = await _timed(say, "KV store", enter(serve_kvstore(settings.kvstore)))
+        tokenizer = await _timed(
+            say, "tokenizer", enter(serve_tokenizer(settings.tokenizer.model_copy(update=model), registry=registry))
+        )
+        kvstore = await _timed(say, "KV store", enter(serve_kvstore(settings.kvstore, registry=registry)))
         at_store = model | {"kvstore": settings.engine.kvstore or kvstore.address}
         say("  engine: loading the model")
-        engine = await _timed(say, "engine", enter(_engine(settings.engine.model_copy(update=at_store), bus)))
+        engine = await _timed(say, "engine", enter(_engine(settings.engine.model_copy(update=at_store), bus, registry)))
         at_tokenizer = settings.gateway.model_copy(update={"tokenizer": tokenizer.address})
-        gateway = await _timed(say, "gateway", enter(serve_gateway(at_tokenizer, bus=bus)))
+        gateway = await _timed(say, "gateway", enter(serve_gateway(at_tokenizer, bus=bus, registry=registry)))
         yield Mesh(
             grpc=gateway.grpc,
             http=gateway.http,
@@ -80,11 +85,13 @@ async def serve(settings: MeshSettings, *, say: Say = lambda line: None) -> Asyn
 
 
 @asynccontextmanager
-async def _engine(settings: EngineSettings, bus: MemoryBus) -> AsyncIterator[EngineAddresses]:
+async def _engine(
+    settings: EngineSettings, bus: MemoryBus, registry: CollectorRegistry
+) -> AsyncIterator[EngineAddresses]:
     # Imports torch, which takes seconds: not before the first line is printed.
     from services.engine.__main__ import serve as serve_engine
 
-    async with serve_engine(settings, bus=bus) as addresses:
+    async with serve_engine(settings, bus=bus, registry=registry) as addresses:
         yield addresses
 
 

@@ -49,7 +49,9 @@ class EngineAddresses:
 
 
 @asynccontextmanager
-async def serve(settings: EngineSettings, *, bus: Bus | None = None) -> AsyncIterator[EngineAddresses]:
+async def serve(
+    settings: EngineSettings, *, bus: Bus | None = None, registry: CollectorRegistry | None = None
+) -> AsyncIterator[EngineAddresses]:
     """An engine that is ready: the model is loaded and both groups gave it its share. Leaving the block lets what runs
     come to its end for `drain_seconds`; what is left then is another engine's.
 
@@ -64,7 +66,7 @@ async def serve(settings: EngineSettings, *, bus: Bus | None = None) -> AsyncIte
     served = _served(settings, folder, computer)
     namespace = await asyncio.to_thread(_namespace, settings, folder, computer)
     name = settings.name or f"{socket.gethostname()}-{os.getpid()}"
-    registry = CollectorRegistry()
+    registry = registry or CollectorRegistry()
     metrics = EngineMetrics(registry)
     async with AsyncExitStack() as parts:
         enter = parts.enter_async_context

@@ -1,4 +1,4 @@
-"""What an engine counts and measures, in a registry of its own. Names as vLLM's, with our prefix."""
+"""What an engine counts and measures, in the registry of its service. Names as vLLM's, with our prefix."""
 
 from __future__ import annotations
 

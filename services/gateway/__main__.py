@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
+from prometheus_client import CollectorRegistry
+
 from holdfast import rpc
 from holdfast.bus import Bus
 from holdfast.service import run
@@ -37,7 +39,9 @@ class GatewayAddresses:
 
 
 @asynccontextmanager
-async def serve(settings: GatewaySettings, *, bus: Bus | None = None) -> AsyncIterator[GatewayAddresses]:
+async def serve(
+    settings: GatewaySettings, *, bus: Bus | None = None, registry: CollectorRegistry | None = None
+) -> AsyncIterator[GatewayAddresses]:
     """A gateway that can take requests: the log was reached, and the tokenizer answered. Until then, and whenever one of
     the two is gone, or no engine is there, its health is NOT_SERVING and `/readyz` says what is missing. Leaving the block lets open streams end for
     `drain_seconds`, while what feeds them still runs; until they have, HTTP says 503 to whoever comes.
@@ -46,7 +50,7 @@ async def serve(settings: GatewaySettings, *, bus: Bus | None = None) -> AsyncIt
         ConfigurationError: an address cannot be bound, the log has other topics, or the tokenizer has become another.
         Unavailable: the log cannot be reached at the start.
     """
-    metrics, readiness = Metrics(), Readiness(["log", "tokenizer"])
+    metrics, readiness = Metrics(registry), Readiness(["log", "tokenizer"])
     admission = Admission(settings)
     metrics.watch_open(lambda: admission.num_open)
     async with AsyncExitStack() as parts:

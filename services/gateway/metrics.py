@@ -25,10 +25,10 @@ LABELS = [prometheus(name) for name in (OPERATION, PROVIDER, REQUEST_MODEL)]
 
 
 class Metrics:
-    """The metrics of one gateway, in a registry of their own."""
+    """The metrics of one gateway, in this registry, or one of their own."""
 
-    def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = registry = registry or CollectorRegistry()
         self._duration = Histogram(
             prometheus(REQUEST_DURATION, "seconds"),
             "From the call to the last token, or to the refusal.",

@@ -28,13 +28,15 @@ class KVStoreAddresses:
 
 
 @asynccontextmanager
-async def serve(settings: KVStoreSettings) -> AsyncIterator[KVStoreAddresses]:
+async def serve(
+    settings: KVStoreSettings, *, registry: CollectorRegistry | None = None
+) -> AsyncIterator[KVStoreAddresses]:
     """A KV store that is ready, and empty. Leaving the block lets running calls end, and forgets all blocks.
 
     Raises:
         ConfigurationError: an address cannot be bound.
     """
-    registry = CollectorRegistry()
+    registry = registry or CollectorRegistry()
     metrics = KVStoreMetrics(registry)
     store = BlockStore(settings.capacity_bytes, on_evict=metrics.evicted.inc)
     metrics.watch(store)

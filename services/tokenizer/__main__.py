@@ -37,7 +37,9 @@ class TokenizerAddresses:
 
 
 @asynccontextmanager
-async def serve(settings: TokenizerSettings) -> AsyncIterator[TokenizerAddresses]:
+async def serve(
+    settings: TokenizerSettings, *, registry: CollectorRegistry | None = None
+) -> AsyncIterator[TokenizerAddresses]:
     """A tokenizer that is ready. Leaving the block lets running calls end.
 
     Raises:
@@ -46,7 +48,7 @@ async def serve(settings: TokenizerSettings) -> AsyncIterator[TokenizerAddresses
     folder = await asyncio.to_thread(models.resolve, settings.model, weights=False, progress=log.info)
     tokenizer = await asyncio.to_thread(load, folder)
     detokenizer = await asyncio.to_thread(Detokenizer, tokenizer)
-    registry = CollectorRegistry()
+    registry = registry or CollectorRegistry()
     async with (
         encoding(tokenizer, threads=settings.threads) as encoder,
         chat_rendering(settings, tokenizer) as renderer,

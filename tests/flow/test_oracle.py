@@ -10,6 +10,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from holdfast.client import Client
@@ -46,7 +47,7 @@ def end_of(events: list[Event]) -> Finished:
 
 
 async def test_the_mesh_in_one_process_streams_the_published_text(stories260k: Path, published: str) -> None:
-    """As `python -m services` composes it."""
+    """As `python -m services` composes it; the gateway shows the metrics of all parts."""
     settings = MeshSettings(
         model=str(stories260k),
         gateway=GatewayPart(address=ANYWHERE, http_address=ANYWHERE, flush_ms=0),
@@ -56,7 +57,11 @@ async def test_the_mesh_in_one_process_streams_the_published_text(stories260k: P
         events = await story(client)
         assert [model.name for model in await client.models()] == ["stories260k"]
         assert await client.health()
+        async with httpx.AsyncClient() as http:
+            metrics = (await http.get(f"http://{mesh.http}/metrics")).text
     assert text_of(events) == published
+    for name in ("gateway_requests", "tokenizer_tokens", "generation_tokens", "kvstore_bytes"):
+        assert f"# TYPE holdfast_{name}_total counter" in metrics or f"# TYPE holdfast_{name} counter" in metrics
     assert end_of(events).reason is FinishReason.LENGTH
     assert end_of(events).usage.completion_tokens == LENGTH
 
