@@ -45,6 +45,7 @@ class EngineAlone:
         limits = Limits(
             max_sequences=settings.max_sequences,
             max_step_tokens=settings.max_step_tokens,
+            lookahead=computer.lookahead,
             itl_target=settings.itl_target_ms / 1000,
         )
         metrics = EngineMetrics(CollectorRegistry())

@@ -120,6 +120,8 @@ def _settings(arguments: argparse.Namespace, batches: Sequence[int]) -> dict[str
         "threads": arguments.threads,
         "max_sequences": max(*batches, 256 if on_gpu else 32),
         "max_step_tokens": 8192 if on_gpu else 2048,
+        "max_model_len": 4096 if on_gpu else None,
+        "block_size": 64 if on_gpu else 32,
         "cache_bytes": arguments.cache_gib << 30,
         "prefix_cache": False,
         "itl_target_ms": 1e6,

@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ async def serve(
         store = StoreClient(settings.kvstore, computer.cache, namespace=namespace, metrics=metrics)
         engine = Engine(
             joined,
-            Scheduler(_pool(settings, computer, namespace), limits),
+            Scheduler(_pool(settings, computer, namespace), replace(limits, lookahead=computer.lookahead)),
             computer.runner,
             name=name,
             served=served,

@@ -23,6 +23,9 @@ log = structlog.stdlib.get_logger(__name__)
 GPU_SHARE = 0.85
 """Of the memory that is free once the model is loaded, what the KV cache takes. The rest is for activations."""
 
+GPU_LOOKAHEAD = 2
+"""Steps in flight behind the oldest one on a GPU: one that runs, and one so that it never waits for the host."""
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -35,6 +38,8 @@ class Computer:
     runner: ModelRunner
     max_model_len: int
     """Most tokens of a sequence."""
+    lookahead: int
+    """How many steps to launch before the result of the oldest is waited for, that one apart."""
     device: torch.device
 
 
@@ -65,7 +70,9 @@ def build(settings: EngineSettings, folder: Path) -> Computer:
         max_model_len=max_model_len,
         threads=torch.get_num_threads(),
     )
-    return Computer(model, cache, ModelRunner(model, cache, state, Sampler(state)), max_model_len, device)
+    runner = ModelRunner(model, cache, state, Sampler(state))
+    lookahead = GPU_LOOKAHEAD if device.type == "cuda" else 0
+    return Computer(model, cache, runner, max_model_len, lookahead, device)
 
 
 def _device(settings: EngineSettings) -> torch.device:

@@ -47,8 +47,12 @@ class KVCache:
         self.shape = shape
         self.num_blocks = num_blocks
         self.block_size = block_size
+        # One block more than there are: what nobody will read is written there.
+        self.spare_block = num_blocks
         self.data = torch.zeros(
-            (num_blocks, shape.layers, 2, shape.kv_heads, block_size, shape.head_dim), dtype=shape.dtype, device=device
+            (num_blocks + 1, shape.layers, 2, shape.kv_heads, block_size, shape.head_dim),
+            dtype=shape.dtype,
+            device=device,
         )
         # The tensor as rows of one block's tokens for one layer, k or v, and head, begun at each layer: row
         # block * rows_per_block + (0 for keys, K for values) + head of rows[layer] is what attention gathers.

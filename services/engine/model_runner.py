@@ -4,13 +4,15 @@
 where the next step finds them; the host need not have seen them. `collect` waits for what the host wants to know. So a
 device that works by itself may be given the next step before the last one is collected; on a CPU `launch` does it all.
 
-How a step is computed is an executor's business. `Eager` runs any step on any device, operation by operation.
+How a step is computed is an executor's business. `Eager` runs any step on any device, operation by operation; on a GPU
+`Graphs` replays those that only decode.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,9 +20,13 @@ from torch import Tensor
 from services.engine.batch import Step, StepResult
 from services.engine.kv_cache import KVCache
 from services.engine.models import Model
+from services.engine.models.decoder import Decoder
 from services.engine.sampler import Reported, Sampled, Sampler
 from services.engine.sequence import TokenLogprobs
 from services.engine.state import DeviceState
+
+if TYPE_CHECKING:
+    from services.engine.graphs import Graphs
 
 
 class Eager:
@@ -57,13 +63,20 @@ class Launched:
 class ModelRunner:
     """Computes steps in the order of their launches, for one thread."""
 
+    @torch.inference_mode()
     def __init__(self, model: Model, cache: KVCache, state: DeviceState, sampler: Sampler) -> None:
-        self._executor = Eager(model, cache, state, sampler)
+        self._eager = Eager(model, cache, state, sampler)
+        self._graphs: Graphs | None = None
+        if state.device.type == "cuda" and isinstance(model, Decoder) and model.is_capturable:
+            from services.engine.graphs import Graphs  # needs Triton, which a CPU does without
+
+            self._graphs = Graphs(model, cache, state, sampler)
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
         """Starts a step."""
-        sampled = self._executor.run(step)
+        graphs = self._graphs
+        sampled = graphs.run(step) if graphs is not None and graphs.takes(step) else self._eager.run(step)
         if sampled is None or sampled.token_ids_R.device.type == "cpu":
             return Launched(step, sampled, None)
         sampled = _on_host(sampled)

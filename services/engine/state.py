@@ -79,14 +79,16 @@ class Batch:
     """Both int64."""
     write_slots_N: Tensor
     """int64: block * block_size + offset, where each token's keys and values go."""
-    block_tables_SB: Tensor
-    """int32: the blocks of each work's sequence, as many as the longest needs; rows of shorter ones end in zeros."""
+    block_tables: Tensor
+    """int32, [slots, blocks]: the blocks of every slot's sequence."""
+    table_rows_S: Tensor
+    """int64: the row of each work's sequence in there."""
     query_starts: Tensor
     """int32, S + 1 of them: the works' first tokens among N, and N."""
     kv_lengths_S: Tensor
     """int32: tokens of each sequence after this step's are written."""
-    sample_rows_R: Tensor
-    """int64: the tokens among N whose logits are wanted."""
+    sample_rows_R: Tensor | None
+    """int64: the tokens among N whose logits are wanted; None for all of them."""
 
     # The same for the host.
     num_decodes: int
@@ -111,8 +113,10 @@ class SamplingState:
 
     def __init__(self, num_slots: int, *, device: torch.device) -> None:
         self._device = device
-        self._floats = torch.zeros((num_slots, 3), dtype=torch.float32, device=device)
-        self._integers = torch.zeros((num_slots, 4), dtype=torch.int64, device=device)
+        self.floats = torch.zeros((num_slots, 3), dtype=torch.float32, device=device)
+        """Temperature (0 where the likeliest token is taken), top_p, min_p."""
+        self.integers = torch.zeros((num_slots, 4), dtype=torch.int64, device=device)
+        """top_k, the seed's low and high 32 bits, the choice."""
         self._sequences: list[Sequence | None] = [None] * num_slots
         self._wants = [Wants(0)] * num_slots
         # Of few slots, and of a different length in each.
@@ -125,11 +129,10 @@ class SamplingState:
         wants = _wants(sequence)
         self._sequences[slot] = sequence
         self._wants[slot] = wants
-        if Wants.DRAW in wants:
-            floats = (params.temperature, params.top_p, params.min_p)
-            integers = (params.top_k, params.seed & 0xFFFFFFFF, params.seed >> 32, sequence.choice)
-            self._floats[slot] = torch.tensor(floats, dtype=torch.float32)
-            self._integers[slot] = torch.tensor(integers, dtype=torch.int64)
+        floats = (params.temperature if Wants.DRAW in wants else 0.0, params.top_p, params.min_p)
+        integers = (params.top_k, params.seed & 0xFFFFFFFF, params.seed >> 32, sequence.choice)
+        self.floats[slot] = on_device(floats, self._device, dtype=torch.float32)
+        self.integers[slot] = on_device(integers, self._device)
         if Wants.BIAS in wants:
             ids, values = zip(*params.logit_bias, strict=True)
             self._biases[slot] = (
@@ -175,8 +178,8 @@ class SamplingState:
 
     def parameters(self, selection: Selection) -> Parameters:
         """The numbers of these slots, which are all drawn from."""
-        temperature_R, top_p_R, min_p_R = self._floats.index_select(0, selection.slots_R).unbind(1)
-        integers = self._integers.index_select(0, selection.slots_R)
+        temperature_R, top_p_R, min_p_R = self.floats.index_select(0, selection.slots_R).unbind(1)
+        integers = self.integers.index_select(0, selection.slots_R)
         return Parameters(
             temperature_R=temperature_R,
             top_k_R=integers[:, 0],
@@ -213,37 +216,45 @@ class DeviceState:
     def __init__(self, *, num_slots: int, max_len: int, block_size: int, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.max_len = max_len
-        self.sampling = SamplingState(num_slots, device=self.device)
-        self._block_size = block_size
-        self._tokens = torch.zeros((num_slots, max_len), dtype=torch.int32, device=self.device)
+        self.num_slots = num_slots
+        self.block_size = block_size
+        # One slot more than there are sequences, for the rows that fill up a captured step.
+        self.spare_slot = num_slots
+        self.sampling = SamplingState(num_slots + 1, device=self.device)
+        self.tokens = torch.zeros((num_slots + 1, max_len), dtype=torch.int32, device=self.device)
+        """[slots, max_len] int32: the known tokens of each slot."""
         num_blocks = -(-max_len // block_size)
-        self._block_tables = torch.zeros((num_slots, num_blocks), dtype=torch.int32, device=self.device)
+        self.block_tables = torch.zeros((num_slots + 1, num_blocks), dtype=torch.int32, device=self.device)
+        """[slots, blocks] int32."""
 
     def apply(self, step: Step) -> Batch:
         """Takes in the step's delta and lays out its batch. The tokens it computes are known to the slots by then."""
+        self.update(step)
+        return self._batch(step)
+
+    def update(self, step: Step) -> None:
+        """Takes in the step's delta."""
         for slot in step.released:
             self.sampling.release(slot)
         for admission in step.admitted:
             self._admit(admission)
         if step.grown:
             self._grow(step.grown)
-        return self._batch(step)
 
     def append(self, selection: Selection, token_ids_R: Tensor) -> None:
         """The sampled tokens become known."""
-        self._tokens.index_put_((selection.slots_R, selection.positions_R), token_ids_R.int())
+        self.tokens.index_put_((selection.slots_R, selection.positions_R), token_ids_R.int())
 
     def history(self, slot: int, length: int) -> Tensor:
         """The first `length` known tokens of a slot, int32."""
-        return self._tokens[slot, :length]
+        return self.tokens[slot, :length]
 
     def _admit(self, admission: Admission) -> None:
         sequence, slot = admission.sequence, admission.slot
         num_known = sequence.num_known
         assert num_known <= self.max_len, f"{num_known} known tokens, a slot holds {self.max_len}"
-        known = torch.tensor(sequence.token_ids(0, num_known), dtype=torch.int32)
-        self._tokens[slot, :num_known] = known.to(self.device, non_blocking=True)
-        self._block_tables[slot].zero_()
+        self.tokens[slot, :num_known] = on_device(sequence.token_ids(0, num_known), self.device, dtype=torch.int32)
+        self.block_tables[slot].zero_()
         self.sampling.admit(slot, sequence)
 
     def _grow(self, grown: Seq[Growth]) -> None:
@@ -252,8 +263,8 @@ class DeviceState:
             for growth in grown
             for offset, block in enumerate(growth.blocks)
         ]
-        slots, indices, blocks = torch.tensor(entries).to(self.device, non_blocking=True).unbind(1)
-        self._block_tables.index_put_((slots, indices), blocks.int())
+        slots, indices, blocks = on_device(entries, self.device).unbind(1)
+        self.block_tables.index_put_((slots, indices), blocks.int())
 
     def _batch(self, step: Step) -> Batch:
         """The layout of a step, from one copy of the host's numbers to the device."""
@@ -274,7 +285,7 @@ class DeviceState:
             slots,
             positions,
         )
-        flat = torch.tensor([number for part in numbers for number in part]).to(self.device, non_blocking=True)
+        flat = on_device([number for part in numbers for number in part], self.device)
         slots_S, starts_S, query_starts_S1, kv_lengths_S, sample_rows_R, slots_R, positions_R = torch.split(
             flat, [len(part) for part in numbers]
         )
@@ -282,10 +293,11 @@ class DeviceState:
         if query_starts[-1] > len(works):
             slots_N, positions_N = _spread(slots_S, starts_S, query_starts_S1, num_tokens=query_starts[-1])
         return Batch(
-            token_ids_N=self._tokens[slots_N, positions_N].long(),
+            token_ids_N=self.tokens[slots_N, positions_N].long(),
             positions_N=positions_N,
             write_slots_N=self._write_slots(slots_N, positions_N),
-            block_tables_SB=self._block_tables[:, : -(-max(kv_lens) // self._block_size)].index_select(0, slots_S),
+            block_tables=self.block_tables,
+            table_rows_S=slots_S,
             query_starts=query_starts_S1.int(),
             kv_lengths_S=kv_lengths_S.int(),
             sample_rows_R=sample_rows_R,
@@ -296,8 +308,15 @@ class DeviceState:
         )
 
     def _write_slots(self, slots_N: Tensor, positions_N: Tensor) -> Tensor:
-        blocks_N = self._block_tables[slots_N, positions_N // self._block_size]
-        return blocks_N.long() * self._block_size + positions_N % self._block_size
+        blocks_N = self.block_tables[slots_N, positions_N // self.block_size]
+        return blocks_N.long() * self.block_size + positions_N % self.block_size
+
+
+def on_device(values: object, device: torch.device, *, dtype: torch.dtype = torch.int64) -> Tensor:
+    """A tensor of these numbers. The host does not wait for the copy to a GPU, as it would from ordinary memory."""
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=dtype)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 def _spread(slots_S: Tensor, starts_S: Tensor, query_starts_S1: Tensor, *, num_tokens: int) -> tuple[Tensor, Tensor]:

@@ -40,10 +40,11 @@ class CheckedRunner(FakeRunner):
         assert batch.positions_N.tolist() == [position for _, position in spans]
         places = [slot.blocks[position // size] * size + position % size for slot, position in spans]
         assert batch.write_slots_N.tolist() == places
-        for work, row in zip(works, batch.block_tables_SB.tolist(), strict=True):
+        for work, row in zip(works, batch.block_tables[batch.table_rows_S].tolist(), strict=True):
             blocks = self.slots[work.slot].blocks
             assert row == (blocks + [0] * len(row))[: len(row)]
             assert len(row) * size >= work.end
+        assert batch.table_rows_S.tolist() == [work.slot for work in works]
         ends = [sum(work.count for work in works[: index + 1]) for index in range(len(works))]
         assert batch.query_starts.tolist() == [0, *ends]
         assert batch.query_lens == [work.count for work in works]
@@ -59,9 +60,15 @@ class CheckedRunner(FakeRunner):
 
     @staticmethod
     def _check_types(batch: Batch) -> None:
-        for tensor in (batch.token_ids_N, batch.positions_N, batch.write_slots_N, batch.sample_rows_R):
+        for tensor in (
+            batch.token_ids_N,
+            batch.positions_N,
+            batch.write_slots_N,
+            batch.sample_rows_R,
+            batch.table_rows_S,
+        ):
             assert tensor.dtype is torch.int64
-        for tensor in (batch.block_tables_SB, batch.query_starts, batch.kv_lengths_S):
+        for tensor in (batch.block_tables, batch.query_starts, batch.kv_lengths_S):
             assert tensor.dtype is torch.int32
 
 
@@ -129,7 +136,7 @@ def test_a_slot_forgets_its_last_sequence() -> None:
     plain = sequence([3] * 9)
     step = Step(2, (Work(plain, 0, 0, 9, True),), (Admission(plain, 0),), (Growth(0, 0, (7, 5)),), released=(0,))
     batch = state.apply(step)
-    assert batch.block_tables_SB.tolist() == [[7, 5, 0]]
+    assert batch.block_tables[batch.table_rows_S, :3].tolist() == [[7, 5, 0]]
     assert not state.sampling.wanted_by([0])
 
 

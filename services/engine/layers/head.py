@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from services.engine.layers.linear import Linear
+from services.engine.ops.linear import products
 
 _CANDIDATES = 16
 
 
 class Head:
-    """A matrix whose products are compared with each other.
+    """A matrix whose products are compared with each other: they are wanted in float32, and a GPU gives them so.
 
-    Products of 16-bit values come out in 16 bits. Of these bfloat16 has eight for the number itself: logits about 25 lie
+    On a CPU, products of 16-bit values come out in 16 bits. Of these bfloat16 has eight for the number itself: logits about 25 lie
     an eighth apart, and the best tokens often seem equally good. So the best candidates of a row are computed again, in
     float32; they are a few rows of the matrix out of many thousands.
     """
@@ -28,6 +29,8 @@ class Head:
 
     def __call__(self, x_RI: Tensor) -> Tensor:
         """The logits in float32, [R, V]."""
+        if x_RI.is_cuda and x_RI.dtype is not torch.float32:
+            return products(x_RI, self._weight_VI)
         logits_RV = self._linear(x_RI).float()
         if x_RI.dtype is torch.float32:
             return logits_RV

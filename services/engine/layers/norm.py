@@ -12,8 +12,8 @@ class RMSNorm:
     """Scales to a root mean square of one, then by a weight for each feature."""
 
     def __init__(self, weights: Weights, name: str, *, size: int, eps: float) -> None:
-        self._weight = weights.take(f"{name}.weight", size)
+        self.weight = weights.take(f"{name}.weight", size)
         self._eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self._weight, self._eps)
+        return rms_norm(x, self.weight, self._eps)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from services.engine.ops.rotary import Angles, angles
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +51,6 @@ class RotarySpec:
     scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
 
 
-class Angles(NamedTuple):
-    """Cosine and signed sine at the step's positions, as `ops.rotary` wants them. The same for every layer."""
-
-    cos_N1D: Tensor
-    sin_N1D: Tensor
-
-
 class Rotary:
     """Angles from positions. There is no table: a step needs them once, for all layers."""
 
@@ -65,9 +59,7 @@ class Rotary:
         self._frequencies = frequencies.to(device)
 
     def __call__(self, positions_N: Tensor) -> Angles:
-        angles = positions_N[:, None, None].float() * self._frequencies
-        cos, sin = angles.cos() * self._scale, angles.sin() * self._scale
-        return Angles(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
+        return angles(positions_N, self._frequencies, self._scale)
 
 
 def _frequencies(spec: RotarySpec) -> tuple[Tensor, float]:

@@ -18,9 +18,10 @@ from services.engine.layers.linear import Linear
 from services.engine.layers.mlp import GatedMLP
 from services.engine.layers.moe import MoE
 from services.engine.layers.norm import RMSNorm
-from services.engine.layers.rotary import Angles, Rotary
+from services.engine.layers.rotary import Rotary
 from services.engine.models.spec import ModelSpec
 from services.engine.ops import attention
+from services.engine.ops.rotary import Angles
 from services.engine.weights import Weights
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class Decoder:
         self.kv_shape = KVShape(spec.layers, spec.kv_heads, spec.head_dim, weights.dtype)
         self.vocab_size = spec.vocab_size
         self.max_positions = spec.max_positions
+        self.is_capturable = spec.moe is None
+        """Whether a step of decodes asks the host nothing: which experts are wanted, it does."""
         self._embedding = Embedding(weights, "model.embed_tokens", vocab_size=spec.vocab_size, size=spec.hidden)
         self._rotary = Rotary(spec.rotary, device=weights.device)
         self._layers = [
@@ -75,4 +78,5 @@ class Decoder:
         x_NI = self._embedding(batch.token_ids_N)
         for layer in self._layers:
             x_NI = layer(x_NI, angles, plan, cache)
-        return self._head(self._norm(x_NI[batch.sample_rows_R]))
+        x_RI = x_NI if batch.sample_rows_R is None else x_NI[batch.sample_rows_R]
+        return self._head(self._norm(x_RI))

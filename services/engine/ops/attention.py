@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence as Seq
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from services.engine.kv_cache import KVCache
+    from services.engine.kv_cache import KVCache, Slots
+    from services.engine.ops.kernels.attention import PagedPlan
     from services.engine.state import Batch
 
 # Decode rows whose block counts round up to the same power of two share a group, so that padding at most doubles what
@@ -38,10 +40,22 @@ class AttentionPlan:
     """What every layer of one step shares. Valid for one batch and one cache, on which the layers of one window agree."""
 
     def __init__(self, batch: Batch, cache: KVCache) -> None:
-        self.slots = cache.locate(batch.write_slots_N)
+        self.write_slots_N = batch.write_slots_N
         self._batch = batch
         self._cache = cache
         self._groups: dict[int | None, list[Group]] = {}
+
+    @cached_property
+    def slots(self) -> Slots:
+        """Where the step's tokens go, as the cache's index."""
+        return self._cache.locate(self.write_slots_N)
+
+    @cached_property
+    def kernels(self) -> PagedPlan:
+        """What the kernels of a GPU share."""
+        from services.engine.ops.kernels.attention import PagedPlan
+
+        return PagedPlan(self._batch, self._cache)
 
     def groups(self, window: int | None) -> list[Group]:
         """The groups for layers of this window; the same list at every call."""
@@ -81,7 +95,7 @@ class Group:
     """Sequences that attend together: decode rows, one query token each, or one prefill chunk."""
 
     def __init__(self, batch: Batch, cache: KVCache, works: Seq[int], *, window: int | None) -> None:
-        device = batch.block_tables_SB.device
+        device = batch.block_tables.device
         query_lens, kv_lens = [batch.query_lens[w] for w in works], [batch.kv_lens[w] for w in works]
         self.num_sequences = len(works)
         self.num_queries = query_lens[0]
@@ -161,6 +175,8 @@ def paged_attention(
     scale multiplies the scores; softcap c then makes of each c * tanh(score / c); sinks are one further score a head,
     which takes part in the softmax and brings no value.
     """
+    if q_NHD.is_cuda and softcap is None and sinks_H is None:
+        return plan.kernels.attend(q_NHD, cache, layer, scale=scale, window=window)
     groups = plan.groups(window)
     if len(groups) == 1:
         return _attend(q_NHD, cache, layer, groups[0], scale=scale, softcap=softcap, sinks_H=sinks_H)
@@ -248,24 +264,25 @@ def _tokens(batch: Batch, works: Seq[int]) -> slice | Tensor:
         return slice(start, start + batch.query_lens[works[0]])
     if len(works) == batch.num_decodes:
         return slice(0, len(works))
-    return torch.tensor(works, device=batch.block_tables_SB.device)
+    return torch.tensor(works, device=batch.block_tables.device)
 
 
 def _block_rows(batch: Batch, cache: KVCache, works: Seq[int], *, firsts: Seq[int], num_blocks: int) -> Tensor:
     """Which of a layer's `cache.rows` hold each sequence's keys, then its values: [S, 2, K, B], flat. In this order a
     thread gathers the very sequences that it will attend for. A shorter sequence's last block stands for those that it
     does not have."""
-    device = batch.block_tables_SB.device
+    device = batch.block_tables.device
     if works[-1] - works[0] == len(works) - 1:
-        tables_SB = batch.block_tables_SB[works[0] : works[-1] + 1]
+        rows_S = batch.table_rows_S[works[0] : works[-1] + 1]
     else:
-        tables_SB = batch.block_tables_SB[torch.tensor(works, device=device)]
+        rows_S = batch.table_rows_S[torch.tensor(works, device=device)]
     lasts = [-(-batch.kv_lens[work] // cache.block_size) - 1 for work in works]
     if any(firsts) or min(lasts) < max(lasts):
         columns = torch.tensor(firsts, device=device)[:, None] + torch.arange(num_blocks, device=device)
-        tables_SB = tables_SB.gather(1, columns.minimum(torch.tensor(lasts, device=device)[:, None]))
+        columns = columns.minimum(torch.tensor(lasts, device=device)[:, None])
+        tables_SB = batch.block_tables[rows_S[:, None], columns]
     else:
-        tables_SB = tables_SB[:, :num_blocks]
+        tables_SB = batch.block_tables[:, :num_blocks].index_select(0, rows_S)
     heads_2K = torch.arange(2 * cache.shape.kv_heads, device=device)
     blocks_SB = tables_SB.long() * cache.rows_per_block
     return (heads_2K[:, None] + blocks_SB[:, None]).view(-1)

@@ -23,7 +23,7 @@ def packed(weight_OI: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight_OI: Tensor, *, bias_O: Tensor | None = None, add: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias + add, the weight as `packed` returned it."""
+    """x @ weight.T + bias + add, the weight as `packed` returned it. The result may take the place of `add`."""
     if weight_OI.is_mkldnn:
         # The overloads by name: choosing among them costs 14 us a call.
         pointwise = torch.ops.mkldnn._linear_pointwise
@@ -33,8 +33,26 @@ def linear(x: Tensor, weight_OI: Tensor, *, bias_O: Tensor | None = None, add: T
         else:
             out = pointwise.binary(x, add, weight_OI, bias_O, "add")
         return out
+    if x.is_cuda and x.shape[0] == 1:
+        from services.engine.ops.kernels import gemv
+
+        if gemv.is_supported(weight_OI):
+            return gemv.gemv(x, weight_OI, bias_O=bias_O, add=add)
+    if x.is_cuda and add is not None and bias_O is None:
+        return add.addmm_(x, weight_OI.t())
     out = F.linear(x, weight_OI, bias_O)
     return out if add is None else out.add_(add)
+
+
+def products(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """x @ weight.T in float32, of 16-bit matrices. Only a GPU's kernels give what they added up in float32."""
+    assert x.is_cuda
+    if x.shape[0] == 1:
+        from services.engine.ops.kernels import gemv
+
+        if gemv.is_supported(weight_OI):
+            return gemv.gemv(x, weight_OI, dtype=torch.float32)
+    return torch.mm(x, weight_OI.t(), out_dtype=torch.float32)
 
 
 def _is_packable(weight_OI: Tensor) -> bool:

@@ -1,0 +1,287 @@
+"""Attention of one query token a sequence over its pages, each sequence cut into chunks of a fixed size.
+
+`plan` lists once a step which (sequence, chunk) pairs there are; every layer then works through that list. Chunks begin
+at multiples of their size, so what a row gets does not depend on the batch it is in. The last chunk of a sequence to be
+done adds up all of them ("split-KV", Dao et al. 2023, "Flash-Decoding"; the counter instead of a second launch is
+stream-K's, Osama et al. 2023).
+
+Rows of a tile are the G query heads that share one kv head, padded to 16, the least that tensor cores take.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from services.engine.kv_cache import KVCache
+
+LOG2_E = 1.4426950408889634
+
+_CHUNKS = ((4, 64), (16, 256), (64, 512))
+"""Most sequences, and tokens of a chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the layers of a step share: who attends to what, in chunks."""
+
+    tables: Tensor
+    """[rows, blocks] int32: block tables."""
+    slots_S: Tensor
+    """The row of each sequence."""
+    lengths_S: Tensor
+    """int32: keys of each sequence."""
+    first_S1: Tensor
+    """int32, S + 1 of them: each sequence's first item, and how many there are."""
+    items_M: Tensor
+    """int32: the sequence of each item. M is the most there can be."""
+    chunk: int
+    """Tokens of a chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Where chunks leave what they found. One for all layers and steps, which follow one another."""
+
+    parts: Tensor
+    """float32, [M, K, G, D], G rounded up to a power of two: what the chunk's own softmax gives."""
+    sums: Tensor
+    """float32, [M, K, G]: the logarithm to base 2 of that softmax's denominator."""
+    counters: Tensor
+    """int32, [S, K]: chunks done. Zero between two launches."""
+
+
+def chunk_size(num_sequences: int, max_len: int) -> int:
+    """Tokens of a chunk: few enough that a small batch fills the GPU (measured on an H200), many enough that adding up the
+    longest sequence's takes no longer than they do."""
+    by_batch = next((size for most, size in _CHUNKS if num_sequences <= most), 1024)
+    return max(by_batch, triton.next_power_of_2(max_len // 256))
+
+
+def _rows(group: int) -> int:
+    """Rows of a tile."""
+    return max(16, triton.next_power_of_2(group))
+
+
+def scratch(work: Work, *, heads: int, cache: KVCache) -> Scratch:
+    """Room for these items and sequences."""
+    items, sequences, kv_heads = len(work.items_M), len(work.slots_S), cache.shape.kv_heads
+    group, device = triton.next_power_of_2(heads // kv_heads), cache.data.device
+    return Scratch(
+        torch.empty((items, kv_heads, group, cache.shape.head_dim), dtype=torch.float32, device=device),
+        torch.empty((items, kv_heads, group), dtype=torch.float32, device=device),
+        torch.zeros((sequences, kv_heads), dtype=torch.int32, device=device),
+    )
+
+
+def plan(tables: Tensor, slots_S: Tensor, lengths_S: Tensor, *, chunk: int, most_items: int) -> Work:
+    """Lists the chunks of these sequences."""
+    num_sequences, device = len(slots_S), slots_S.device
+    first_S1 = torch.empty(num_sequences + 1, dtype=torch.int32, device=device)
+    items_M = torch.empty(most_items, dtype=torch.int32, device=device)
+    _plan[(1,)](lengths_S, first_S1, num_sequences, CHUNK=chunk, S=triton.next_power_of_2(num_sequences))
+    _list[(num_sequences,)](first_S1, items_M, B=64)
+    return Work(tables, slots_S, lengths_S, first_S1, items_M, chunk)
+
+
+def attend(
+    q_NHD: Tensor,
+    out_NHD: Tensor,
+    cache: KVCache,
+    layer: int,
+    work: Work,
+    scratch: Scratch,
+    *,
+    scale: float,
+    window: int | None,
+) -> None:
+    """As `ops.attention.paged_attention` for the first S rows, one query token of each sequence; writes those of
+    `out_NHD`."""
+    num_sequences, (_, heads, head_dim) = len(work.slots_S), q_NHD.shape
+    kv_heads = cache.shape.kv_heads
+    data = cache.data
+    tile = min(64, work.chunk)
+    _attend[(len(work.items_M), kv_heads)](
+        q_NHD,
+        data[:, layer],
+        out_NHD,
+        work.tables,
+        work.slots_S,
+        work.lengths_S,
+        work.first_S1,
+        work.items_M,
+        scratch.parts,
+        scratch.sums,
+        scratch.counters,
+        scale * LOG2_E,
+        num_sequences,
+        work.tables.stride(0),
+        data.stride(0),
+        data.stride(2),
+        data.stride(3),
+        G=heads // kv_heads,
+        K=kv_heads,
+        D=head_dim,
+        WIDTH=max(16, triton.next_power_of_2(head_dim)),
+        ROWS=_rows(heads // kv_heads),
+        T=cache.block_size,
+        TILE=tile,
+        CHUNK=work.chunk,
+        WINDOW=window or 0,
+        GROUP=scratch.parts.shape[2],
+        PARTS=8,
+        PRECISION="ieee" if q_NHD.dtype is torch.float32 else "tf32",
+        num_warps=4,
+        num_stages=3,
+    )
+
+
+@triton.jit
+def _plan(lengths, first, num_sequences, CHUNK: tl.constexpr, S: tl.constexpr):
+    row = tl.arange(0, S)
+    length = tl.load(lengths + row, mask=row < num_sequences, other=0)
+    ends = tl.cumsum((length + CHUNK - 1) // CHUNK, 0)
+    tl.store(first + 1 + row, ends, mask=row < num_sequences)
+    tl.store(first, 0)
+
+
+@triton.jit
+def _list(first, items, B: tl.constexpr):
+    sequence = tl.program_id(0)
+    start, end = tl.load(first + sequence), tl.load(first + sequence + 1)
+    for at in range(start, end, B):
+        item = at + tl.arange(0, B)
+        tl.store(items + item, tl.zeros((B,), tl.int32) + sequence, mask=item < end)
+
+
+@triton.jit
+def _attend(
+    q,
+    kv,
+    out,
+    tables,
+    slots,
+    lengths,
+    first,
+    items,
+    parts,
+    sums,
+    counters,
+    scale,
+    num_sequences,
+    table_stride,
+    block_stride,
+    v_stride,
+    head_stride,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    T: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    item, head = tl.program_id(0), tl.program_id(1)
+    if item >= tl.load(first + num_sequences):
+        return
+    sequence = tl.load(items + item)
+    begin, until = tl.load(first + sequence), tl.load(first + sequence + 1)
+    length = tl.load(lengths + sequence)
+    table = tables + tl.load(slots + sequence).to(tl.int64) * table_stride
+    start = (item - begin) * CHUNK
+    end = tl.minimum(start + CHUNK, length)
+
+    row = tl.arange(0, ROWS)
+    place = tl.arange(0, WIDTH)
+    held = (row < G)[:, None] & (place < D)[None, :]
+    at = (sequence.to(tl.int64) * K * G + head * G + row)[:, None] * D + place[None, :]
+    queries = tl.load(q + at, mask=held, other=0.0)
+    peak = tl.full((ROWS,), -1e30, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    found = tl.zeros((ROWS, WIDTH), tl.float32)
+    if WINDOW > 0:
+        start = tl.maximum(start, (tl.maximum(length - WINDOW, 0) // TILE) * TILE)
+    for tile in range(start, end, TILE):
+        token = tile + tl.arange(0, TILE)
+        seen = token < end
+        if WINDOW > 0:
+            seen = seen & (token >= length - WINDOW)
+        if TILE <= T:
+            block = tl.load(table + tile // T).to(tl.int64)
+            base = block * block_stride + head * head_stride + (tl.multiple_of(tile % T, TILE) + tl.arange(0, TILE)) * D
+        else:
+            block = tl.load(table + token // T, mask=token < end, other=0).to(tl.int64)
+            base = block * block_stride + head * head_stride + (token % T) * D
+        held_here = seen[:, None] & (place < D)[None, :]
+        keys = tl.load(kv + base[:, None] + place[None, :], mask=held_here, other=0.0)
+        values = tl.load(kv + v_stride + base[:, None] + place[None, :], mask=held_here, other=0.0)
+        scores = tl.dot(queries, keys.T, input_precision=PRECISION) * scale
+        scores = tl.where(seen[None, :], scores, -1e30)
+        higher = tl.maximum(peak, tl.max(scores, 1))
+        weights = tl.where(seen[None, :], tl.exp2(scores - higher[:, None]), 0.0)
+        fade = tl.exp2(peak - higher)
+        total = total * fade + tl.sum(weights, 1)
+        found = found * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
+        peak = higher
+    if until - begin == 1:
+        tl.store(out + at, found / total[:, None], mask=held)
+        return
+
+    # Several chunks: each leaves its part, and the last one to do so adds them up.
+    part = (item.to(tl.int64) * K + head) * GROUP + row
+    share = tl.where(total > 0, total, 1.0)
+    tl.store(parts + part[:, None] * D + place[None, :], found / share[:, None], mask=held)
+    tl.store(sums + part, tl.where(total > 0, peak + tl.log2(share), -1e30), mask=row < G)
+    tl.debug_barrier()
+    counter = counters + sequence * K + head
+    if tl.atomic_add(counter, 1, sem="acq_rel") < until - begin - 1:
+        return
+    tl.store(counter, 0)
+    to = out + (sequence.to(tl.int64) * K + head) * G * D
+    _add_up(to, parts, sums, begin, until, head, K, G, D, WIDTH, GROUP, PARTS)
+
+
+@triton.jit
+def _add_up(
+    out,
+    parts,
+    sums,
+    begin,
+    until,
+    head,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """PARTS of them at a time."""
+    row, place = tl.arange(0, GROUP), tl.arange(0, WIDTH)
+    held = (row < G)[:, None] & (place < D)[None, :]
+    peak = tl.full((GROUP,), -1e30, tl.float32)
+    total = tl.zeros((GROUP,), tl.float32)
+    found = tl.zeros((GROUP, WIDTH), tl.float32)
+    for at in range(begin, until, PARTS):
+        item = at + tl.arange(0, PARTS)
+        there = item < until
+        part = (item.to(tl.int64)[:, None] * K + head) * GROUP + row[None, :]
+        here = tl.load(sums + part, mask=there[:, None] & (row < G)[None, :], other=-1e30)
+        values = tl.load(
+            parts + part[:, :, None] * D + place[None, None, :], mask=there[:, None, None] & held[None], other=0.0
+        )
+        higher = tl.maximum(peak, tl.max(here, 0))
+        fade, share = tl.exp2(peak - higher), tl.exp2(here - higher[None, :])
+        found = found * fade[:, None] + tl.sum(values * share[:, :, None], 0)
+        total = total * fade + tl.sum(share, 0)
+        peak = higher
+    tl.store(out + row[:, None] * D + place[None, :], found / tl.where(total > 0, total, 1.0)[:, None], mask=held)

@@ -1,0 +1,159 @@
+"""Causal attention of chunks of prompts over their pages ("FlashAttention-2", Dao 2023, with paged keys and values).
+
+A tile holds the queries of all G heads that share a kv head, for as many tokens as fit; keys are always taken in tiles
+that begin at multiples of their size, so what a token gets does not depend on how its prompt was cut.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from services.engine.kv_cache import KVCache
+from services.engine.ops.kernels.decode_attention import LOG2_E
+
+
+def attend(
+    q_NHD: Tensor,
+    out_NHD: Tensor,
+    cache: KVCache,
+    layer: int,
+    *,
+    tables: Tensor,
+    slots_S: Tensor,
+    lengths_S: Tensor,
+    query_starts: Tensor,
+    max_query: int,
+    scale: float,
+    window: int | None,
+) -> None:
+    """As `ops.attention.paged_attention` for works whose tokens begin at `query_starts` (S + 1 of them) in `q_NHD`;
+    writes their rows of `out_NHD`. `max_query`: no work has more tokens."""
+    _, heads, head_dim = q_NHD.shape
+    kv_heads = cache.shape.kv_heads
+    group = heads // kv_heads
+    data = cache.data
+    is_wide = q_NHD.dtype.itemsize > 2
+    rows = 32 if is_wide else 128
+    tokens = max(1, rows // triton.next_power_of_2(group))
+    tile = min(cache.block_size, 32 if is_wide else 64)
+    _attend[(triton.cdiv(max_query, tokens), kv_heads, len(slots_S))](
+        q_NHD,
+        data[:, layer],
+        out_NHD,
+        tables,
+        slots_S,
+        lengths_S,
+        query_starts,
+        scale * LOG2_E,
+        tables.stride(0),
+        data.stride(0),
+        data.stride(2),
+        data.stride(3),
+        q_NHD.stride(0),
+        G=group,
+        GROUP=triton.next_power_of_2(group),
+        D=head_dim,
+        WIDTH=max(16, triton.next_power_of_2(head_dim)),
+        TOKENS=tokens,
+        T=cache.block_size,
+        TILE=tile,
+        WINDOW=window or 0,
+        PRECISION="ieee" if is_wide else "tf32",
+        num_warps=4 if is_wide else 8,
+        num_stages=2 if is_wide else 3,
+    )
+
+
+@triton.jit
+def _attend(
+    q,
+    kv,
+    out,
+    tables,
+    slots,
+    lengths,
+    query_starts,
+    scale,
+    table_stride,
+    block_stride,
+    v_stride,
+    head_stride,
+    token_stride,
+    G: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    T: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    ROWS: tl.constexpr = TOKENS * GROUP
+    # The last tile of a prompt has the most keys: it begins first.
+    tile_of, head, work = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first = tl.load(query_starts + work)
+    count = tl.load(query_starts + work + 1) - first
+    if tile_of * TOKENS >= count:
+        return
+    length = tl.load(lengths + work)
+    table = tables + tl.load(slots + work).to(tl.int64) * table_stride
+
+    row = tl.arange(0, ROWS)
+    token = tile_of * TOKENS + row // GROUP
+    place = tl.arange(0, WIDTH)
+    held = ((token < count) & (row % GROUP < G))[:, None] & (place < D)[None, :]
+    at = (first + token).to(tl.int64)[:, None] * token_stride + (head * G + row % GROUP)[:, None] * D + place[None, :]
+    queries = tl.load(q + at, mask=held, other=0.0)
+    position = length - count + token
+    peak = tl.full((ROWS,), -1e30, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    found = tl.zeros((ROWS, WIDTH), tl.float32)
+    lowest = length - count + tile_of * TOKENS
+    end = tl.minimum(lowest + TOKENS, length)
+    start = 0
+    if WINDOW > 0:
+        start = (tl.maximum(lowest - WINDOW + 1, 0) // TILE) * TILE
+        whole = start
+    else:
+        whole = ((lowest + 1) // TILE) * TILE
+    # Tiles that every row sees as a whole, then those at the edges.
+    for tile in range(start, whole, TILE):
+        keys, values = _tile(kv, table, tile, length, head, block_stride, v_stride, head_stride, D, WIDTH, T, TILE)
+        scores = tl.dot(queries, keys.T, input_precision=PRECISION) * scale
+        higher = tl.maximum(peak, tl.max(scores, 1))
+        weights = tl.exp2(scores - higher[:, None])
+        fade = tl.exp2(peak - higher)
+        total = total * fade + tl.sum(weights, 1)
+        found = tl.dot(weights.to(values.dtype), values, found * fade[:, None], input_precision=PRECISION)
+        peak = higher
+    for tile in range(whole, end, TILE):
+        keys, values = _tile(kv, table, tile, length, head, block_stride, v_stride, head_stride, D, WIDTH, T, TILE)
+        key = tile + tl.arange(0, TILE)
+        seen = key[None, :] <= position[:, None]
+        if WINDOW > 0:
+            seen = seen & (key[None, :] > position[:, None] - WINDOW)
+        scores = tl.dot(queries, keys.T, input_precision=PRECISION) * scale
+        scores = tl.where(seen, scores, -1e30)
+        higher = tl.maximum(peak, tl.max(scores, 1))
+        weights = tl.where(seen, tl.exp2(scores - higher[:, None]), 0.0)
+        fade = tl.exp2(peak - higher)
+        total = total * fade + tl.sum(weights, 1)
+        found = tl.dot(weights.to(values.dtype), values, found * fade[:, None], input_precision=PRECISION)
+        peak = higher
+    tl.store(out + at, found / tl.where(total > 0, total, 1.0)[:, None], mask=held)
+
+
+@triton.jit
+def _tile(kv, table, tile, length, head, block_stride, v_stride, head_stride, D: tl.constexpr, WIDTH: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """Keys and values of TILE tokens of one page; zeros beyond the sequence's end, where a page holds anything."""
+    place = tl.arange(0, WIDTH)
+    token = tl.arange(0, TILE)
+    block = tl.load(table + tile // T).to(tl.int64)
+    base = block * block_stride + head * head_stride + (tl.multiple_of(tile % T, TILE) + token) * D
+    held = (tile + token < length)[:, None] & (place < D)[None, :]
+    keys = tl.load(kv + base[:, None] + place[None, :], mask=held, other=0.0)
+    values = tl.load(kv + v_stride + base[:, None] + place[None, :], mask=held, other=0.0)
+    return keys, values

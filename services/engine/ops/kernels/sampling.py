@@ -1,0 +1,162 @@
+"""A token of each row: the likeliest, or one drawn by the two-level Gumbel-max of `ops.sampling`. No sort, no softmax, and
+one reading of the logits.
+
+The first kernel looks at a part of the vocabulary each: its largest logit, and for rows that are drawn from the group of
+tokens with the largest sum of probabilities under noise, both as logarithms. The second takes the best part, draws a
+token of its group and writes it where the next step finds it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from services.engine.ops.sampling import GROUP
+
+_GROUPS = 16
+"""Groups of a part."""
+
+
+def sample(
+    logits_RV: Tensor,
+    floats: Tensor,
+    integers: Tensor,
+    slots_R: Tensor,
+    positions_R: Tensor,
+    tokens: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The next tokens, [R] int64, and the largest logit of each row, [R]. Rows of a temperature of 0 take the likeliest.
+
+    floats and integers are those of `SamplingState`; `tokens`, [slots, length] int32, gets each row's token at its slot
+    and position.
+    """
+    num_rows, vocab_size = logits_RV.shape
+    num_parts = triton.cdiv(vocab_size, _GROUPS * GROUP)
+    device = logits_RV.device
+    peaks_RC = torch.empty((num_rows, num_parts), dtype=torch.float32, device=device)
+    places_RC = torch.empty((num_rows, num_parts), dtype=torch.int32, device=device)
+    scores_RC, groups_RC = torch.empty_like(peaks_RC), torch.empty_like(places_RC)
+    token_ids_R = torch.empty(num_rows, dtype=torch.int64, device=device)
+    peaks_R = torch.empty(num_rows, dtype=torch.float32, device=device)
+    _best[(num_parts, num_rows)](
+        logits_RV, floats, integers, slots_R, positions_R, peaks_RC, places_RC, scores_RC, groups_RC,
+        logits_RV.stride(0), VOCAB=vocab_size, GROUPS=_GROUPS, GROUP=GROUP, num_warps=4,
+    )  # fmt: skip
+    _choose[(num_rows,)](
+        logits_RV, floats, integers, slots_R, positions_R, peaks_RC, places_RC, scores_RC, groups_RC,
+        tokens, token_ids_R, peaks_R, logits_RV.stride(0), tokens.stride(0), num_parts,
+        VOCAB=vocab_size, PARTS=triton.next_power_of_2(num_parts), GROUP=GROUP, num_warps=4,
+    )  # fmt: skip
+    return token_ids_R, peaks_R
+
+
+@triton.jit
+def _gumbel(index, position, choice, series, low, high):
+    """Number `index` of a series, as `ops.sampling.gumbel` defines it."""
+    zero = tl.zeros_like(index)
+    seed = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
+    a, b, c, d = tl.philox(
+        seed,
+        (index >> 2).to(tl.uint32),
+        (zero + position).to(tl.uint32),
+        (zero + choice).to(tl.uint32),
+        (zero + series).to(tl.uint32),
+    )
+    lane = index & 3
+    word = tl.where(lane == 0, a, tl.where(lane == 1, b, tl.where(lane == 2, c, d)))
+    uniform = ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    return -tl.log(-tl.log(uniform))
+
+
+@triton.jit
+def _best(
+    logits,
+    floats,
+    integers,
+    slots,
+    positions,
+    peaks,
+    places,
+    scores,
+    groups,
+    row_stride,
+    VOCAB: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    part, row = tl.program_id(0), tl.program_id(1)
+    group = part * GROUPS + tl.arange(0, GROUPS)
+    token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    x = tl.load(logits + row.to(tl.int64) * row_stride + token, mask=token < VOCAB, other=-float("inf"))
+    out = row * tl.num_programs(0) + part
+    highest = tl.max(x, 1)
+    # The first among equals; NaN, which no comparison finds, makes the peak NaN.
+    spoiled = tl.sum(tl.sum((x != x).to(tl.int32), 1), 0) > 0
+    peak = tl.max(highest, 0)
+    first = tl.min(tl.min(tl.where(x == peak, token, VOCAB), 1), 0)
+    tl.store(peaks + out, tl.where(spoiled, float("nan"), peak))
+    tl.store(places + out, tl.minimum(first, VOCAB - 1))
+    slot = tl.load(slots + row).to(tl.int64)
+    temperature = tl.load(floats + slot * 3)
+    if temperature > 0:
+        scaled, top = x / temperature, highest / temperature
+        some = top > -float("inf")
+        origin = tl.where(some, top, 0.0)
+        mass = tl.sum(tl.exp(scaled - origin[:, None]), 1)
+        at = integers + slot * 4
+        noise = _gumbel(group, tl.load(positions + row), tl.load(at + 3), 1, tl.load(at + 1), tl.load(at + 2))
+        score = tl.where(some, origin + tl.log(mass) + noise, -float("inf"))
+        best = tl.max(score, 0)
+        tl.store(scores + out, best)
+        tl.store(groups + out, tl.min(tl.where(score == best, group, 2147483647), 0))
+
+
+@triton.jit
+def _choose(
+    logits,
+    floats,
+    integers,
+    slots,
+    positions,
+    peaks,
+    places,
+    scores,
+    groups,
+    tokens,
+    token_ids,
+    peaks_out,
+    row_stride,
+    token_stride,
+    num_parts,
+    VOCAB: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    row = tl.program_id(0)
+    part = tl.arange(0, PARTS)
+    there = part < num_parts
+    at = row * num_parts + part
+    peak_of = tl.load(peaks + at, mask=there, other=-float("inf"))
+    spoiled = tl.sum((peak_of != peak_of).to(tl.int32), 0) > 0
+    peak = tl.max(peak_of, 0)
+    chosen = tl.min(tl.where(peak_of == peak, tl.load(places + at, mask=there, other=VOCAB - 1), VOCAB - 1), 0)
+    slot = tl.load(slots + row).to(tl.int64)
+    temperature = tl.load(floats + slot * 3)
+    position = tl.load(positions + row)
+    if temperature > 0:
+        score = tl.load(scores + at, mask=there, other=-float("inf"))
+        best = tl.max(score, 0)
+        group = tl.min(tl.where(score == best, tl.load(groups + at, mask=there, other=0), 2147483647), 0)
+        group = tl.minimum(group, (VOCAB - 1) // GROUP)
+        place = tl.arange(0, GROUP)
+        token = group * GROUP + place
+        x = tl.load(logits + row.to(tl.int64) * row_stride + token, mask=token < VOCAB, other=-float("inf"))
+        key = integers + slot * 4
+        noise = _gumbel(place, position, tl.load(key + 3), 0, tl.load(key + 1), tl.load(key + 2))
+        shaken = x / temperature + noise
+        chosen = tl.min(tl.where(shaken == tl.max(shaken, 0), token, VOCAB - 1), 0)
+    tl.store(token_ids + row, chosen.to(tl.int64))
+    tl.store(peaks_out + row, tl.where(spoiled, float("nan"), peak))
+    tl.store(tokens + slot * token_stride + position, chosen.to(tl.int32))

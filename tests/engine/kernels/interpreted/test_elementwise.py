@@ -1,0 +1,82 @@
+"""Norm, gate, angles, the way into the cache, one row times a matrix, the layout of a step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from services.engine.kv_cache import KVCache, KVShape
+from services.engine.ops import qkv as specified
+from services.engine.ops.activation import silu_mul
+from services.engine.ops.attention import AttentionPlan
+from services.engine.ops.kernels import activation, gemv, norm, qkv, rotary, step
+from services.engine.ops.norm import rms_norm
+from services.engine.ops.rotary import angles
+from tests.engine.batches import Chunk, batch_of
+
+
+@pytest.mark.parametrize("shape", [(5, 576), (3, 2, 64), (1, 33)])
+def test_the_norm_is_the_norm(shape: tuple[int, ...]) -> None:
+    """Of rows of any width."""
+    x, weight = torch.randn(shape), torch.randn(shape[-1])
+    torch.testing.assert_close(norm.rms_norm(x, weight, 1e-5), rms_norm(x, weight, 1e-5))
+
+
+def test_the_gate_is_the_gate() -> None:
+    """Of rows wider than one program."""
+    gate_up = torch.randn(3, 2 * 1500)
+    torch.testing.assert_close(activation.silu_mul(gate_up), silu_mul(gate_up))
+
+
+def test_angles_are_the_angles() -> None:
+    """Of a head whose half is no power of two, far into a context."""
+    positions, frequencies = torch.tensor([0, 1, 5000]), torch.rand(12)
+    for mine, expected in zip(
+        rotary.angles(positions, frequencies, 1.5), angles(positions, frequencies, 1.5), strict=True
+    ):
+        torch.testing.assert_close(mine, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("with_norms", [True, False])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 8), (4, 1, 24)])
+def test_queries_keys_and_values_come_to_their_places(
+    heads: int, kv_heads: int, head_dim: int, with_norms: bool
+) -> None:
+    """Queries are returned; keys and values lie where the specification puts them, and nothing else is touched."""
+    batch = batch_of(Chunk([0], 37, [4, 1, 0]), Chunk([0] * 20, 3, [5, 2]), block_size=16)
+    angles_ = angles(batch.positions_N, torch.rand(head_dim // 2), 1.0)
+    projected = torch.randn(21, heads + 2 * kv_heads, head_dim)
+    weights = (torch.randn(head_dim), torch.randn(head_dim)) if with_norms else None
+    caches = [KVCache(KVShape(2, kv_heads, head_dim, torch.float32), num_blocks=6, block_size=16) for _ in range(2)]
+    plans = [AttentionPlan(batch, cache) for cache in caches]
+    mine = qkv.prepare(
+        projected.clone(), angles_, caches[0], 1, plans[0].write_slots_N, heads=heads, norm_weights=weights, eps=1e-6
+    )
+    expected = specified.prepare(
+        projected.clone(), angles_, caches[1], 1, plans[1], heads=heads, norm_weights=weights, eps=1e-6
+    )
+    torch.testing.assert_close(mine, expected)
+    torch.testing.assert_close(caches[0].data, caches[1].data)
+
+
+def test_one_row_times_a_matrix() -> None:
+    """With a bias and something to add, in the dtype asked for."""
+    x, weight = torch.randn(1, 2048).bfloat16(), torch.randn(6, 2048).bfloat16()
+    bias, add = torch.randn(6).bfloat16(), torch.randn(1, 6).bfloat16()
+    assert gemv.is_supported(weight) and not gemv.is_supported(weight[:, :576])
+    expected = x.float() @ weight.float().T
+    torch.testing.assert_close(gemv.gemv(x, weight, dtype=torch.float32), expected)
+    torch.testing.assert_close(gemv.gemv(x, weight, bias_O=bias, add=add), (expected + bias + add).bfloat16())
+
+
+def test_a_step_is_laid_out_from_slots_and_positions() -> None:
+    """Each row's token, position, place in the cache and number of keys, for more rows than a program has."""
+    tokens, tables = torch.randint(0, 99, (9, 64), dtype=torch.int32), torch.randint(0, 50, (9, 4), dtype=torch.int32)
+    slots = torch.randint(0, 9, (40,), dtype=torch.int32)
+    starts = torch.randint(0, 64, (40,), dtype=torch.int32)
+    ids, positions, writes, lengths = step.lay_out(slots, starts, tokens, tables, block_size=16)
+    at, where = slots.long(), starts.long()
+    assert torch.equal(ids, tokens[at, where].long())
+    assert torch.equal(positions, where)
+    assert torch.equal(writes, tables[at, where // 16].long() * 16 + where % 16)
+    assert torch.equal(lengths, starts + 1)

@@ -1,0 +1,100 @@
+"""The kernels as an H100 or H200 would run them, compiled where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from services.engine.kv_cache import KVCache, KVShape
+from services.engine.ops.kernels import (
+    activation,
+    decode_attention,
+    gemv,
+    norm,
+    prefill_attention,
+    qkv,
+    rotary,
+    sampling,
+    step,
+)
+from services.engine.ops.rotary import Angles
+from tests.engine.kernels.offline import Compiled, described, offline
+
+ROWS, SLOTS, CONTEXT = 32, 40, 4096
+LLAMA_8B = {"heads": 32, "kv_heads": 8, "head_dim": 128, "hidden": 4096, "intermediate": 14336, "vocab": 128256}
+QWEN_600M = {"heads": 16, "kv_heads": 8, "head_dim": 128, "hidden": 1024, "intermediate": 3072, "vocab": 151936}
+SMOLLM = {"heads": 9, "kv_heads": 3, "head_dim": 64, "hidden": 576, "intermediate": 1536, "vocab": 49152}
+
+
+def launch_all(
+    *, heads: int, kv_heads: int, head_dim: int, hidden: int, intermediate: int, vocab: int, dtype: torch.dtype
+) -> None:
+    """Every kernel once, as a model of this shape launches it."""
+    cache = KVCache(KVShape(2, kv_heads, head_dim, dtype), num_blocks=4, block_size=64)
+    tokens, tables = (
+        torch.zeros(SLOTS, CONTEXT, dtype=torch.int32),
+        torch.zeros(SLOTS, CONTEXT // 64, dtype=torch.int32),
+    )
+    rows, longs = torch.zeros(ROWS + 1, dtype=torch.int32), torch.zeros(ROWS, dtype=torch.int64)
+    x, head_norm = torch.zeros(ROWS, hidden, dtype=dtype), torch.zeros(head_dim, dtype=dtype)
+    step.lay_out(rows[:ROWS], rows[:ROWS], tokens, tables, block_size=64)
+    norm.rms_norm(x, torch.zeros(hidden, dtype=dtype), 1e-5)
+    angles = Angles(*rotary.angles(longs, torch.zeros(head_dim // 2), 1.0))
+    projected = torch.zeros(ROWS, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    for weights in (None, (head_norm, head_norm)):
+        qkv.prepare(projected, angles, cache, 1, longs, heads=heads, norm_weights=weights, eps=1e-5)
+    q = torch.zeros(ROWS, heads, head_dim, dtype=dtype)
+    for chunk in (64, 1024):
+        work = decode_attention.plan(tables, rows[:ROWS], rows[:ROWS], chunk=chunk, most_items=99)
+        scratch = decode_attention.scratch(work, heads=heads, cache=cache)
+        decode_attention.attend(q, q, cache, 1, work, scratch, scale=0.1, window=None)
+    prefill_attention.attend(
+        q,
+        q,
+        cache,
+        1,
+        tables=tables,
+        slots_S=rows[:ROWS],
+        lengths_S=rows[:ROWS],
+        query_starts=rows,
+        max_query=2048,
+        scale=0.1,
+        window=None,
+    )
+    activation.silu_mul(torch.zeros(ROWS, 2 * intermediate, dtype=dtype))
+    integers = torch.zeros(SLOTS, 4, dtype=torch.int64)
+    sampling.sample(torch.zeros(ROWS, vocab), torch.zeros(SLOTS, 3), integers, rows[:ROWS], rows[:ROWS], tokens)
+    weight = torch.zeros(64, hidden, dtype=dtype)
+    if gemv.is_supported(weight):
+        gemv.gemv(x[:1], weight, add=x[:1, :64])
+
+
+@pytest.fixture(scope="module", params=[LLAMA_8B, QWEN_600M, SMOLLM], ids=["llama-8b", "qwen3-0.6b", "smollm2-135m"])
+def compiled(request: pytest.FixtureRequest) -> list[Compiled]:
+    """All kernels of a model in bfloat16."""
+    with offline() as kernels:
+        launch_all(**request.param, dtype=torch.bfloat16)
+    return [described(kernel) for kernel in kernels]
+
+
+@pytest.mark.timeout(300)
+def test_no_kernel_spills_registers(compiled: list[Compiled]) -> None:
+    """Nothing a loop needs goes through memory. Sines of large angles do, once a step."""
+    assert len(compiled) >= 13
+    assert [each for each in compiled if each.spilled_bytes and each.name != "_angles"] == []
+
+
+@pytest.mark.timeout(300)
+def test_attention_of_prompts_uses_hopper_s_matrix_units(compiled: list[Compiled]) -> None:
+    """The prefill kernel multiplies by wgmma, and leaves room for its shared memory on a multiprocessor."""
+    wide = [each for each in compiled if "wgmma" in each.ptx]
+    assert [each.name for each in wide] == ["_attend"]
+    assert wide[0].shared_bytes <= 227 << 10
+
+
+@pytest.mark.timeout(300)
+def test_pages_are_read_in_wide_loads(compiled: list[Compiled]) -> None:
+    """No kernel loads byte by byte what lies side by side."""
+    assert [each.name for each in compiled if "ld.global.b8" in each.ptx] == []
