@@ -69,7 +69,8 @@ class TokenizerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def EncodeChat(self, request, context):
-        """A conversation to ids, by the model's chat template.
+        """A conversation to ids, by the model's chat template. A special token that the conversation itself spells out is text,
+        unless the tokenizer is set to take it for what it says (special_tokens_in_chat).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

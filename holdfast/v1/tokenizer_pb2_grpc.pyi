@@ -36,7 +36,9 @@ class TokenizerServiceStub:
     Encode: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.EncodeRequest, _tokenizer_pb2.EncodeResponse]
     """Texts to ids."""
     EncodeChat: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.EncodeChatRequest, _tokenizer_pb2.EncodeChatResponse]
-    """A conversation to ids, by the model's chat template."""
+    """A conversation to ids, by the model's chat template. A special token that the conversation itself spells out is text,
+    unless the tokenizer is set to take it for what it says (special_tokens_in_chat).
+    """
     Decode: _grpc.StreamStreamMultiCallable[_tokenizer_pb2.DecodeRequest, _tokenizer_pb2.DecodeResponse]
     """Ids to text as they come: one message for the tokens of one step of all streams, one answer for each message, in order."""
     GetTokenizerInfo: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.GetTokenizerInfoRequest, _tokenizer_pb2.GetTokenizerInfoResponse]
@@ -50,7 +52,9 @@ class TokenizerServiceAsyncStub(TokenizerServiceStub):
     Encode: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.EncodeRequest, _tokenizer_pb2.EncodeResponse]  # type: ignore[assignment]
     """Texts to ids."""
     EncodeChat: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.EncodeChatRequest, _tokenizer_pb2.EncodeChatResponse]  # type: ignore[assignment]
-    """A conversation to ids, by the model's chat template."""
+    """A conversation to ids, by the model's chat template. A special token that the conversation itself spells out is text,
+    unless the tokenizer is set to take it for what it says (special_tokens_in_chat).
+    """
     Decode: _aio.StreamStreamMultiCallable[_tokenizer_pb2.DecodeRequest, _tokenizer_pb2.DecodeResponse]  # type: ignore[assignment]
     """Ids to text as they come: one message for the tokens of one step of all streams, one answer for each message, in order."""
     GetTokenizerInfo: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.GetTokenizerInfoRequest, _tokenizer_pb2.GetTokenizerInfoResponse]  # type: ignore[assignment]
@@ -73,7 +77,9 @@ class TokenizerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tokenizer_pb2.EncodeChatRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tokenizer_pb2.EncodeChatResponse, _abc.Awaitable[_tokenizer_pb2.EncodeChatResponse]]:
-        """A conversation to ids, by the model's chat template."""
+        """A conversation to ids, by the model's chat template. A special token that the conversation itself spells out is text,
+        unless the tokenizer is set to take it for what it says (special_tokens_in_chat).
+        """
 
     @_abc_1.abstractmethod
     def Decode(

@@ -76,9 +76,13 @@ async def chat_rendering(settings: TokenizerSettings, tokenizer: ModelTokenizer)
     if not tokenizer.chat_templates:
         yield None
         return
+    texts = tokenizer.special_texts if settings.special_tokens_in_chat == "text" else ()
     try:
         async with rendering(
-            tokenizer.chat_templates, tokenizer.special_tokens, limit_seconds=settings.template_seconds
+            tokenizer.chat_templates,
+            tokenizer.special_tokens,
+            limit_seconds=settings.template_seconds,
+            unsayable=texts,
         ) as renderer:
             yield renderer
     except TemplateError as error:

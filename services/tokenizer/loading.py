@@ -40,6 +40,8 @@ class ModelTokenizer:
     """The decoder part of tokenizer.json, as the library writes it today."""
     special_ids: frozenset[int] = field(repr=False)
     """Added tokens that have no text unless one asks for it."""
+    special_texts: tuple[str, ...] = field(repr=False)
+    """How these tokens are written."""
     vocab_size: int
     """What the model's config says: rows of the embedding. Ids between the tokenizer's last and this one exist in the
     model, were never trained, and have no text."""
@@ -83,6 +85,7 @@ def load(folder: Path) -> ModelTokenizer:
         backend=backend,
         decoder=json.loads(backend.decoder.__getstate__()) if backend.decoder else {},
         special_ids=frozenset(id for id, token in added.items() if token.special),
+        special_texts=tuple(token.content for token in added.values() if token.special),
         vocab_size=int(text_config.get("vocab_size") or backend.get_vocab_size()),
         context_length=_context_length(text_config, folder),
         bos_token_id=_id_of(backend, special_tokens.get("bos_token")),

@@ -13,12 +13,13 @@ import os
 import resource
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from services.tokenizer.chat import ChatTemplates, TemplateError
+from services.tokenizer.plain import PlainText, new_mark, pieces
 
 _MEMORY_BYTES = 512 << 20
 """Address space of the process."""
@@ -26,24 +27,35 @@ _MEMORY_BYTES = 512 << 20
 _START_SECONDS = 60.0
 """Longest time that the process may take to start and to compile the templates."""
 
+_MOST_PIECES = 1 << 14
+"""What the service still reads in no time."""
+
 _CHECKOUT = Path(__file__).parents[2]
 
 
 class Renderer:
     """A model's chat templates in their process. Conversations are rendered one after another."""
 
-    def __init__(self, templates: dict[str, str], special_tokens: dict[str, str], *, limit_seconds: float) -> None:
-        self._hello = {"templates": templates, "special_tokens": special_tokens}
+    def __init__(
+        self,
+        templates: dict[str, str],
+        special_tokens: dict[str, str],
+        *,
+        limit_seconds: float,
+        unsayable: Sequence[str] = (),
+    ) -> None:
+        """`special_tokens`: by the names that templates know. `unsayable`: those that a request may not write."""
+        self._hello = {"templates": templates, "special_tokens": special_tokens, "unsayable": list(unsayable)}
         self._limit_seconds = limit_seconds
         self._one_at_a_time = asyncio.Lock()
         self._process: Process | None = None
-        self._turn: asyncio.Task[str] | None = None
+        self._turn: asyncio.Task[list[str]] | None = None
         """The latest; `stop` ends it."""
 
     async def render(
         self, messages: list[dict[str, Any]], variables: dict[str, Any], *, continue_final: bool = False
-    ) -> str:
-        """What `ChatTemplates.render` gives. A caller that leaves disturbs no other: its answer is read all the same.
+    ) -> list[str]:
+        """What `ChatTemplates.render` gives, cut so that no piece has a special token of the request's. A caller that leaves disturbs no other: its answer is read all the same.
 
         Raises:
             TemplateError: what that raises, or the template took too long, or its process died of it.
@@ -65,17 +77,17 @@ class Renderer:
             await asyncio.gather(self._turn, return_exceptions=True)
         await self._kill()
 
-    async def _in_turn(self, request: dict[str, Any] | None) -> str:
+    async def _in_turn(self, request: dict[str, Any] | None) -> list[str]:
         """Has a request answered, nothing asked for where there is none. The turn is the renderer's, not its caller's:
         left half way, its answer would be read by the next."""
         await self._one_at_a_time.acquire()
         self._turn = asyncio.create_task(self._take_turn(request))
         return await asyncio.shield(self._turn)
 
-    async def _take_turn(self, request: dict[str, Any] | None) -> str:
+    async def _take_turn(self, request: dict[str, Any] | None) -> list[str]:
         try:
             process = self._process or await self._start()
-            return "" if request is None else await self._ask(process, request, limit_seconds=self._limit_seconds)
+            return [] if request is None else await self._ask(process, request, limit_seconds=self._limit_seconds)
         finally:
             self._one_at_a_time.release()
 
@@ -98,7 +110,7 @@ class Renderer:
         await self._ask(self._process, self._hello, limit_seconds=_START_SECONDS)
         return self._process
 
-    async def _ask(self, process: Process, request: dict[str, Any], *, limit_seconds: float) -> str:
+    async def _ask(self, process: Process, request: dict[str, Any], *, limit_seconds: float) -> list[str]:
         """The answer to one request. Whatever goes wrong in between ends the process: it may yet answer, too late."""
         try:
             async with asyncio.timeout(limit_seconds):
@@ -114,7 +126,7 @@ class Renderer:
             raise
         if "error" in answer:
             raise TemplateError(answer["error"])
-        return str(answer["text"])
+        return [str(piece) for piece in answer["pieces"]]
 
 
 async def _exchange(process: Process, request: dict[str, Any]) -> dict[str, Any]:
@@ -128,14 +140,14 @@ async def _exchange(process: Process, request: dict[str, Any]) -> dict[str, Any]
 
 @asynccontextmanager
 async def rendering(
-    templates: dict[str, str], special_tokens: dict[str, str], *, limit_seconds: float
+    templates: dict[str, str], special_tokens: dict[str, str], *, limit_seconds: float, unsayable: Sequence[str] = ()
 ) -> AsyncIterator[Renderer]:
     """A renderer whose process runs, and ends with the block.
 
     Raises:
         TemplateError: a template is not valid Jinja.
     """
-    renderer = Renderer(templates, special_tokens, limit_seconds=limit_seconds)
+    renderer = Renderer(templates, special_tokens, limit_seconds=limit_seconds, unsayable=unsayable)
     try:
         await renderer.start()
         yield renderer
@@ -154,22 +166,28 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     hello = _read(sys.stdin.buffer)
     templates: ChatTemplates | None = None
+    plain = PlainText(hello["unsayable"] if hello is not None else ())
     while hello is not None:
         try:
             if templates is None:
                 templates = ChatTemplates(hello["templates"], hello["special_tokens"])
-                answer = {"text": ""}
+                answer: dict[str, Any] = {"pieces": []}
             else:
-                answer = {
-                    "text": templates.render(
-                        hello["messages"], hello["variables"], continue_final=hello["continue_final"]
-                    )
-                }
+                answer = {"pieces": _rendered(templates, plain, hello)}
         except TemplateError as error:
             answer = {"error": str(error)}
         sys.stdout.buffer.write(_framed(answer))
         sys.stdout.buffer.flush()
         hello = _read(sys.stdin.buffer)
+
+
+def _rendered(templates: ChatTemplates, plain: PlainText, request: dict[str, Any]) -> list[str]:
+    mark = new_mark()
+    messages, variables = plain.marked([request["messages"], request["variables"]], mark)
+    cut = pieces(templates.render(messages, variables, continue_final=request["continue_final"]), mark)
+    if len(cut) > _MOST_PIECES:
+        raise TemplateError(f"special tokens are spelled out {len(cut) - 1} times; at most {_MOST_PIECES - 1} can be")
+    return cut
 
 
 def _read(file: BinaryIO) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from holdfast import rpc
@@ -78,15 +79,16 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         messages, variables = _messages(request.chat), _variables(request.chat)
         with self._encoding():
             try:
-                text = await self._renderer.render(
+                pieces = await self._renderer.render(
                     messages, variables, continue_final=request.chat.continue_final_message
                 )
-                self._check_size(len(text.encode()), field="chat")
+                self._check_size(sum(len(piece.encode()) for piece in pieces), field="chat")
             except TemplateError as error:
                 raise InvalidRequest(str(error), field="chat.messages") from error
             except UnicodeEncodeError as error:
                 raise InvalidRequest(f"the conversation is not valid Unicode: {error}", field="chat") from error
-            (ids,) = await self._encoder.encode([text], special_tokens=False)  # the template wrote them
+            ids_of_pieces = await self._encoder.encode(pieces, special_tokens=False)  # the template wrote them
+        ids = list(chain.from_iterable(ids_of_pieces))
         self._metrics.encoded.inc(len(ids))
         return tokenizer_pb2.EncodeChatResponse(ids=tokenizer_pb2.TokenIds(ids=ids))
 

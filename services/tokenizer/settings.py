@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -31,5 +31,8 @@ class TokenizerSettings(Settings, env_prefix="HOLDFAST_TOKENIZER_"):
     """Most bytes of text in a call, or of a rendered conversation. The ids of 4 MiB still fit into one answer."""
     max_texts: Annotated[int, Field(ge=1)] = 1024
     """Most texts in a call."""
+    special_tokens_in_chat: Literal["text", "special"] = "text"
+    """What `<|im_start|>` and the like are that a conversation's own strings hold: text like any other, so that no message
+    can pretend to be another's, or the special tokens. Those of a prompt always count: it is all its sender's."""
     template_seconds: Annotated[float, Field(gt=0)] = 5.0
     """Longest time that a chat template may run."""

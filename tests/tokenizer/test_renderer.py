@@ -26,10 +26,10 @@ TEMPLATE = (
 async def test_a_conversation_is_rendered_in_another_process() -> None:
     """The renderer gives what the template gives, for conversations of any size, also many at once."""
     async with rendering({"default": TEMPLATE}, {"bos_token": "<s>"}, limit_seconds=60) as renderer:
-        assert await renderer.render([USER], {}) == "Hello<s>"
+        assert await renderer.render([USER], {}) == ["Hello<s>"]
         large = {"role": "user", "content": "é\n" * 1_000_000}
         texts = await asyncio.gather(*(renderer.render([message], {}) for message in [large, USER, large, USER]))
-        assert texts == [large["content"] + "<s>", "Hello<s>"] * 2
+        assert texts == [[large["content"] + "<s>"], ["Hello<s>"]] * 2
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ async def test_a_template_that_runs_away_is_ended(mode: str, reason: str) -> Non
     async with rendering({"default": TEMPLATE}, {}, limit_seconds=limit) as renderer:
         with pytest.raises(TemplateError, match=reason):
             await renderer.render([USER], {"mode": mode, "n": 9})
-        assert await renderer.render([USER], {}) == "Hello"
+        assert await renderer.render([USER], {}) == ["Hello"]
 
 
 async def test_a_caller_that_gives_up_disturbs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,7 @@ async def test_a_caller_that_gives_up_disturbs_no_other(monkeypatch: pytest.Monk
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0):
                     await renderer.render([USER], {})
-            assert await renderer.render([{"role": "user", "content": "next"}], {}) == "next"
+            assert await renderer.render([{"role": "user", "content": "next"}], {}) == ["next"]
     assert len(started) == 1
 
 
@@ -70,7 +70,7 @@ async def test_a_template_that_runs_away_is_ended_though_its_caller_gave_up() ->
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0):
                 await renderer.render([USER], {"mode": "loops"})
-        assert await renderer.render([USER], {}) == "Hello"
+        assert await renderer.render([USER], {}) == ["Hello"]
 
 
 async def test_an_error_of_a_template_leaves_its_process_running() -> None:
@@ -79,6 +79,14 @@ async def test_an_error_of_a_template_leaves_its_process_running() -> None:
         for _ in range(3):
             with pytest.raises(TemplateError, match="refuses this conversation: no"):
                 await renderer.render([USER], {})
+
+
+async def test_a_request_full_of_special_tokens_is_refused() -> None:
+    """Its pieces would be too many to be looked at while others wait; some thousands are not."""
+    async with rendering({"default": TEMPLATE}, {}, limit_seconds=60, unsayable=["<s>"]) as renderer:
+        assert len(await renderer.render([USER | {"content": "<s>" * 10_000}], {})) == 10_001
+        with pytest.raises(TemplateError, match="spelled out 20000 times; at most 16383"):
+            await renderer.render([USER | {"content": "<s>" * 20_000}], {})
 
 
 async def test_a_wrong_template_stops_the_start() -> None:
