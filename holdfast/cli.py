@@ -14,7 +14,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read when grpc is imported: its notes are not for people
@@ -25,13 +25,21 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from holdfast import __version__, rpc
 from holdfast.client import DEFAULT_ADDRESS, Answer, Client, Message, Options
 from holdfast.errors import ConfigurationError, HoldfastError, InvalidRequest, from_rpc_error
-from holdfast.events import Event, FinishReason, Tokens
+from holdfast.events import Accepted, Event, FinishReason, Tokens
 from holdfast.stopwatch import Stopwatch
 from holdfast.v1 import engine_pb2, engine_pb2_grpc
 
 ADDRESS_VARIABLE = "HOLDFAST_ADDRESS"
 
 _HEALTH_SECONDS = 5.0
+
+_PATIENCE_SECONDS = 3.0
+"""How long a person may wait without being told what for."""
+
+_NOT_READY = (
+    "the gateway is not ready: it is starting or stopping, or it misses an engine, the log or the tokenizer "
+    "(its /readyz says which)"
+)
 
 _LIMITS = {"chat": 1024, "generate": 256}
 """Most tokens of an answer where --max-tokens is not given, by command."""
@@ -257,7 +265,8 @@ class _Conversation:
         heard: list[str] = []
 
         async def ask(options: Options, limit: int | None) -> None:
-            _tell(await show(client.generate(messages=messages, **options), heard, limit=limit))
+            async with _waits_told(client) as came:
+                _tell(await show(client.generate(messages=messages, **options), heard, limit=limit, came=came))
 
         try:
             await _limited(ask, self._options, _LIMITS["chat"])
@@ -282,7 +291,8 @@ def generate(arguments: argparse.Namespace) -> int:
                     if arguments.json:
                         await show_json(answer)
                     else:
-                        _tell(await show(answer, limit=limit))
+                        async with _waits_told(client) as came:
+                            _tell(await show(answer, limit=limit, came=came))
                 except asyncio.CancelledError:
                     if arguments.no_cancel:
                         again = f"holdfast cancel {answer.request_id}"
@@ -313,13 +323,21 @@ def _not_text(error: UnicodeDecodeError) -> InvalidRequest:
     return InvalidRequest(f"standard input is not UTF-8 text: byte {error.object[error.start]:#04x} is out of place")
 
 
-async def show(answer: Answer, heard: list[str] | None = None, *, limit: int | None = None) -> Stopwatch:
+async def show(
+    answer: Answer,
+    heard: list[str] | None = None,
+    *,
+    limit: int | None = None,
+    came: Callable[[], object] = lambda: None,
+) -> Stopwatch:
     """Prints the text of an answer as it grows, and returns how fast it came. `heard` gets each piece of text. An end
-    at `limit` tokens is said to be one: nobody asked for it."""
+    at `limit` tokens is said to be one: nobody asked for it. `came` is called when there is some of the answer."""
     watch = Stopwatch()
     async with answer:
         async for event in answer:
             watch.see(event)
+            if not isinstance(event, Accepted):
+                came()
             if isinstance(event, Tokens):
                 print(event.text, end="", flush=True)
                 if heard is not None:
@@ -328,6 +346,25 @@ async def show(answer: Answer, heard: list[str] | None = None, *, limit: int | N
                 _warn_of(event, limit)
     print(flush=True)
     return watch
+
+
+@contextlib.asynccontextmanager
+async def _waits_told(client: Client) -> AsyncIterator[Callable[[], object]]:
+    """Where nothing comes for a while, and the gateway says that it is not ready, so is whoever waits. The block calls
+    what it is given when something has come."""
+
+    async def tell() -> None:
+        await asyncio.sleep(_PATIENCE_SECONDS)
+        with contextlib.suppress(HoldfastError):
+            if not await client.health():
+                print(f"holdfast: waiting: {_NOT_READY}", file=sys.stderr)
+
+    telling = asyncio.create_task(tell())
+    try:
+        yield telling.cancel
+    finally:
+        telling.cancel()
+        await asyncio.wait([telling])
 
 
 def _tell(watch: Stopwatch) -> None:
@@ -388,7 +425,7 @@ async def _gateway_status(address: str) -> bool:
         except HoldfastError as error:
             _report("gateway", address, f"not serving: {error}")
             return False
-    _report("gateway", address, "serving" if serving else "not serving: it is starting or stopping")
+    _report("gateway", address, "serving" if serving else f"not serving: {_NOT_READY}")
     for model in models:
         print(f"{'':11}{model.name}: {model.context_length} tokens of context{', chat' if model.chat else ''}")
     return serving

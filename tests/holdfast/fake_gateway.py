@@ -41,11 +41,16 @@ class FakeGateway(gateway_pb2_grpc.GatewayServiceServicer):
 
     answer: Sequence[pb.GenerateResponse | Exception] = ()
     endless: bool = False
+    go_on: asyncio.Event = field(default_factory=asyncio.Event)
+    """While it is not set, nothing comes after the first event."""
     requests: list[pb.GenerateRequest] = field(default_factory=list)
     submitted: list[pb.SubmitRequest] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     timeouts: list[float | None] = field(default_factory=list)
     left: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.go_on.set()
 
     @rpc.stream
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
@@ -56,6 +61,7 @@ class FakeGateway(gateway_pb2_grpc.GatewayServiceServicer):
                 if isinstance(event, Exception):
                     raise event
                 yield event
+                await self.go_on.wait()
             index = 0
             while self.endless:
                 yield tokens(index, f" {index}")

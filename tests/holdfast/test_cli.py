@@ -322,6 +322,17 @@ async def test_chat_at_a_terminal_survives_a_refusal() -> None:
     assert [message.content for message in gateway.requests[1].chat.messages] == ["Again"]
 
 
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+async def test_who_waits_for_an_engine_is_told_so(verb: str) -> None:
+    """Where nothing comes and the gateway says that it is not ready; the answer comes when it can."""
+    gateway = FakeGateway([accepted(), tokens(0, "Here"), finished()])
+    gateway.go_on.clear()
+    async with serving(gateway) as server, terminal("--address", server.address, verb, "hi") as person:
+        await person.read_until("holdfast: waiting: the gateway is not ready")
+        gateway.go_on.set()
+        await person.read_until("Here")
+
+
 async def test_cancel_tells_the_gateway() -> None:
     """Which request."""
     gateway = FakeGateway()
@@ -336,7 +347,7 @@ async def test_status_says_who_serves_what() -> None:
     async with serving(FakeGateway()) as server:
         code, out, _ = await run("--address", server.address, "status")
         assert code == 1
-        assert "not serving: it is starting or stopping" in out
+        assert "not serving: the gateway is not ready: it is starting or stopping, or it misses an engine" in out
         await server.health.ready()
         code, out, _ = await run("--address", server.address, "status", "--tokenizer", server.address)
         assert code == 0
