@@ -9,13 +9,15 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
 from holdfast import rpc
 from holdfast.client import Client
 from holdfast.events import Finished, FinishReason, Tokens
 from holdfast.v1 import engine_pb2_grpc
-from tests.flow.mesh import ANYWHERE, Engine, Process, process
+from services.gateway.watch import NO_ENGINE
+from tests.flow.mesh import ANYWHERE, PATIENCE, Engine, Process, process
 
 LENGTH = 199
 """Tokens of the published text."""
@@ -107,3 +109,26 @@ async def test_streams_survive_an_engine_that_freezes_and_one_that_dies(mesh: Pr
         second.kill()
     assert [stream.result() for stream in streams] == [published] * 32
     assert (await first_engine.load()).num_generated_tokens > 0
+
+
+async def missing(mesh: Processes) -> dict[str, str]:
+    """What the gateway says that it lacks."""
+    async with httpx.AsyncClient() as http:
+        answer = (await http.get(f"http://{(await mesh.gateway.addresses())['http']}/readyz")).json()["missing"]
+    assert isinstance(answer, dict)
+    return answer
+
+
+async def test_a_gateway_is_ready_while_one_engine_is_there(mesh: Processes) -> None:
+    """When the last one has left it says so; what it accepts then waits in the log."""
+    (first, _), (second, _) = mesh.engines
+    async with asyncio.timeout(PATIENCE):
+        while await missing(mesh):
+            pass
+        assert await first.stop() == 0
+        await story(mesh.client)
+        assert await missing(mesh) == {}
+        assert await second.stop() == 0
+        while await missing(mesh) != {"engine": NO_ENGINE}:
+            pass
+        assert (await mesh.client.submit("Once")).request_id
