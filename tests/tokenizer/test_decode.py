@@ -276,6 +276,8 @@ def _tokenizer(backend: Any) -> ModelTokenizer:
         bos_token_id=None,
         eos_token_ids=(),
         digest="",
+        special_texts=(),
         special_tokens={},
+        sampling={},
         chat_templates={},
     )
