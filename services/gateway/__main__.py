@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
@@ -28,6 +29,9 @@ from services.gateway.tasks import running, together
 from services.gateway.tokenizer import Tokenizer
 from services.gateway.watch import Watch
 
+LAST_WORDS_SECONDS = 1.0
+"""How long calls may take beyond the drain: their answers have ended, or end now."""
+
 
 @dataclass(frozen=True, slots=True)
 class GatewayAddresses:
@@ -43,8 +47,9 @@ async def serve(
     settings: GatewaySettings, *, bus: Bus | None = None, registry: CollectorRegistry | None = None
 ) -> AsyncIterator[GatewayAddresses]:
     """A gateway that can take requests: the log was reached, and the tokenizer answered. Until then, and whenever one of
-    the two is gone, or no engine is there, its health is NOT_SERVING and `/readyz` says what is missing. Leaving the block lets open streams end for
-    `drain_seconds`, while what feeds them still runs; until they have, HTTP says 503 to whoever comes.
+    the two is gone, or no engine is there, its health is NOT_SERVING and `/readyz` says what is missing. Leaving the
+    block lets open streams end for `drain_seconds`, while what feeds them still runs; until they have, whoever comes is
+    told that it stops.
 
     Raises:
         ConfigurationError: an address cannot be bound, the log has other topics, or the tokenizer has become another.
@@ -81,16 +86,11 @@ async def serve(
             observer=Observer(metrics, parts.enter_context(tracing("gateway"))),
         )
         app = http.application(gateway, readiness, metrics, settings)
+        last = min(LAST_WORDS_SECONDS, settings.drain_seconds)
         server, http_address = await parts.enter_async_context(
             together(
-                rpc.serving(settings.address, [servicer(gateway, settings)], drain=settings.drain_seconds),
-                web.serving(
-                    settings.http_address,
-                    app,
-                    ended=admission.wait_until_empty,
-                    drain=settings.drain_seconds,
-                    write_seconds=settings.write_seconds,
-                ),
+                rpc.serving(settings.address, [servicer(gateway, settings)], drain=last),
+                web.serving(settings.http_address, app, drain=last, write_seconds=settings.write_seconds),
             )
         )
         await readiness.tell(lambda ready: server.health.ready() if ready else server.health.not_ready())
@@ -101,8 +101,10 @@ async def serve(
         try:
             yield GatewayAddresses(grpc=server.address, http=http_address)
         finally:
-            admission.close()
             await readiness.lost("draining", "this gateway is being stopped")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(settings.drain_seconds):
+                    await admission.drain()
 
 
 @asynccontextmanager

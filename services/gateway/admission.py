@@ -76,12 +76,9 @@ class Admission:
             if self._num_open == 0:
                 self._empty.set()
 
-    def close(self) -> None:
-        """No further request gets a place."""
+    async def drain(self) -> None:
+        """Gives no further request a place; returns when none holds one."""
         self._closed = True
-
-    async def wait_until_empty(self) -> None:
-        """Until no request holds a place."""
         await self._empty.wait()
 
     def admit(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from typing import Any
 
@@ -28,14 +28,10 @@ LAST_WORDS_SECONDS = 1.0
 
 
 @asynccontextmanager
-async def serving(
-    address: str, app: ASGIApp, *, ended: Callable[[], Awaitable[None]], drain: float, write_seconds: float
-) -> AsyncIterator[str]:
+async def serving(address: str, app: ASGIApp, *, drain: float, write_seconds: float) -> AsyncIterator[str]:
     """An HTTP server on `host:port` (port 0: any); yields the address that was really bound. A client that for
-    `write_seconds` does not take what is written for it loses its connection.
-
-    Leaving the block goes on serving until `ended` returns, so that who asks is told why he is refused; then takes no
-    new connections and lets running calls end. After `drain` seconds in all, what is left is cancelled.
+    `write_seconds` does not take what is written for it loses its connection. Leaving the block takes no new
+    connections, lets running calls end for at most `drain` seconds and cancels what is left.
 
     Raises:
         CannotListen: the address cannot be bound.
@@ -66,21 +62,16 @@ async def serving(
             try:
                 yield f"{host}:{listener.getsockname()[1]}"
             finally:
-                await _leave(server, life, ended, drain)
+                await _leave(server, life, drain)
 
 
-async def _leave(server: _Server, life: asyncio.Task[None], ended: Callable[[], Awaitable[None]], drain: float) -> None:
+async def _leave(server: _Server, life: asyncio.Task[None], drain: float) -> None:
     """Ends the server's life."""
-    try:
-        async with asyncio.timeout(drain):
-            await ended()
-            server.should_exit = True
-            await asyncio.wait([life])
-    except TimeoutError:
-        server.should_exit = True
-        server.cancel_calls()
-        await asyncio.wait([life], timeout=LAST_WORDS_SECONDS)
-        server.cut_connections()
+    server.should_exit = True
+    await asyncio.wait([life], timeout=drain)
+    server.cancel_calls()
+    await asyncio.wait([life], timeout=LAST_WORDS_SECONDS)
+    server.cut_connections()
 
 
 class _Server(uvicorn.Server):

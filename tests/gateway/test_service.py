@@ -174,8 +174,8 @@ async def scrape(mesh: Mesh) -> dict[tuple[str, frozenset[tuple[str, str]]], flo
 
 
 async def test_leaving_lets_open_streams_end() -> None:
-    """A gateway that is told to stop is NOT_SERVING at once, takes no new calls, and serves open streams to their end on
-    both faces; until then whoever asks over HTTP is told so."""
+    """A gateway that is told to stop is NOT_SERVING at once, takes no new requests, and serves open streams to their end
+    on both faces; until then whoever asks is told so."""
     async with (
         MemoryBus() as bus,
         tokenizing(ByteTokenizer()) as server,
@@ -189,8 +189,11 @@ async def test_leaving_lets_open_streams_end() -> None:
             """Reads both streams once the gateway is leaving, and then has the engine finish them."""
             assert (await anext(changes)).status == NOT_SERVING
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await stub.ListModels(pb.ListModelsRequest())
+                await stub.Submit(pb.SubmitRequest(request=pb.GenerateRequest(prompt="hi")))
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert "being stopped" in str(caught.value.details())
+            health = health_pb2_grpc.HealthStub(channel)
+            assert (await health.Check(health_pb2.HealthCheckRequest())).status == NOT_SERVING
             ready = await web.get(f"http://{addresses.http}/readyz")
             draining = {"ready": False, "missing": {"draining": "this gateway is being stopped"}}
             assert (ready.status_code, ready.json()) == (503, draining)
@@ -220,7 +223,7 @@ async def test_leaving_lets_open_streams_end() -> None:
 
 
 async def test_http_listens_until_the_last_stream_has_ended() -> None:
-    """Though that is one of gRPC: who balances load asks /readyz."""
+    """Though that is one of gRPC: who balances load asks /readyz. Then it does not."""
     async with (
         MemoryBus() as bus,
         tokenizing(ByteTokenizer()) as server,
