@@ -391,7 +391,7 @@ async def test_a_client_that_stops_reading_gives_its_place_back() -> None:
     others, its request is cancelled, and the client learns why if it reads on."""
     small_window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16)]
     async with (
-        open_mesh(max_buffered_tokens=1 << 20, max_streams=1, write_seconds=0.05) as mesh,
+        open_mesh(max_buffered_tokens=1 << 20, max_streams=1, write_seconds=0.5) as mesh,
         grpc.aio.insecure_channel(mesh.addresses.grpc, options=small_window) as channel,
     ):
         stub: gateway_pb2_grpc.GatewayServiceAsyncStub = gateway_pb2_grpc.GatewayServiceStub(channel)
@@ -407,7 +407,7 @@ async def test_a_client_that_stops_reading_gives_its_place_back() -> None:
                 async for _ in stream:
                     pass
         assert isinstance(from_rpc_error(caught.value), Overloaded)
-        assert "unread for 0.05 seconds" in str(from_rpc_error(caught.value))
+        assert "unread for 0.5 seconds" in str(from_rpc_error(caught.value))
 
 
 async def test_an_engines_error_is_the_calls_status() -> None:
