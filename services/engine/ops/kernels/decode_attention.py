@@ -21,7 +21,7 @@ from services.engine.kv_cache import KVCache
 
 LOG2_E = 1.4426950408889634
 
-_CHUNKS = ((4, 64), (16, 256), (64, 512))
+_CHUNKS = ((1, 128), (32, 256))
 """Most sequences, and tokens of a chunk."""
 
 
@@ -33,12 +33,11 @@ class Work:
     """[rows, blocks] int32: block tables."""
     slots_S: Tensor
     """The row of each sequence."""
-    lengths_S: Tensor
-    """int32: keys of each sequence."""
     first_S1: Tensor
     """int32, S + 1 of them: each sequence's first item, and how many there are."""
-    items_M: Tensor
-    """int32: the sequence of each item. M is the most there can be."""
+    items_M4: Tensor
+    """int32, of each item: its sequence, that one's table row and length, and the item's number in it. All that a
+    program must know before it can look up a page, in one place. M is the most there can be."""
     chunk: int
     """Tokens of a chunk."""
 
@@ -58,7 +57,7 @@ class Scratch:
 def chunk_size(num_sequences: int, max_len: int) -> int:
     """Tokens of a chunk: few enough that a small batch fills the GPU (measured on an H200), many enough that adding up the
     longest sequence's takes no longer than they do."""
-    by_batch = next((size for most, size in _CHUNKS if num_sequences <= most), 1024)
+    by_batch = next((size for most, size in _CHUNKS if num_sequences <= most), 2048)
     return max(by_batch, triton.next_power_of_2(max_len // 256))
 
 
@@ -69,7 +68,7 @@ def _rows(group: int) -> int:
 
 def scratch(work: Work, *, heads: int, cache: KVCache) -> Scratch:
     """Room for these items and sequences."""
-    items, sequences, kv_heads = len(work.items_M), len(work.slots_S), cache.shape.kv_heads
+    items, sequences, kv_heads = len(work.items_M4), len(work.slots_S), cache.shape.kv_heads
     group, device = triton.next_power_of_2(heads // kv_heads), cache.data.device
     return Scratch(
         torch.empty((items, kv_heads, group, cache.shape.head_dim), dtype=torch.float32, device=device),
@@ -82,10 +81,10 @@ def plan(tables: Tensor, slots_S: Tensor, lengths_S: Tensor, *, chunk: int, most
     """Lists the chunks of these sequences."""
     num_sequences, device = len(slots_S), slots_S.device
     first_S1 = torch.empty(num_sequences + 1, dtype=torch.int32, device=device)
-    items_M = torch.empty(most_items, dtype=torch.int32, device=device)
+    items_M4 = torch.empty((most_items, 4), dtype=torch.int32, device=device)
     _plan[(1,)](lengths_S, first_S1, num_sequences, CHUNK=chunk, S=triton.next_power_of_2(num_sequences))
-    _list[(num_sequences,)](first_S1, items_M, B=64)
-    return Work(tables, slots_S, lengths_S, first_S1, items_M, chunk)
+    _list[(num_sequences,)](first_S1, slots_S, lengths_S, items_M4, B=64, num_warps=1)
+    return Work(tables, slots_S, first_S1, items_M4, chunk)
 
 
 def attend(
@@ -104,16 +103,14 @@ def attend(
     num_sequences, (_, heads, head_dim) = len(work.slots_S), q_NHD.shape
     kv_heads = cache.shape.kv_heads
     data = cache.data
-    tile = min(64, work.chunk)
-    _attend[(len(work.items_M), kv_heads)](
+    few = work.chunk <= _CHUNKS[-1][1]
+    _attend[(len(work.items_M4), kv_heads)](
         q_NHD,
         data[:, layer],
         out_NHD,
         work.tables,
-        work.slots_S,
-        work.lengths_S,
         work.first_S1,
-        work.items_M,
+        work.items_M4,
         scratch.parts,
         scratch.sums,
         scratch.counters,
@@ -129,14 +126,14 @@ def attend(
         WIDTH=max(16, triton.next_power_of_2(head_dim)),
         ROWS=_rows(heads // kv_heads),
         T=cache.block_size,
-        TILE=tile,
+        TILE=min(64, work.chunk),
         CHUNK=work.chunk,
         WINDOW=window or 0,
         GROUP=scratch.parts.shape[2],
         PARTS=8,
         PRECISION="ieee" if q_NHD.dtype is torch.float32 else "tf32",
-        num_warps=4,
-        num_stages=3,
+        num_warps=2 if few else 4,
+        num_stages=3 if few else 2,
     )
 
 
@@ -150,12 +147,17 @@ def _plan(lengths, first, num_sequences, CHUNK: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def _list(first, items, B: tl.constexpr):
+def _list(first, slots, lengths, items, B: tl.constexpr):
     sequence = tl.program_id(0)
     start, end = tl.load(first + sequence), tl.load(first + sequence + 1)
+    slot, length = tl.load(slots + sequence).to(tl.int32), tl.load(lengths + sequence)
     for at in range(start, end, B):
         item = at + tl.arange(0, B)
-        tl.store(items + item, tl.zeros((B,), tl.int32) + sequence, mask=item < end)
+        inside = item < end
+        tl.store(items + item * 4, tl.zeros((B,), tl.int32) + sequence, mask=inside)
+        tl.store(items + item * 4 + 1, tl.zeros((B,), tl.int32) + slot, mask=inside)
+        tl.store(items + item * 4 + 2, tl.zeros((B,), tl.int32) + length, mask=inside)
+        tl.store(items + item * 4 + 3, item - start, mask=inside)
 
 
 @triton.jit
@@ -164,8 +166,6 @@ def _attend(
     kv,
     out,
     tables,
-    slots,
-    lengths,
     first,
     items,
     parts,
@@ -193,11 +193,11 @@ def _attend(
     item, head = tl.program_id(0), tl.program_id(1)
     if item >= tl.load(first + num_sequences):
         return
-    sequence = tl.load(items + item)
-    begin, until = tl.load(first + sequence), tl.load(first + sequence + 1)
-    length = tl.load(lengths + sequence)
-    table = tables + tl.load(slots + sequence).to(tl.int64) * table_stride
-    start = (item - begin) * CHUNK
+    sequence, slot = tl.load(items + item * 4), tl.load(items + item * 4 + 1)
+    length, number = tl.load(items + item * 4 + 2), tl.load(items + item * 4 + 3)
+    num_chunks = (length + CHUNK - 1) // CHUNK
+    table = tables + slot.to(tl.int64) * table_stride
+    start = number * CHUNK
     end = tl.minimum(start + CHUNK, length)
 
     row = tl.arange(0, ROWS)
@@ -210,17 +210,20 @@ def _attend(
     found = tl.zeros((ROWS, WIDTH), tl.float32)
     if WINDOW > 0:
         start = tl.maximum(start, (tl.maximum(length - WINDOW, 0) // TILE) * TILE)
+    block = tl.load(table + start // T)
     for tile in range(start, end, TILE):
         token = tile + tl.arange(0, TILE)
         seen = token < end
         if WINDOW > 0:
             seen = seen & (token >= length - WINDOW)
         if TILE <= T:
-            block = tl.load(table + tile // T).to(tl.int64)
-            base = block * block_stride + head * head_stride + (tl.multiple_of(tile % T, TILE) + tl.arange(0, TILE)) * D
+            # Looked up one tile ahead, so that the loads need not wait for it.
+            base = block.to(tl.int64) * block_stride + head * head_stride
+            base += (tl.multiple_of(tile % T, TILE) + tl.arange(0, TILE)) * D
+            block = tl.load(table + (tile + TILE) // T, mask=tile + TILE < end, other=0)
         else:
-            block = tl.load(table + token // T, mask=token < end, other=0).to(tl.int64)
-            base = block * block_stride + head * head_stride + (token % T) * D
+            blocks = tl.load(table + token // T, mask=token < end, other=0).to(tl.int64)
+            base = blocks * block_stride + head * head_stride + (token % T) * D
         held_here = seen[:, None] & (place < D)[None, :]
         keys = tl.load(kv + base[:, None] + place[None, :], mask=held_here, other=0.0)
         values = tl.load(kv + v_stride + base[:, None] + place[None, :], mask=held_here, other=0.0)
@@ -232,7 +235,7 @@ def _attend(
         total = total * fade + tl.sum(weights, 1)
         found = found * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
         peak = higher
-    if until - begin == 1:
+    if num_chunks == 1:
         tl.store(out + at, found / total[:, None], mask=held)
         return
 
@@ -243,11 +246,11 @@ def _attend(
     tl.store(sums + part, tl.where(total > 0, peak + tl.log2(share), -1e30), mask=row < G)
     tl.debug_barrier()
     counter = counters + sequence * K + head
-    if tl.atomic_add(counter, 1, sem="acq_rel") < until - begin - 1:
+    if tl.atomic_add(counter, 1, sem="acq_rel") < num_chunks - 1:
         return
     tl.store(counter, 0)
     to = out + (sequence.to(tl.int64) * K + head) * G * D
-    _add_up(to, parts, sums, begin, until, head, K, G, D, WIDTH, GROUP, PARTS)
+    _add_up(to, parts, sums, item - number, item - number + num_chunks, head, K, G, D, WIDTH, GROUP, PARTS)
 
 
 @triton.jit

@@ -35,7 +35,7 @@ def attend(
     group = heads // kv_heads
     data = cache.data
     is_wide = q_NHD.dtype.itemsize > 2
-    rows = 32 if is_wide else 128
+    rows = 32 if is_wide else 64
     tokens = max(1, rows // triton.next_power_of_2(group))
     tile = min(cache.block_size, 32 if is_wide else 64)
     _attend[(triton.cdiv(max_query, tokens), kv_heads, len(slots_S))](
@@ -61,7 +61,7 @@ def attend(
         TILE=tile,
         WINDOW=window or 0,
         PRECISION="ieee" if is_wide else "tf32",
-        num_warps=4 if is_wide else 8,
+        num_warps=4,
         num_stages=2 if is_wide else 3,
     )
 
@@ -119,9 +119,19 @@ def _attend(
         whole = start
     else:
         whole = ((lowest + 1) // TILE) * TILE
-    # Tiles that every row sees as a whole, then those at the edges.
+    # Tiles that every row sees as a whole, then those at the edges. Where a tile lies is looked up one tile ahead, so that
+    # its loads need not wait for that.
+    key = tl.arange(0, TILE)[:, None]
+    inner = kv + head * head_stride + place[None, :]
+    block = tl.load(table + start // T)
     for tile in range(start, whole, TILE):
-        keys, values = _tile(kv, table, tile, length, head, block_stride, v_stride, head_stride, D, WIDTH, T, TILE)
+        base = inner + block.to(tl.int64) * block_stride + (tl.multiple_of(tile % T, TILE) + key) * D
+        block = tl.load(table + (tile + TILE) // T, mask=tile + TILE < whole, other=0)
+        if WIDTH == D:
+            keys, values = tl.load(base), tl.load(base + v_stride)
+        else:
+            keys = tl.load(base, mask=place[None, :] < D, other=0.0)
+            values = tl.load(base + v_stride, mask=place[None, :] < D, other=0.0)
         scores = tl.dot(queries, keys.T, input_precision=PRECISION) * scale
         higher = tl.maximum(peak, tl.max(scores, 1))
         weights = tl.exp2(scores - higher[:, None])
@@ -130,11 +140,15 @@ def _attend(
         found = tl.dot(weights.to(values.dtype), values, found * fade[:, None], input_precision=PRECISION)
         peak = higher
     for tile in range(whole, end, TILE):
-        keys, values = _tile(kv, table, tile, length, head, block_stride, v_stride, head_stride, D, WIDTH, T, TILE)
-        key = tile + tl.arange(0, TILE)
-        seen = key[None, :] <= position[:, None]
+        base = inner + tl.load(table + tile // T).to(tl.int64) * block_stride + (tile % T + key) * D
+        # Beyond the sequence's end a page holds anything.
+        there = (tile + key < length) & (place[None, :] < D)
+        keys = tl.load(base, mask=there, other=0.0)
+        values = tl.load(base + v_stride, mask=there, other=0.0)
+        behind = position[:, None] - (tile + tl.arange(0, TILE))[None, :]
+        seen = behind >= 0
         if WINDOW > 0:
-            seen = seen & (key[None, :] > position[:, None] - WINDOW)
+            seen = seen & (behind < WINDOW)
         scores = tl.dot(queries, keys.T, input_precision=PRECISION) * scale
         scores = tl.where(seen, scores, -1e30)
         higher = tl.maximum(peak, tl.max(scores, 1))
@@ -144,16 +158,3 @@ def _attend(
         found = tl.dot(weights.to(values.dtype), values, found * fade[:, None], input_precision=PRECISION)
         peak = higher
     tl.store(out + at, found / tl.where(total > 0, total, 1.0)[:, None], mask=held)
-
-
-@triton.jit
-def _tile(kv, table, tile, length, head, block_stride, v_stride, head_stride, D: tl.constexpr, WIDTH: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """Keys and values of TILE tokens of one page; zeros beyond the sequence's end, where a page holds anything."""
-    place = tl.arange(0, WIDTH)
-    token = tl.arange(0, TILE)
-    block = tl.load(table + tile // T).to(tl.int64)
-    base = block * block_stride + head * head_stride + (tl.multiple_of(tile % T, TILE) + token) * D
-    held = (tile + token < length)[:, None] & (place < D)[None, :]
-    keys = tl.load(kv + base[:, None] + place[None, :], mask=held, other=0.0)
-    values = tl.load(kv + v_stride + base[:, None] + place[None, :], mask=held, other=0.0)
-    return keys, values

@@ -11,6 +11,9 @@ from torch import Tensor
 from services.engine.kv_cache import KVCache
 from services.engine.ops.rotary import Angles
 
+_HEADS = 8
+"""Heads a program."""
+
 
 def prepare(
     qkv_NHD: Tensor,
@@ -29,7 +32,7 @@ def prepare(
     q_NHD = torch.empty((num_tokens, heads, head_dim), dtype=qkv_NHD.dtype, device=qkv_NHD.device)
     q_weight, k_weight = norm_weights if norm_weights is not None else (qkv_NHD, qkv_NHD)
     data = cache.data
-    _prepare[(num_tokens, num_all)](
+    _prepare[(num_tokens, triton.cdiv(num_all, _HEADS))](
         qkv_NHD,
         q_NHD,
         data[:, layer],
@@ -48,7 +51,8 @@ def prepare(
         HALF=triton.next_power_of_2(head_dim // 2),
         T=cache.block_size,
         NORM=norm_weights is not None,
-        num_warps=1,
+        HEADS=_HEADS,
+        num_warps=2,
     )
     return q_NHD
 
@@ -73,34 +77,40 @@ def _prepare(
     HALF: tl.constexpr,
     T: tl.constexpr,
     NORM: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
-    """One head of one token; its two halves are the two coordinates that are turned."""
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    place = tl.arange(0, HALF)
-    inside = place < D // 2
+    """Some heads of one token, in two halves: the two coordinates that are turned."""
+    token = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    place = tl.arange(0, HALF)[None, :]
+    inside = (place < D // 2) & (head < H + 2 * K)
+    turned = head < H + K
     source = qkv + (token * (H + 2 * K) + head) * D + place
     low = tl.load(source, mask=inside, other=0.0)
     high = tl.load(source + D // 2, mask=inside, other=0.0)
-    if head < H + K:
-        x, y = low.to(tl.float32), high.to(tl.float32)
-        if NORM:
-            weight = q_weight if head < H else k_weight
-            scale = tl.rsqrt((tl.sum(x * x, 0) + tl.sum(y * y, 0)) / D + eps)
-            # Rounded as the norm alone would leave it.
-            x = (x * scale * tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)).to(low.dtype)
-            y = (y * scale * tl.load(weight + D // 2 + place, mask=inside, other=0.0).to(tl.float32)).to(low.dtype)
-            x, y = x.to(tl.float32), y.to(tl.float32)
-        cos = tl.load(cosines + token * D + place, mask=inside, other=0.0)
-        sin = tl.load(sines + token * D + D // 2 + place, mask=inside, other=0.0)
-        low = (x * cos - y * sin).to(low.dtype)
-        high = (y * cos + x * sin).to(high.dtype)
-    if head < H:
-        target = q_out + (token * H + head) * D + place
-    else:
-        slot = tl.load(write_slots + token)
-        is_value = head >= H + K
-        kv_head = (head - H - K) if is_value else (head - H)
-        start = (slot // T) * block_stride + kv_head * head_stride + (slot % T) * D
-        target = kv + start + (v_stride if is_value else 0) + place
-    tl.store(target, low, mask=inside)
-    tl.store(target + D // 2, high, mask=inside)
+    x, y = low.to(tl.float32), high.to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt((tl.sum(x * x, 1) + tl.sum(y * y, 1)) / D + eps)[:, None]
+        wide = place < D // 2
+        q_low = tl.load(q_weight + place, mask=wide, other=0.0).to(tl.float32)
+        q_high = tl.load(q_weight + D // 2 + place, mask=wide, other=0.0).to(tl.float32)
+        k_low = tl.load(k_weight + place, mask=wide, other=0.0).to(tl.float32)
+        k_high = tl.load(k_weight + D // 2 + place, mask=wide, other=0.0).to(tl.float32)
+        # Rounded as the norm alone would leave it.
+        x = (x * scale * tl.where(head < H, q_low, k_low)).to(low.dtype).to(tl.float32)
+        y = (y * scale * tl.where(head < H, q_high, k_high)).to(low.dtype).to(tl.float32)
+    cos = tl.load(cosines + token * D + place, mask=place < D // 2, other=0.0)
+    sin = tl.load(sines + token * D + D // 2 + place, mask=place < D // 2, other=0.0)
+    low = tl.where(turned, (x * cos - y * sin).to(low.dtype), low)
+    high = tl.where(turned, (y * cos + x * sin).to(high.dtype), high)
+    is_query = inside & (head < H)
+    target = q_out + (token * H + head) * D + place
+    tl.store(target, low, mask=is_query)
+    tl.store(target + D // 2, high, mask=is_query)
+    slot = tl.load(write_slots + token)
+    kept = inside & (head >= H)
+    kv_head = tl.where(turned, head - H, head - H - K)
+    start = (slot // T) * block_stride + (slot % T) * D
+    target = kv + start + tl.where(turned, 0, v_stride) + kv_head * head_stride + place
+    tl.store(target, low, mask=kept)
+    tl.store(target + D // 2, high, mask=kept)

@@ -66,7 +66,8 @@ def test_a_plan_lists_every_chunk_once() -> None:
     tables = torch.zeros((4, 20), dtype=torch.int32)
     work = decode_attention.plan(tables, torch.arange(4), lengths, chunk=64, most_items=99)
     assert work.first_S1.tolist() == [0, 1, 2, 4, 9]
-    assert work.items_M[:9].tolist() == [0, 1, 2, 2, 3, 3, 3, 3, 3]
+    assert work.items_M4[:9, 0].tolist() == [0, 1, 2, 2, 3, 3, 3, 3, 3]
+    assert work.items_M4[:9, 3].tolist() == [0, 0, 0, 1, 0, 1, 2, 3, 4]
 
 
 def test_chunks_added_up_are_the_whole() -> None:
