@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kv_cache import KVCache
+from services.engine.ops.kernels.overlap import overlapped, wait
 
 LOG2_E = 1.4426950408889634
 
@@ -134,6 +135,7 @@ def attend(
         PRECISION="ieee" if q_NHD.dtype is torch.float32 else "tf32",
         num_warps=2 if few else 4,
         num_stages=3 if few else 2,
+        **overlapped(q_NHD),
     )
 
 
@@ -189,7 +191,9 @@ def _attend(
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait(OVERLAP)
     item, head = tl.program_id(0), tl.program_id(1)
     if item >= tl.load(first + num_sequences):
         return

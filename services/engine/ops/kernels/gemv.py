@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from services.engine.ops.kernels.overlap import overlapped, wait
+
 
 def is_supported(weight_OI: Tensor) -> bool:
     """Whether the matrix falls into whole tiles."""
@@ -48,19 +50,34 @@ def gemv(
         BIAS=bias_O is not None,
         ADD=add is not None,
         num_warps=warps,
+        **overlapped(x_1I),
     )
     return out
 
 
 @triton.jit
-def _gemv(x, weight, out, bias, add, I: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
+def _gemv(
+    x,
+    weight,
+    out,
+    bias,
+    add,
+    I: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    at = row.to(tl.int64)[:, None] * I
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in tl.range(0, I, COLUMNS, num_stages=4):
-        column = start + tl.arange(0, COLUMNS)
-        values = tl.load(x + column).to(tl.float32)
-        total += tl.load(weight + at + column[None, :]).to(tl.float32) * values[None, :]
+    column = tl.arange(0, COLUMNS)
+    at = weight + row.to(tl.int64)[:, None] * I + column[None, :]
+    first = tl.load(at)  # on its way while the kernel before ends
+    wait(OVERLAP)
+    total = first.to(tl.float32) * tl.load(x + column).to(tl.float32)[None, :]
+    for start in tl.range(COLUMNS, I, COLUMNS, num_stages=4):
+        values = tl.load(x + start + column).to(tl.float32)
+        total += tl.load(at + start).to(tl.float32) * values[None, :]
     found = tl.sum(total, 1)
     if BIAS:
         found += tl.load(bias + row).to(tl.float32)

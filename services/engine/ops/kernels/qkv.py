@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kv_cache import KVCache
+from services.engine.ops.kernels.overlap import overlapped, wait
 from services.engine.ops.rotary import Angles
 
 _HEADS = 8
@@ -53,6 +54,7 @@ def prepare(
         NORM=norm_weights is not None,
         HEADS=_HEADS,
         num_warps=2,
+        **overlapped(q_NHD),
     )
     return q_NHD
 
@@ -78,6 +80,7 @@ def _prepare(
     T: tl.constexpr,
     NORM: tl.constexpr,
     HEADS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Some heads of one token, in two halves: the two coordinates that are turned."""
     token = tl.program_id(0).to(tl.int64)
@@ -86,6 +89,7 @@ def _prepare(
     inside = (place < D // 2) & (head < H + 2 * K)
     turned = head < H + K
     source = qkv + (token * (H + 2 * K) + head) * D + place
+    wait(OVERLAP)
     low = tl.load(source, mask=inside, other=0.0)
     high = tl.load(source + D // 2, mask=inside, other=0.0)
     x, y = low.to(tl.float32), high.to(tl.float32)

@@ -1,0 +1,27 @@
+"""Programmatic dependent launch: a kernel is set up while the one before it ends.
+
+A kernel that is launched so must wait before it touches anything that another kernel writes; weights it may read before.
+Since every kernel waits, one that has waited knows that all before it are done, not only the last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def overlapped(x: Tensor) -> dict[str, Any]:
+    """How to launch a kernel on the device of x so that it overlaps with the one before. For a kernel whose argument
+    OVERLAP says whether to `wait`."""
+    return {"OVERLAP": True, "launch_pdl": True} if x.is_cuda else {"OVERLAP": False}
+
+
+@triton.jit
+def wait(OVERLAP: tl.constexpr):
+    """Until the kernels before are done; then the one behind may be set up."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
