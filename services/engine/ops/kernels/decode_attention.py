@@ -1,7 +1,8 @@
-"""Attention of one query token a sequence over its pages, each sequence cut into chunks of a fixed size.
+"""Attention of one query token a sequence over its pages, each sequence cut into chunks.
 
-`plan` lists once a step which (sequence, chunk) pairs there are; every layer then works through that list. Chunks begin
-at multiples of their size, so what a row gets does not depend on the batch it is in. The last chunk of a sequence to be
+`plan` lists once a step which (sequence, chunk) pairs there are; every layer then works through that list. A sequence is
+cut into as few chunks as none is longer than the limit, all of one length, so that none waits for another; how it is cut
+depends on no other sequence. The last chunk of a sequence to be
 done adds up all of them ("split-KV", Dao et al. 2023, "Flash-Decoding"; the counter instead of a second launch is
 stream-K's, Osama et al. 2023).
 
@@ -22,8 +23,11 @@ from services.engine.ops.kernels.overlap import overlapped, wait
 
 LOG2_E = 1.4426950408889634
 
-_CHUNKS = ((1, 128), (32, 256))
-"""Most sequences, and tokens of a chunk."""
+_TUNING = {8: (192, 2, 3), 16: (384, 2, 2), 32: (1280, 2, 3)}
+"""For batches of at most so many sequences: most tokens of a chunk, warps and stages (measured on an H200)."""
+
+_LARGE = (1280, 4, 2)
+"""The same for any larger batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class Work:
     """int32, of each item: its sequence, that one's table row and length, and the item's number in it. All that a
     program must know before it can look up a page, in one place. M is the most there can be."""
     chunk: int
-    """Tokens of a chunk."""
+    """Most tokens of a chunk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +60,14 @@ class Scratch:
 
 
 def chunk_size(num_sequences: int, max_len: int) -> int:
-    """Tokens of a chunk: few enough that a small batch fills the GPU (measured on an H200), many enough that adding up the
-    longest sequence's takes no longer than they do."""
-    by_batch = next((size for most, size in _CHUNKS if num_sequences <= most), 2048)
-    return max(by_batch, triton.next_power_of_2(max_len // 256))
+    """Most tokens of a chunk: few enough that a small batch fills the GPU, many enough that adding up the longest
+    sequence's takes no longer than they do."""
+    chunk, _, _ = _tuning(num_sequences)
+    return max(chunk, triton.next_power_of_2(max_len // 256))
+
+
+def _tuning(num_sequences: int) -> tuple[int, int, int]:
+    return next((tuning for most, tuning in _TUNING.items() if num_sequences <= most), _LARGE)
 
 
 def _rows(group: int) -> int:
@@ -83,7 +91,7 @@ def plan(tables: Tensor, slots_S: Tensor, lengths_S: Tensor, *, chunk: int, most
     num_sequences, device = len(slots_S), slots_S.device
     first_S1 = torch.empty(num_sequences + 1, dtype=torch.int32, device=device)
     items_M4 = torch.empty((most_items, 4), dtype=torch.int32, device=device)
-    _plan[(1,)](lengths_S, first_S1, num_sequences, CHUNK=chunk, S=triton.next_power_of_2(num_sequences))
+    _plan[(1,)](lengths_S, first_S1, num_sequences, chunk, S=triton.next_power_of_2(num_sequences))
     _list[(num_sequences,)](first_S1, slots_S, lengths_S, items_M4, B=64, num_warps=1)
     return Work(tables, slots_S, first_S1, items_M4, chunk)
 
@@ -104,7 +112,7 @@ def attend(
     num_sequences, (_, heads, head_dim) = len(work.slots_S), q_NHD.shape
     kv_heads = cache.shape.kv_heads
     data = cache.data
-    few = work.chunk <= _CHUNKS[-1][1]
+    _, warps, stages = _tuning(num_sequences)
     _attend[(len(work.items_M4), kv_heads)](
         q_NHD,
         data[:, layer],
@@ -117,6 +125,7 @@ def attend(
         scratch.counters,
         scale * LOG2_E,
         num_sequences,
+        work.chunk,
         work.tables.stride(0),
         data.stride(0),
         data.stride(2),
@@ -127,23 +136,22 @@ def attend(
         WIDTH=max(16, triton.next_power_of_2(head_dim)),
         ROWS=_rows(heads // kv_heads),
         T=cache.block_size,
-        TILE=min(64, work.chunk),
-        CHUNK=work.chunk,
+        TILE=64,
         WINDOW=window or 0,
         GROUP=scratch.parts.shape[2],
         PARTS=8,
         PRECISION="ieee" if q_NHD.dtype is torch.float32 else "tf32",
-        num_warps=2 if few else 4,
-        num_stages=3 if few else 2,
+        num_warps=warps,
+        num_stages=stages,
         **overlapped(q_NHD),
     )
 
 
 @triton.jit
-def _plan(lengths, first, num_sequences, CHUNK: tl.constexpr, S: tl.constexpr):
+def _plan(lengths, first, num_sequences, chunk, S: tl.constexpr):
     row = tl.arange(0, S)
     length = tl.load(lengths + row, mask=row < num_sequences, other=0)
-    ends = tl.cumsum((length + CHUNK - 1) // CHUNK, 0)
+    ends = tl.cumsum(tl.cdiv(length, chunk), 0)
     tl.store(first + 1 + row, ends, mask=row < num_sequences)
     tl.store(first, 0)
 
@@ -175,6 +183,7 @@ def _attend(
     counters,
     scale,
     num_sequences,
+    chunk,
     table_stride,
     block_stride,
     v_stride,
@@ -186,7 +195,6 @@ def _attend(
     ROWS: tl.constexpr,
     T: tl.constexpr,
     TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
@@ -199,10 +207,11 @@ def _attend(
         return
     sequence, slot = tl.load(items + item * 4), tl.load(items + item * 4 + 1)
     length, number = tl.load(items + item * 4 + 2), tl.load(items + item * 4 + 3)
-    num_chunks = (length + CHUNK - 1) // CHUNK
+    num_chunks = tl.cdiv(length, chunk)
     table = tables + slot.to(tl.int64) * table_stride
-    start = number * CHUNK
-    end = tl.minimum(start + CHUNK, length)
+    chunk_tiles = tl.cdiv(tl.cdiv(length, TILE), num_chunks)
+    start = number * chunk_tiles * TILE
+    end = tl.minimum(start + chunk_tiles * TILE, length)
 
     row = tl.arange(0, ROWS)
     place = tl.arange(0, WIDTH)
