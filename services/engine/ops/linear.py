@@ -22,8 +22,24 @@ def packed(weight_OI: Tensor) -> Tensor:
     return tensor
 
 
-def linear(x: Tensor, weight_OI: Tensor, *, bias_O: Tensor | None = None, add: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias + add, the weight as `packed` returned it. The result may take the place of `add`."""
+def counters_for(weight_OI: Tensor) -> tuple[Tensor, ...]:
+    """What `linear` needs beside a matrix on a GPU, made once with it; nothing elsewhere."""
+    if not weight_OI.is_cuda:
+        return ()
+    from services.engine.ops.kernels import skinny
+
+    return (skinny.counters_of(weight_OI),)
+
+
+def linear(
+    x: Tensor,
+    weight_OI: Tensor,
+    *counters: Tensor,
+    bias_O: Tensor | None = None,
+    add: Tensor | None = None,
+) -> Tensor:
+    """x @ weight.T + bias + add, the weight as `packed` and the counters as `counters_for` returned them. The result may
+    take the place of `add`."""
     if weight_OI.is_mkldnn:
         # The overloads by name: choosing among them costs 14 us a call.
         pointwise = torch.ops.mkldnn._linear_pointwise
@@ -33,13 +49,12 @@ def linear(x: Tensor, weight_OI: Tensor, *, bias_O: Tensor | None = None, add: T
         else:
             out = pointwise.binary(x, add, weight_OI, bias_O, "add")
         return out
-    if x.is_cuda and x.shape[0] == 1:
-        from services.engine.ops.kernels import gemv
-
-        if gemv.is_supported(weight_OI):
-            return gemv.gemv(x, weight_OI, bias_O=bias_O, add=add)
-    if x.is_cuda and add is not None and bias_O is None:
-        return add.addmm_(x, weight_OI.t())
+    if x.is_cuda:
+        few = _of_few_rows(x, weight_OI, counters[0], bias_O=bias_O, add=add, dtype=x.dtype)
+        if few is not None:
+            return few
+        if add is not None and bias_O is None:
+            return add.addmm_(x, weight_OI.t())
     out = F.linear(x, weight_OI, bias_O)
     return out if add is None else out.add_(add)
 
@@ -47,12 +62,30 @@ def linear(x: Tensor, weight_OI: Tensor, *, bias_O: Tensor | None = None, add: T
 def products(x: Tensor, weight_OI: Tensor) -> Tensor:
     """x @ weight.T in float32, of 16-bit matrices. Only a GPU's kernels give what they added up in float32."""
     assert x.is_cuda
-    if x.shape[0] == 1:
-        from services.engine.ops.kernels import gemv
+    few = _of_few_rows(x, weight_OI, None, bias_O=None, add=None, dtype=torch.float32)
+    return few if few is not None else torch.mm(x, weight_OI.t(), out_dtype=torch.float32)
 
-        if gemv.is_supported(weight_OI):
-            return gemv.gemv(x, weight_OI, dtype=torch.float32)
-    return torch.mm(x, weight_OI.t(), out_dtype=torch.float32)
+
+def _of_few_rows(
+    x: Tensor,
+    weight_OI: Tensor,
+    counters: Tensor | None,
+    *,
+    bias_O: Tensor | None,
+    add: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """The product by a kernel of ours; None where cuBLAS is as fast."""
+    from services.engine.ops.kernels import gemv, skinny
+
+    num_rows = x.shape[0]
+    if num_rows == 1 and gemv.is_supported(weight_OI):
+        return gemv.gemv(x, weight_OI, bias_O=bias_O, add=add, dtype=dtype)
+    if num_rows <= skinny.MOST_ROWS:
+        tile = skinny.tile_of(weight_OI)
+        if tile is not None and (tile.split == 1 or counters is not None):
+            return skinny.matmul(x, weight_OI, tile, counters=counters, bias_O=bias_O, add=add, dtype=dtype)
+    return None
 
 
 def _is_packable(weight_OI: Tensor) -> bool:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from services.engine.ops.linear import linear, packed
+from services.engine.ops.linear import counters_for, linear, packed
 
 Buffers = tuple[Tensor, ...]
 """What a format made of a weight. Only that format reads it."""
@@ -35,7 +35,7 @@ class Unquantized:
     """The values as they are, laid out as the device multiplies fastest."""
 
     def pack(self, weight_OI: Tensor) -> Buffers:
-        return (packed(weight_OI),)
+        return packed(weight_OI), *counters_for(weight_OI)
 
     def apply(self, x: Tensor, buffers: Buffers, *, bias_O: Tensor | None, add: Tensor | None) -> Tensor:
-        return linear(x, buffers[0], bias_O=bias_O, add=add)
+        return linear(x, *buffers, bias_O=bias_O, add=add)

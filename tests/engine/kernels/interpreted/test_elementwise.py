@@ -9,7 +9,7 @@ from services.engine.kv_cache import KVCache, KVShape
 from services.engine.ops import qkv as specified
 from services.engine.ops.activation import silu_mul
 from services.engine.ops.attention import AttentionPlan
-from services.engine.ops.kernels import activation, gemv, norm, qkv, rotary, step
+from services.engine.ops.kernels import activation, gemv, norm, qkv, rotary, skinny, step
 from services.engine.ops.norm import rms_norm
 from services.engine.ops.rotary import angles
 from tests.engine.batches import Chunk, batch_of
@@ -67,6 +67,23 @@ def test_one_row_times_a_matrix() -> None:
     expected = x.float() @ weight.float().T
     torch.testing.assert_close(gemv.gemv(x, weight, dtype=torch.float32), expected)
     torch.testing.assert_close(gemv.gemv(x, weight, bias_O=bias, add=add), (expected + bias + add).bfloat16())
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 32])
+@pytest.mark.parametrize("outputs", [128, 64 * 40, 64 * 70])
+def test_a_few_rows_times_a_matrix(outputs: int, num_rows: int) -> None:
+    """By one program a tile, two or four, with a bias and something to add; the counters are ready for the next call."""
+    x, weight = torch.randn(num_rows, 512).half(), torch.randn(outputs, 512).half()
+    bias, add, counters = torch.randn(outputs).half(), torch.randn(num_rows, outputs).half(), skinny.counters_of(weight)
+    tile = skinny.tile_of(weight)
+    assert tile is not None and tile.split == {128: 4, 64 * 40: 2, 64 * 70: 1}[outputs]
+    expected = x.float() @ weight.float().T
+    got = skinny.matmul(x, weight, tile, counters=counters, dtype=torch.float32)
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)
+    got = skinny.matmul(x, weight, tile, counters=counters, bias_O=bias, add=add)
+    torch.testing.assert_close(got, (expected + bias + add).half(), atol=1e-2, rtol=1e-2)
+    assert not counters.any()
+    assert skinny.tile_of(weight[:, :500]) is None and skinny.tile_of(weight[:100]) is None
 
 
 def test_a_step_is_laid_out_from_slots_and_positions() -> None:
