@@ -42,11 +42,14 @@ class Theirs:
         logging: Any = transformers.utils.logging
         logging.disable_progress_bar()
         self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        # No answer ends early. An end-of-sequence token is a token like any other, as it is for our engine here;
+        # `min_new_tokens` would have it passed over, and the answers would part where it is the likeliest.
+        self._model.generation_config.eos_token_id = None
 
     def answers(self, prompts: Sequence[list[int]], output_tokens: int) -> list[list[int]]:
         """The continuations of prompts of one length."""
         ids = torch.tensor(prompts)
-        options = {"do_sample": False, "max_new_tokens": output_tokens, "min_new_tokens": output_tokens}
+        options = {"do_sample": False, "max_new_tokens": output_tokens}
         with torch.inference_mode():
             found = self._model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
         answers: list[list[int]] = found[:, ids.shape[1] :].tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,16 @@ async def test_ours_and_transformers_say_the_same_in_float32(stories260k: Path) 
     report = await cpu_parity.compare(arguments)
     found = rows(report, stories260k.name)
     assert [(row[0], row[1], row[-1]) for row in found] == [("float32", "1", "100%"), ("float32", "3", "100%")]
+
+
+def test_transformers_passes_no_end_of_sequence_token_over(stories260k: Path, tmp_path: Path) -> None:
+    """An answer goes on behind such a token, as our engine's does, and has it where it is the likeliest."""
+    (usual,) = cpu_parity.Theirs(stories260k, torch.float32).answers([[1, 2]], 8)
+    for file in stories260k.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((stories260k / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": usual[3]}))
+    assert cpu_parity.Theirs(tmp_path, torch.float32).answers([[1, 2]], 8) == [usual]
 
 
 def test_a_ratio_below_its_goal_is_called_missed() -> None:
