@@ -1,0 +1,120 @@
+"""The engine beside vLLM on one GPU, in one sitting: both compute the same workloads of `offline` on the same shapes.
+
+    python -m benchmarks.h200 configs/Meta-Llama-3.1-8B configs/Qwen3-0.6B --vllm vllm_bench.py --out results/h200.json
+
+A shape is a folder with a config.json; weights are random. `--vllm` is a script that runs vLLM on a folder and prints its
+figures; without it only ours are measured. Each engine has the GPU to itself, in a process of its own, one after the
+other. The floor of a time per token is what reading weights and keys and values once takes at `--bandwidth`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.offline import CONTEXT, OUTPUT
+from benchmarks.report import Cell, Report
+from services.engine.models.spec import ModelSpec, read_config
+
+Figures = dict[str, float]
+"""By measure: `batch N` in milliseconds a token, `prefill` and `mixed` in tokens a second."""
+
+ROOT = Path(__file__).parents[1]
+THEIRS = {
+    "batch": re.compile(r"B batch (\d+) tpot ([\d.]+) ms"),
+    "prefill": re.compile(r"C prefill ([\d.]+) tok/s"),
+    "mixed": re.compile(r"A mixed ([\d.]+) out tok/s"),
+}
+
+
+def ours(folder: Path, *, work: str, batches: str) -> Figures:
+    """Of our engine."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "offline.json"
+        options = ["--load-format", "dummy", "--device", "cuda", "--dtype", "bfloat16", "--work", work]
+        command = ["-m", "benchmarks.offline", str(folder), *options, "--batches", batches, "--out", str(out)]
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+        tables = {table["title"][0]: table["rows"] for table in json.loads(out.read_text())["tables"]}
+    figures = {f"batch {batch}": milliseconds for batch, milliseconds, _ in tables.get("B", [])}
+    return figures | {
+        name: rows[0][1] for name, rows in (("prefill", tables.get("C")), ("mixed", tables.get("A"))) if rows
+    }
+
+
+def theirs(script: Path, folder: Path, *, work: str, batches: str) -> Figures:
+    """Of vLLM. What it does not print is not there."""
+    command = [sys.executable, str(script), str(folder), "--work", work, "--batches", batches]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        figures: Figures = {}
+        for line in process.stdout:
+            figures |= read_line(line)
+    return figures
+
+
+def read_line(line: str) -> Figures:
+    """The figure in a line that vLLM's script prints, if there is one."""
+    if found := THEIRS["batch"].search(line):
+        return {f"batch {found[1]}": float(found[2])}
+    return {name: float(found[1]) for name in ("prefill", "mixed") if (found := THEIRS[name].search(line))}
+
+
+def floor(folder: Path, batch: int, *, bandwidth: float) -> float | None:
+    """Milliseconds that the bytes of one decode step take at so many bytes a second: all weights but the embedding once,
+    keys and values of the mean context; None for a mixture of experts, which reads what is asked for."""
+    spec = ModelSpec.from_config(read_config(folder))
+    if spec.moe is not None:
+        return None
+    attention = spec.hidden * spec.head_dim * (2 * spec.heads + 2 * spec.kv_heads)
+    weights = spec.layers * (attention + 3 * spec.hidden * spec.intermediate) + spec.vocab_size * spec.hidden
+    cached = batch * (CONTEXT + OUTPUT // 2) * spec.layers * 2 * spec.kv_heads * spec.head_dim
+    return 2 * (weights + cached) / bandwidth * 1e3
+
+
+def compare(report: Report, folder: Path, mine: Figures, other: Figures, *, bandwidth: float) -> None:
+    """Adds the table of one shape."""
+    rows: list[list[Cell]] = []
+    for measure, figure in mine.items():
+        is_time = measure.startswith("batch")
+        lowest = floor(folder, int(measure.split()[1]), bandwidth=bandwidth) if is_time else None
+        against = other.get(measure)
+        ratio = None if against is None else against / figure if is_time else figure / against
+        share = None if lowest is None else 100 * lowest / figure
+        rows.append([measure + (", ms a token" if is_time else ", tok/s"), figure, against, ratio, lowest, share])
+    columns = ["", "Holdfast", "vLLM", "times as fast", "floor", "% of the floor's speed"]
+    report.table(f"{folder.name}, bfloat16", columns, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m benchmarks.h200`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="with a config.json each")
+    parser.add_argument("--vllm", type=Path, help="the script that measures vLLM")
+    parser.add_argument("--work", default="CBA", help="which workloads of `offline`")
+    parser.add_argument("--batches", default="1,32,128,256", help="of B")
+    parser.add_argument("--bandwidth", type=float, default=4.26e12, help="bytes a second (an H200 copies 4.26e12)")
+    parser.add_argument("--out", type=Path, help="a JSON file for the report")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        sys.exit("h200: PyTorch sees no GPU here")
+    report = Report(
+        "h200", settings={"work": options.work, "batches": options.batches, "vllm": options.vllm is not None}
+    )
+    for folder in options.folders:
+        mine = ours(folder, work=options.work, batches=options.batches)
+        other = theirs(options.vllm, folder, work=options.work, batches=options.batches) if options.vllm else {}
+        compare(report, folder, mine, other, bandwidth=options.bandwidth)
+        if options.out is not None:
+            report.save(options.out)
+
+
+if __name__ == "__main__":
+    main()
