@@ -49,13 +49,15 @@ class Prompt:
 
     text: str
     token_ids: list[int]
+    output_tokens: int
+    """Of the answer that is asked for."""
 
 
 class Subject(Protocol):
     """What is measured."""
 
-    async def first_and_last(self, prompt: Prompt, output_tokens: int) -> tuple[float, float]:
-        """Asks for an answer of so many tokens, and returns when the first and the last of them came, in seconds."""
+    async def first_and_last(self, prompt: Prompt) -> tuple[float, float]:
+        """Asks for the answer, and returns when the first and the last of its tokens came, in seconds."""
         ...
 
 
@@ -65,8 +67,8 @@ class Alone:
     def __init__(self, engine: EngineAlone) -> None:
         self._engine = engine
 
-    async def first_and_last(self, prompt: Prompt, output_tokens: int) -> tuple[float, float]:
-        return await self._engine.first_and_last(prompt.token_ids, output_tokens)
+    async def first_and_last(self, prompt: Prompt) -> tuple[float, float]:
+        return await self._engine.first_and_last(prompt.token_ids, prompt.output_tokens)
 
 
 class Mesh:
@@ -75,18 +77,18 @@ class Mesh:
     def __init__(self, client: Client) -> None:
         self._client = client
 
-    async def first_and_last(self, prompt: Prompt, output_tokens: int) -> tuple[float, float]:
+    async def first_and_last(self, prompt: Prompt) -> tuple[float, float]:
         start = time.perf_counter()
         first = last = 0.0
         count = 0
-        asked = self._client.generate(prompt.text, max_tokens=output_tokens, ignore_eos=True, temperature=0.0)
+        asked = self._client.generate(prompt.text, max_tokens=prompt.output_tokens, ignore_eos=True, temperature=0.0)
         async with asked as answer:
             async for event in answer:
                 if isinstance(event, Tokens):
                     last = time.perf_counter() - start
                     first = first or last
                     count += event.num_tokens
-        assert count == output_tokens
+        assert count == prompt.output_tokens
         return first, last
 
 
@@ -108,13 +110,13 @@ async def first_tokens(found: Mapping[str, Subject], prompts: Sequence[Prompt]) 
     times = defaultdict(list)
     for prompt in prompts:
         for name, subject in found.items():
-            first, _ = await subject.first_and_last(prompt, 4)
+            first, _ = await subject.first_and_last(prompt)
             times[name].append(first)
     return times
 
 
 async def throughputs(
-    found: Mapping[str, Subject], prompts: Sequence[Prompt], *, rounds: int, open_requests: int, output_tokens: int
+    found: Mapping[str, Subject], prompts: Sequence[Prompt], *, rounds: int, open_requests: int
 ) -> dict[str, list[float]]:
     """Output tokens a second in every round, each subject given the prompts of the round in turn."""
     rates = defaultdict(list)
@@ -122,18 +124,18 @@ async def throughputs(
         share = prompts[number::rounds]
         for name, subject in found.items():
             start = time.perf_counter()
-            await keep_open(subject, share, open_requests=open_requests, output_tokens=output_tokens)
-            rates[name].append(len(share) * output_tokens / (time.perf_counter() - start))
+            await keep_open(subject, share, open_requests=open_requests)
+            rates[name].append(sum(each.output_tokens for each in share) / (time.perf_counter() - start))
     return rates
 
 
-async def keep_open(subject: Subject, prompts: Sequence[Prompt], *, open_requests: int, output_tokens: int) -> None:
+async def keep_open(subject: Subject, prompts: Sequence[Prompt], *, open_requests: int) -> None:
     """Asks all prompts, so many at a time."""
     waiting = iter(prompts)
 
     async def ask_on() -> None:
         for prompt in waiting:
-            await subject.first_and_last(prompt, output_tokens)
+            await subject.first_and_last(prompt)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(open_requests):
@@ -161,13 +163,14 @@ def describe_throughputs(report: Report, rates: Mapping[str, list[float]]) -> No
     report.table("Output tokens a second; share: of the engine alone's, median of the rounds", columns, rows)
 
 
-def prompts_for(model: Path, count: int, *, words: int, seed: int) -> list[Prompt]:
-    """Texts that share no prefix, with the ids that the tokenizer service makes of them."""
+def prompts_for(model: Path, count: int, *, words: int, seed: int, output: tuple[int, int]) -> list[Prompt]:
+    """Texts that share no prefix, with the ids that the tokenizer service makes of them, and answers of lengths between
+    the two of `output`: were they all alike, the engine alone would go through them in step, and nothing else can."""
     tokenizer: Tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     vocabulary = sorted(word for word in tokenizer.get_vocab() if word.isascii() and word.isalpha() and len(word) > 3)
     draw = random.Random(seed)
     texts = [" ".join(draw.choices(vocabulary, k=words)) for _ in range(count)]
-    return [Prompt(text, tokenizer.encode(text).ids) for text in texts]
+    return [Prompt(text, tokenizer.encode(text).ids, draw.randint(*output)) for text in texts]
 
 
 def tiny_model(like: Path, folder: Path) -> Path:
@@ -189,12 +192,17 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-kafka", action="store_true", help="leave the mesh on Kafka out")
     parser.add_argument("--threads", type=int, default=max(1, cores - 1), help="of each engine (%(default)s)")
     parser.add_argument("--requests", type=int, default=200, help="for the time to the first token (%(default)s)")
+    parser.add_argument(
+        "--warm", type=int, default=300, help="before them: a broker compiles what it runs often (%(default)s)"
+    )
     parser.add_argument("--words", type=int, default=16, help="words of a prompt (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="of the throughput (%(default)s)")
     parser.add_argument(
         "--open", type=int, default=8, help="requests open at all times, for the throughput (%(default)s)"
     )
-    parser.add_argument("--output", type=int, default=48, help="tokens of an answer, for the throughput (%(default)s)")
+    parser.add_argument(
+        "--output", type=int, default=48, help="mean tokens of an answer, for the throughput (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (%(default)s)")
     parser.add_argument("--out", type=Path, help="a JSON file for the report")
     return parser.parse_args(argv)
@@ -206,17 +214,19 @@ async def measure(options: argparse.Namespace) -> Report:
     engine = {"threads": options.threads, "cache_bytes": 256 << 20}
     with tempfile.TemporaryDirectory(prefix="holdfast-tax-") as folder:
         tiny = tiny_model(model, Path(folder))
-        prompts = prompts_for(tiny, options.requests + 5, words=options.words, seed=options.seed)
+        num_prompts = options.warm + options.requests
+        prompts = prompts_for(tiny, num_prompts, words=options.words, seed=options.seed, output=(4, 4))
         async with subjects(tiny, engine | {"load_format": "dummy"}, with_kafka=not options.no_kafka) as found:
-            await first_tokens(found, prompts[:5])
-            describe_first_tokens(report, await first_tokens(found, prompts[5:]))
+            await first_tokens(found, prompts[: options.warm])
+            describe_first_tokens(report, await first_tokens(found, prompts[options.warm :]))
+    lengths = (options.output // 2, options.output * 3 // 2)
     num_prompts = 2 * options.open * (options.rounds + 1)
-    prompts = prompts_for(model, num_prompts, words=options.words, seed=options.seed + 1)
+    prompts = prompts_for(model, num_prompts, words=options.words, seed=options.seed + 1, output=lengths)
     warm, prompts = prompts[: 2 * options.open], prompts[2 * options.open :]
-    shape = {"open_requests": options.open, "output_tokens": options.output}
     async with subjects(model, engine, with_kafka=not options.no_kafka) as found:
-        await throughputs(found, warm, rounds=1, **shape)
-        describe_throughputs(report, await throughputs(found, prompts, rounds=options.rounds, **shape))
+        await throughputs(found, warm, rounds=1, open_requests=options.open)
+        rates = await throughputs(found, prompts, rounds=options.rounds, open_requests=options.open)
+        describe_throughputs(report, rates)
     return report
 
 

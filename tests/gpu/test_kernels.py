@@ -1,0 +1,133 @@
+"""The kernels on a GPU against their definitions in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from services.engine.kv_cache import KVCache, KVShape
+from services.engine.ops import sampling as specified
+from services.engine.ops.activation import silu_mul
+from services.engine.ops.attention import paged_attention, plan
+from services.engine.ops.linear import counters_for, linear, products
+from services.engine.ops.norm import rms_norm
+from services.engine.state import Batch, Selection
+
+SHAPES = [(32, 8, 128, 64, None), (16, 8, 128, 32, None), (9, 3, 64, 16, None), (8, 4, 8, 32, 40)]
+ERRORS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.mark.parametrize("dtype", ERRORS)
+def test_norm_and_gate(dtype: torch.dtype) -> None:
+    """Of a real model's widths, to a rounding of the dtype."""
+    x, weight = torch.randn(50, 4096, dtype=dtype, device="cuda"), torch.randn(4096, dtype=dtype, device="cuda")
+    expected = F.rms_norm(x.double(), (4096,), weight.double(), 1e-5)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5).double(), expected, atol=ERRORS[dtype], rtol=ERRORS[dtype])
+    gate_up = torch.randn(30, 2 * 14336, dtype=dtype, device="cuda")
+    gate, up = gate_up.double().chunk(2, -1)
+    expected = F.silu(gate) * up
+    torch.testing.assert_close(silu_mul(gate_up).double(), expected, atol=ERRORS[dtype], rtol=ERRORS[dtype])
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 17, 32, 100])
+@pytest.mark.parametrize("shape", [(6144, 4096), (4096, 4096), (1024, 3072), (960, 576)])
+def test_products(shape: tuple[int, int], num_rows: int) -> None:
+    """Whatever kernel takes them: with something to add, and in float32; twice, as what is counted in must be empty."""
+    outputs, inputs = shape
+    x = torch.randn(num_rows, inputs, device="cuda").bfloat16()
+    weight = (torch.randn(outputs, inputs, device="cuda") * 0.02).bfloat16()
+    add, counters = torch.randn(num_rows, outputs, device="cuda").bfloat16(), counters_for(weight)
+    expected = x.double() @ weight.double().T
+    for _ in range(2):
+        got = linear(x, weight, *counters, add=add.clone())
+        torch.testing.assert_close(got.double(), expected + add.double(), atol=2e-2, rtol=1e-2)
+    torch.testing.assert_close(products(x, weight).double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ERRORS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("num_decodes", [1, 7, 20, 37, 70])
+def test_attention(shape: tuple[int, int, int, int, int | None], dtype: torch.dtype, num_decodes: int) -> None:
+    """Of a batch of decodes, as large as each of the ways to cut it, and of chunks of prompts beside them."""
+    heads, kv_heads, head_dim, block_size, window = shape
+    if dtype is torch.bfloat16 and head_dim < 16:
+        pytest.skip("such a model is a toy, in float32")
+    draw = torch.Generator().manual_seed(num_decodes)
+    counts = [1] * num_decodes + torch.randint(2, 300, (5,), generator=draw).tolist()
+    lengths = [int(torch.randint(count, 1300, (), generator=draw)) for count in counts]
+    cache = KVCache(KVShape(2, kv_heads, head_dim, dtype), num_blocks=400, block_size=block_size, device="cuda")
+    cache.data.normal_()
+    tables = torch.randint(0, 400, (len(counts), -(-1300 // block_size)), generator=draw, dtype=torch.int32).cuda()
+    batch = batch_of(tables, counts, lengths, num_decodes=num_decodes)
+    q = torch.randn(sum(counts), heads, head_dim, dtype=dtype, device="cuda")
+    shared = plan(batch, cache)
+    for _ in range(2):
+        got = paged_attention(q, cache, 1, shared, scale=head_dim**-0.5, window=window)
+    expected = definition(q, cache, tables, counts, lengths, window=window)
+    torch.testing.assert_close(got.double(), expected, atol=ERRORS[dtype], rtol=ERRORS[dtype])
+
+
+def test_sampled_tokens_are_those_of_the_specification() -> None:
+    """On a real vocabulary, greedy rows among drawn ones."""
+    from services.engine.ops.kernels import sampling
+
+    num_rows, vocab = 200, 128256
+    logits = 3 * torch.randn(num_rows, vocab, device="cuda")
+    floats, integers = torch.rand(num_rows, 3, device="cuda"), torch.randint(0, 1 << 32, (num_rows, 4), device="cuda")
+    floats[::3, 0] = 0
+    slots, positions = torch.randperm(num_rows, device="cuda"), torch.randint(0, 999, (num_rows,), device="cuda")
+    integers[:, 3] = 1
+    tokens = torch.zeros(num_rows, 1000, dtype=torch.int32, device="cuda")
+    token_ids, peaks = sampling.sample(logits, floats, integers, slots, positions, tokens)
+    temperature, chosen = floats[slots, 0], integers[slots]
+    drawn = temperature > 0
+    expected = logits.argmax(-1)
+    p = specified.probabilities(logits[drawn].clone(), temperature[drawn])
+    expected[drawn] = specified.draw(
+        p, seed_R2=chosen[drawn, 1:3], position_R=positions[drawn], choice_R=chosen[drawn, 3]
+    )
+    # The sums of a group are rounded in another order: a near tie may go the other way.
+    assert (token_ids == expected).sum() >= num_rows - 1
+    assert torch.equal(peaks, logits.amax(-1))
+    assert torch.equal(tokens[slots, positions].long(), token_ids)
+
+
+def batch_of(tables: Tensor, counts: list[int], lengths: list[int], *, num_decodes: int) -> Batch:
+    """The part of a batch that attention reads."""
+    starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
+    nobody = torch.zeros(sum(counts), dtype=torch.int64, device="cuda")
+    return Batch(
+        token_ids_N=nobody,
+        positions_N=nobody,
+        write_slots_N=nobody,
+        block_tables=tables,
+        table_rows_S=torch.arange(len(counts), device="cuda"),
+        query_starts=starts,
+        kv_lengths_S=torch.tensor(lengths, dtype=torch.int32, device="cuda"),
+        sample_rows_R=None,
+        num_decodes=num_decodes,
+        query_lens=counts,
+        kv_lens=lengths,
+        selection=Selection([], [], nobody, nobody),
+    )
+
+
+def definition(
+    q_NHD: Tensor, cache: KVCache, tables: Tensor, counts: list[int], lengths: list[int], *, window: int | None
+) -> Tensor:
+    """Attention by its formula, a sequence at a time, in float64."""
+    out, start = [], 0
+    group = q_NHD.shape[1] // cache.shape.kv_heads
+    for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+        keys, values = (
+            x[tables[row].long()].double().transpose(0, 1).flatten(1, 2)[:, :length].repeat_interleave(group, 0)
+            for x in cache.layer(1)
+        )
+        behind = torch.arange(length - count, length, device="cuda")[:, None] - torch.arange(length, device="cuda")
+        seen = (behind >= 0) & (behind < (window or 1 << 30))
+        scores = q_NHD[start : start + count].transpose(0, 1).double() @ keys.mT * q_NHD.shape[2] ** -0.5
+        out.append((scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values).transpose(0, 1))
+        start += count
+    return torch.cat(out)
