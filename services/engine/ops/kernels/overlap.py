@@ -6,8 +6,10 @@ Since every kernel waits, one that has waited knows that all before it are done,
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,7 +18,13 @@ from torch import Tensor
 def overlapped(x: Tensor) -> dict[str, Any]:
     """How to launch a kernel on the device of x so that it overlaps with the one before. For a kernel whose argument
     OVERLAP says whether to `wait`."""
-    return {"OVERLAP": True, "launch_pdl": True} if x.is_cuda else {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True} if x.is_cuda and _is_able(x.device) else {"OVERLAP": False}
+
+
+@cache
+def _is_able(device: torch.device) -> bool:
+    """Hopper is the first that is."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @triton.jit

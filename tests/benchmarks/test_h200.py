@@ -1,0 +1,43 @@
+"""What the comparison with vLLM makes of what others print, and of a config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.h200 import compare, floor, read_line
+from benchmarks.report import Report
+
+
+@pytest.mark.parametrize(
+    ("line", "figures"),
+    [
+        ("vllm Qwen3-0.6B none kv=auto tp=1 B batch 32 tpot 2.732 ms", {"batch 32": 2.732}),
+        ("vllm Qwen3-0.6B none kv=auto tp=1 C prefill 394020 tok/s", {"prefill": 394020.0}),
+        ("vllm x none A mixed 24601 out tok/s, 49315 total tok/s, 5.86 s", {"mixed": 24601.0}),
+        ("vllm x none kv=auto tp=1 init 134.0 s", {}),
+    ],
+)
+def test_figures_are_found_in_lines(line: str, figures: dict[str, float]) -> None:
+    """Each of the three workloads by its own words; other lines hold none."""
+    assert read_line(line) == figures
+
+
+def test_the_floor_counts_weights_once_and_every_sequence_s_keys(shared: Path) -> None:
+    """As the published floors of these shapes at 4.26 TB/s: 3.55 ms for one sequence of the 8B, 7.8 for 256 of the 0.6B."""
+    configs = shared / "data" / "configs"
+    assert floor(configs / "Meta-Llama-3.1-8B", 1, bandwidth=4.26e12) == pytest.approx(3.55, abs=0.02)
+    assert floor(configs / "Qwen3-0.6B", 256, bandwidth=4.26e12) == pytest.approx(7.8, abs=0.05)
+    assert floor(configs / "Qwen3-30B-A3B", 1, bandwidth=4.26e12) is None
+
+
+def test_a_ratio_above_one_is_in_our_favour(shared: Path) -> None:
+    """A time is divided into theirs, a rate by theirs; what they did not measure has none."""
+    report = Report("h200", settings={})
+    folder = shared / "data" / "configs" / "Qwen3-0.6B"
+    mine = {"batch 1": 1.0, "prefill": 400.0, "mixed": 5.0}
+    compare(report, folder, mine, {"batch 1": 2.0, "prefill": 200.0}, bandwidth=4.26e12)
+    rows = report.tables[0]["rows"]
+    assert isinstance(rows, list)
+    assert [row[3] for row in rows] == [2.0, 2.0, None]
