@@ -46,16 +46,16 @@ class GatewayAddresses:
 async def serve(
     settings: GatewaySettings, *, bus: Bus | None = None, registry: CollectorRegistry | None = None
 ) -> AsyncIterator[GatewayAddresses]:
-    """A gateway that can take requests: the log was reached, and the tokenizer answered. Until then, and whenever one of
-    the two is gone, or no engine is there, its health is NOT_SERVING and `/readyz` says what is missing. Leaving the
-    block lets open streams end for `drain_seconds`, while what feeds them still runs; until they have, whoever comes is
-    told that it stops.
+    """A gateway that can take requests: the log was reached, the tokenizer answered, and engines were looked for; without
+    one requests wait in the log. Until all three were seen, and whenever one is gone, its health is NOT_SERVING and
+    `/readyz` says what is missing. Leaving the block lets open streams end for `drain_seconds`, while what feeds them still
+    runs; until they have, whoever comes is told that it stops.
 
     Raises:
         ConfigurationError: an address cannot be bound, the log has other topics, or the tokenizer has become another.
         Unavailable: the log cannot be reached at the start.
     """
-    metrics, readiness = Metrics(registry), Readiness(["log", "tokenizer"])
+    metrics, readiness = Metrics(registry), Readiness(["log", "tokenizer", "engine"])
     admission = Admission(settings)
     metrics.watch_open(lambda: admission.num_open)
     async with AsyncExitStack() as parts:
@@ -94,7 +94,7 @@ async def serve(
             )
         )
         await readiness.tell(lambda ready: server.health.ready() if ready else server.health.not_ready())
-        await readiness.wait()
+        await readiness.wait("log", "tokenizer")
         watch = Watch(log, readiness, every=settings.watch_seconds, seconds=settings.log_seconds)
         await watch.look()
         await parts.enter_async_context(running(watch.run()))

@@ -7,16 +7,17 @@ from collections.abc import Awaitable, Callable, Iterable
 
 from holdfast.errors import Unavailable
 
-NOT_YET = "it has not answered yet"
+NOT_YET = "it was not seen yet"
 
 
 class Readiness:
     """Ready while nothing that the gateway needs is missing. The log is missing until it was read from and whenever it
-    cannot be, or does not answer; the tokenizer while there is no call to it; an engine while none has joined."""
+    cannot be, or does not answer; the tokenizer while there is no call to it; an engine until one was seen and whenever
+    none is there."""
 
     def __init__(self, needs: Iterable[str]) -> None:
         self._missing = dict.fromkeys(needs, NOT_YET)
-        self._ready = asyncio.Event()
+        self._changed = asyncio.Condition()
         self._listeners: list[Callable[[bool], Awaitable[None]]] = []
 
     @property
@@ -44,14 +45,13 @@ class Readiness:
         self._listeners.append(listener)
         await listener(not self._missing)
 
-    async def wait(self) -> None:
-        """Until the gateway is ready."""
-        await self._ready.wait()
+    async def wait(self, *needs: str) -> None:
+        """Until none of these is missing."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._missing.keys().isdisjoint(needs))
 
     async def _tell(self) -> None:
-        if self._missing:
-            self._ready.clear()
-        else:
-            self._ready.set()
+        async with self._changed:
+            self._changed.notify_all()
         for listener in self._listeners:
             await listener(not self._missing)

@@ -9,7 +9,7 @@ import structlog
 from holdfast.bus import Bus
 from holdfast.errors import Unavailable
 from holdfast.topics import ENGINES
-from services.gateway.readiness import Readiness
+from services.gateway.readiness import NOT_YET, Readiness
 
 log = structlog.get_logger(__name__)
 
@@ -46,7 +46,7 @@ class Watch:
             await (self._found("engine") if num_engines else self._lost("engine", NO_ENGINE))
 
     async def _lost(self, need: str, reason: str) -> None:
-        if need not in self._readiness.missing:
+        if self._readiness.missing.get(need, NOT_YET) == NOT_YET:  # it is news
             log.warning("missing", need=need, reason=reason)
         await self._readiness.lost(need, reason)
 

@@ -111,7 +111,7 @@ async def test_a_gateway_that_is_not_ready_says_what_is_missing() -> None:
         app = http.application(gateway, readiness, metrics, settings())
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
             ready = await client.get("/readyz")
-            missing = dict.fromkeys(("log", "tokenizer"), "it has not answered yet")
+            missing = dict.fromkeys(("log", "tokenizer"), "it was not seen yet")
             assert (ready.status_code, ready.json()) == (503, {"ready": False, "missing": missing})
             assert (await client.get("/healthz")).status_code == 200
             for response in (

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from contextlib import AsyncExitStack
 from typing import Any
 
+import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -14,7 +16,7 @@ from holdfast.bus import Headers, TopicPartition
 from holdfast.errors import Unavailable
 from holdfast.memory import MemoryBus
 from holdfast.topics import ENGINES, REQUESTS_INTERACTIVE, TOPICS
-from services.gateway.readiness import Readiness
+from services.gateway.readiness import NOT_YET, Readiness
 from services.gateway.watch import NO_ENGINE, Watch
 from tests.gateway.doubles import LENGTH, Mesh, open_mesh
 
@@ -26,8 +28,11 @@ class Log(MemoryBus):
         super().__init__()
         self.reached = asyncio.Event()
         self.reached.set()
+        self.asked = asyncio.Event()
+        """Set by the question for engines."""
 
     async def group_size(self, group: str) -> int:
+        self.asked.set()
         await self.reached.wait()
         return await super().group_size(group)
 
@@ -48,6 +53,27 @@ async def ready(mesh: Mesh, *, missing: dict[str, str]) -> None:
         serving = health_pb2.HealthCheckResponse.NOT_SERVING if missing else health_pb2.HealthCheckResponse.SERVING
         while (await health.Check(health_pb2.HealthCheckRequest())).status != serving:
             pass
+
+
+async def test_a_gateway_is_not_ready_before_an_engine_was_seen() -> None:
+    """Log and tokenizer are there, but nobody knows yet whether somebody would answer."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free = f"127.0.0.1:{probe.getsockname()[1]}"
+    log = Log()
+    async with asyncio.TaskGroup() as group:
+
+        async def ask() -> None:
+            await log.asked.wait()
+            async with httpx.AsyncClient() as web:
+                answer = await web.get(f"http://{free}/readyz")
+                assert (answer.status_code, answer.json()["missing"]) == (503, {"engine": NOT_YET})
+            log.reached.set()
+
+        log.reached.clear()
+        group.create_task(ask())
+        async with open_mesh(log=log, http_address=free, log_seconds=60) as mesh:
+            await ready(mesh, missing={})
 
 
 async def test_a_log_that_does_not_answer_is_missing_until_it_does() -> None:
