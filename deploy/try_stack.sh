@@ -74,6 +74,8 @@ busy_engine() {
     return 1
 }
 
+command -v "$HOLDFAST" >/dev/null || fail "there is no $HOLDFAST; 'make setup' makes it, or HOLDFAST names another"
+
 peaceful=$(mktemp)
 disturbed=$(mktemp)
 after=$(mktemp)
