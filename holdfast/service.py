@@ -161,18 +161,19 @@ def _failure_to_bind(family: int, where: Any) -> OSError | None:
 
 @asynccontextmanager
 async def stop_signals() -> AsyncIterator[asyncio.Event]:
-    """An event that SIGTERM and SIGINT set. A second signal acts as if nobody had asked: it ends the process."""
+    """An event that SIGTERM and SIGINT set. A second signal ends the process at once, by that signal."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
 
-    def on_signal() -> None:
+    def on_signal(given: signal.Signals) -> None:
         if stop.is_set():
-            for each in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(each)
+            loop.remove_signal_handler(given)
+            signal.signal(given, signal.SIG_DFL)  # Python's own for SIGINT would only raise, and be drained again
+            signal.raise_signal(given)
         stop.set()
 
     for each in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(each, on_signal)
+        loop.add_signal_handler(each, on_signal, each)
     try:
         yield stop
     finally:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 PROGRAM = """
 from contextlib import asynccontextmanager
 from typing import Annotated
@@ -41,6 +43,8 @@ async def serve(settings):
             yield
         finally:
             print("closed", flush=True)
+            if settings.fault == "never drained":
+                await asyncio.Event().wait()
 
 run("bell", BellSettings, serve)
 """
@@ -63,6 +67,21 @@ def test_a_signal_drains_and_ends_with_success() -> None:
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (0, "closed\n"), err
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_drain_that_would_never_end(second: signal.Signals) -> None:
+    """At once, and whoever started the process sees by which signal."""
+    with bell("--fault", "never drained") as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "open\n"
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.readline() == "closed\n"
+            process.send_signal(second)
+            assert process.wait(timeout=30) == -second
+        finally:
+            process.kill()
 
 
 def test_a_service_that_cannot_start_says_why_in_its_last_line() -> None:
