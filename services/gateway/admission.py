@@ -18,6 +18,9 @@ from holdfast.v1 import gateway_pb2, generation_pb2
 from services.gateway.settings import GatewaySettings
 from services.gateway.validation import check_lengths, check_request
 
+TIMEOUT_PASSED = "the request's timeout passed before its answer was complete"
+"""What a client is told wherever that happens."""
+
 
 @dataclass(frozen=True, slots=True)
 class Admitted:

@@ -16,13 +16,13 @@ import grpc
 import grpc.aio
 import structlog
 
-from holdfast.errors import HoldfastError, InternalError, RequestError, StreamFailed, Unavailable, from_rpc_error
+from holdfast.errors import HoldfastError, InternalError, RequestError, StreamFailed, Unavailable
 from holdfast.rpc import streaming
 from holdfast.v1 import tokenizer_pb2
 from services.gateway.answer import Answer, State
 from services.gateway.choice import Choice, Piece
 from services.gateway.readiness import Readiness
-from services.gateway.tokenizer import Tokenizer
+from services.gateway.tokenizer import Tokenizer, what_it_says
 
 log = structlog.get_logger(__name__)
 
@@ -88,7 +88,7 @@ class Detokenizer:
                     self._tell(works, await self._ask(call, works))
                     self._num_failures = 0
         except grpc.RpcError as error:
-            reason = from_rpc_error(error)
+            reason = what_it_says(error)
         except HoldfastError as error:
             reason = error
         self._num_failures += 1

@@ -12,6 +12,7 @@ from typing import Any
 
 from holdfast.errors import Cancelled, DeadlineExceeded, HoldfastError, InvalidRequest, NotFound, wire
 from holdfast.events import Finished, FinishReason, Model, TokenLogprobs, Usage
+from services.gateway.admission import TIMEOUT_PASSED
 from services.gateway.choice import SpelledTokens, Spelling
 from services.gateway.openai import param
 
@@ -214,7 +215,7 @@ def finish_reason(finished: Finished) -> str:
     """
     match finished.reason:
         case FinishReason.DEADLINE:
-            raise DeadlineExceeded("the request's timeout passed before its answer was complete")
+            raise DeadlineExceeded(TIMEOUT_PASSED)
         case FinishReason.CANCELLED:
             raise Cancelled("somebody cancelled the request")
         case reason:

@@ -8,10 +8,19 @@ from datetime import UTC, datetime
 import grpc
 import grpc.aio
 import structlog
+from grpc_status import rpc_status
 
-from holdfast.errors import ConfigurationError, DeadlineExceeded, InvalidRequest, Unavailable, from_rpc_error
+from holdfast.errors import (
+    ConfigurationError,
+    DeadlineExceeded,
+    HoldfastError,
+    InvalidRequest,
+    Unavailable,
+    from_rpc_error,
+)
 from holdfast.events import Model
 from holdfast.v1 import gateway_pb2, generation_pb2, tokenizer_pb2, tokenizer_pb2_grpc
+from services.gateway.admission import TIMEOUT_PASSED
 
 log = structlog.get_logger(__name__)
 
@@ -100,9 +109,11 @@ class Tokenizer:
             texts = tokenizer_pb2.EncodeRequest(texts=[request.prompt])
             return list((await self._stub.Encode(texts, timeout=timeout)).ids[0].ids)
         except grpc.RpcError as error:
-            ours = from_rpc_error(error)
+            ours = what_it_says(error)
             if isinstance(ours, DeadlineExceeded) and timeout == self._seconds:
                 raise Unavailable(f"the tokenizer did not answer within {self._seconds:g} seconds") from error
+            if isinstance(ours, DeadlineExceeded):
+                raise DeadlineExceeded(TIMEOUT_PASSED) from error
             if isinstance(ours, InvalidRequest):
                 raise InvalidRequest(str(ours), field=_field(request, ours.field)) from error
             raise ours from error
@@ -110,6 +121,15 @@ class Tokenizer:
     def decode(self) -> grpc.aio.StreamStreamCall[tokenizer_pb2.DecodeRequest, tokenizer_pb2.DecodeResponse]:
         """A new call that decodes; the caller ends it."""
         return self._stub.Decode()
+
+
+def what_it_says(error: grpc.RpcError) -> HoldfastError:
+    """Why the tokenizer ended a call. Where it said nothing, gRPC speaks, and of addresses and sockets: that is for nobody
+    outside."""
+    silent = rpc_status.from_call(error) is None
+    if silent and error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN):
+        return Unavailable("the tokenizer does not answer")
+    return from_rpc_error(error)
 
 
 def _field(request: gateway_pb2.GenerateRequest, field: str) -> str:

@@ -265,7 +265,7 @@ async def test_a_deadline_before_acceptance_is_an_error() -> None:
     tokenizer = ByteTokenizer()
     async with open_mesh(tokenizer=tokenizer) as mesh:
         tokenizer.open.clear()
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(DeadlineExceeded, match="^the request's timeout passed before its answer was complete$"):
             await mesh.client.submit("hi", timeout=0.1)
         tokenizer.open.set()
         await mesh.client.submit("hi", request_id="next")
@@ -278,6 +278,14 @@ async def test_a_tokenizer_that_does_not_answer_is_unavailable() -> None:
     async with open_mesh(tokenizer=tokenizer, tokenize_seconds=0.1) as mesh:
         tokenizer.open.clear()
         with pytest.raises(Unavailable, match=r"within 0\.1 seconds"):
+            await mesh.client.submit("hi")
+
+
+async def test_a_tokenizer_that_is_gone_is_named_without_its_address() -> None:
+    """Where it listens, and what gRPC says of sockets, is for nobody outside."""
+    async with open_mesh() as mesh:
+        await mesh.tokenizer_life.aclose()
+        with pytest.raises(Unavailable, match="^the tokenizer does not answer$"):
             await mesh.client.submit("hi")
 
 
