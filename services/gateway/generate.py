@@ -168,7 +168,7 @@ class Gateway:
                     )
             except TimeoutError as error:
                 raise Unavailable(
-                    f"the log did not take the request within {self._settings.log_seconds:g} seconds; it was not accepted"
+                    f"the log did not take the request within {self._settings.log_seconds:g} seconds; it may not have been accepted"
                 ) from error
 
     @contextmanager
