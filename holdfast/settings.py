@@ -8,7 +8,8 @@ A service's settings are a subclass of `Settings` with a docstring under each fi
 
 What is given first wins: a flag (`--max-streams 64`), the environment (`HOLDFAST_GATEWAY_MAX_STREAMS`), the table of
 the service (`[gateway]`) in the TOML file that `HOLDFAST_CONFIG` names, the default. An unknown name in any of them
-stops the start, as a bad value does: nothing falls back silently.
+stops the start, as a bad value does, a name of no service too: nothing falls back silently. All services can share one
+file and one environment, each reads what is its own.
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliApp,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
-    TomlConfigSettingsSource,
 )
 
 from holdfast.errors import ConfigurationError
@@ -37,6 +39,15 @@ if TYPE_CHECKING:
 
 PREFIX = "HOLDFAST_"
 FILE_VARIABLE = "HOLDFAST_CONFIG"
+
+SERVICES = ("gateway", "tokenizer", "engine", "kvstore")
+"""Those that have settings: each has a table in the file, and variables that begin with its name."""
+
+OF_ALL_SERVICES = ("model", "served_model_name", "ask", "exit")
+"""What is set without a service's name, for all of them in one process."""
+
+OTHER_VARIABLES = ("CONFIG", "CACHE", "ADDRESS", "LOG_LEVEL", "LOG_FORMAT", "TEST_KAFKA", "SHARED")
+"""What else is read from `HOLDFAST_...`: by every program, the models, the client, the logs, the tests."""
 
 
 def _program() -> str:
@@ -73,15 +84,44 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags stand before these; no .env files, no secret files."""
-        file = os.environ.get(FILE_VARIABLE)
-        if file is None:
-            return init_settings, env_settings
-        table = tuple(cls._prefix().removeprefix(PREFIX).lower().split("_")[:-1])
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, Path(file), toml_table_header=table)
+        return init_settings, env_settings, _FromFile(settings_cls, cls._table(_read_file()))
 
     @classmethod
     def _prefix(cls) -> str:
         return cls.model_config.get("env_prefix", "") or PREFIX
+
+    @classmethod
+    def _service(cls) -> str:
+        """The service whose settings these are; empty for several in one process."""
+        return cls._prefix().removeprefix(PREFIX).removesuffix("_").lower()
+
+    @classmethod
+    def _table(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """What of a file's content is for these settings."""
+        service = cls._service()
+        if not service:
+            return content
+        table = content.get(service, {})
+        if not isinstance(table, dict):
+            raise ConfigurationError(f"{os.environ[FILE_VARIABLE]}: {service} is a table, [{service}], not {table!r}")
+        return table
+
+
+class _FromFile(InitSettingsSource):
+    """What stands in the file."""
+
+
+def _read_file() -> dict[str, Any]:
+    """The content of the file that is named; nothing where none is."""
+    file = os.environ.get(FILE_VARIABLE)
+    if file is None:
+        return {}
+    try:
+        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"{FILE_VARIABLE} names {file}, which cannot be read: {error.strerror}") from error
+    except ValueError as error:  # no TOML, or no UTF-8
+        raise ConfigurationError(f"{file} is not TOML: {error}") from error
 
 
 S = TypeVar("S", bound=Settings)
@@ -93,10 +133,8 @@ def load(kind: type[S], argv: Sequence[str] = ()) -> S:
     Raises:
         ConfigurationError: naming every value that is wrong and every name that is unknown, and where it was given.
     """
-    file = os.environ.get(FILE_VARIABLE)
-    if file is not None and not Path(file).is_file():
-        raise ConfigurationError(f"{FILE_VARIABLE} names {file}, which is not a file")
     flags, problems = _known_flags(kind, argv)
+    problems += _unknown_tables(kind)
     settings: S | None = None
     try:
         settings = CliApp.run(kind, cli_args=flags)
@@ -104,7 +142,7 @@ def load(kind: type[S], argv: Sequence[str] = ()) -> S:
         problems += [_problem(kind, details, argv) for details in error.errors(include_url=False)]
     except (SettingsError, ValueError) as error:
         problems.append(str(error))
-    problems += [_unknown(name, _variables(kind)) for name in _unknown_variables(kind)]
+    problems += _unknown_variables(kind)
     if settings is None or problems:
         raise ConfigurationError("; ".join(problems))
     return settings
@@ -167,8 +205,14 @@ def _problem(kind: type[Settings], details: ErrorDetails, argv: Sequence[str]) -
         return _unknown(
             variable, [PREFIX + flag[2:].replace(".", "_").replace("-", "_").upper() for flag in _flags(kind)]
         )
-    in_file = [flag[2:].replace("-", "_") for flag in _flags(kind)]
-    return f"{os.environ.get(FILE_VARIABLE, 'settings')}: {_unknown('.'.join(path), in_file)}"
+    in_file = kind.model_fields if len(path) == 1 else [flag[2:].replace("-", "_") for flag in _flags(kind)]
+    return _unknown_in_file(kind, path, in_file)
+
+
+def _unknown_in_file(kind: type[Settings], path: Sequence[str], known: Iterable[str]) -> str:
+    table = [service] if (service := kind._service()) else []
+    named = _unknown(".".join([*table, *path]), [".".join([*table, name]) for name in known])
+    return f"{os.environ.get(FILE_VARIABLE, 'settings')}: {named}"
 
 
 def listening(settings: Settings) -> Iterator[str]:
@@ -194,12 +238,42 @@ def flags_of(settings: Settings, value: object) -> list[str]:
     return flags
 
 
-def _unknown_variables(kind: type[Settings]) -> list[str]:
-    """Variables that begin like this service's settings and are none of them."""
-    prefix = kind._prefix()
-    if prefix == PREFIX:  # several services in one process: pydantic itself refuses what it cannot place
+def _unknown_tables(kind: type[Settings]) -> list[str]:
+    """What stands in the file outside of tables, and tables, that no service reads."""
+    if not kind._service():  # several services in one process: pydantic itself refuses what it cannot place
         return []
-    return sorted(name for name in os.environ if name.startswith(prefix) and name not in _variables(kind))
+    known = [kind._service(), *SERVICES, *OF_ALL_SERVICES]
+    file = os.environ.get(FILE_VARIABLE)
+    return [f"{file}: {_unknown(name, known)}" for name in _read_file() if name not in known]
+
+
+def _unknown_variables(kind: type[Settings]) -> list[str]:
+    """Variables that begin like this service's settings and are none of them, and those that are of no service."""
+    own, others = _variables(kind), {*SERVICES, *_parts(kind)} - {kind._service()}
+    problems = []
+    for name in sorted(name for name in os.environ if name.startswith(PREFIX)):
+        service, _, rest = name.removeprefix(PREFIX).lower().partition("_")
+        if service in others and rest:
+            continue  # that service's own; of a part, pydantic refuses what it cannot place
+        known = own if service == kind._service() else own + _variables_of_no_service(name, {*others, kind._service()})
+        if name not in known:
+            problems.append(_unknown(name, known))
+    return problems
+
+
+def _parts(kind: type[Settings]) -> list[str]:
+    fields = kind.model_fields.items()
+    return [
+        name for name, field in fields if isinstance(field.annotation, type) and issubclass(field.annotation, Settings)
+    ]
+
+
+def _variables_of_no_service(name: str, services: Iterable[str]) -> list[str]:
+    """Those, and what this name would be with the name of the service that is nearest."""
+    service, _, rest = name.removeprefix(PREFIX).partition("_")
+    nearest = difflib.get_close_matches(service.lower(), services, n=1) if rest else []
+    meant = [f"{each.upper()}_{rest}" for each in nearest]
+    return [PREFIX + each.upper() for each in (*OF_ALL_SERVICES, *OTHER_VARIABLES, *meant)]
 
 
 def _where(kind: type[Settings], loc: tuple[int | str, ...], argv: Sequence[str]) -> str:
@@ -211,4 +285,18 @@ def _where(kind: type[Settings], loc: tuple[int | str, ...], argv: Sequence[str]
     variable = kind._prefix() + "_".join(path).upper()
     if variable in os.environ:
         return variable
+    named = [service, *path] if (service := kind._service()) else path
+    if _stands(named, _read_file()):
+        return f"{os.environ[FILE_VARIABLE]}: {'.'.join(named)}"
     return f"{'.'.join(path)} (flag {flag}, variable {variable})"
+
+
+def _stands(path: Sequence[str], content: object) -> bool:
+    """Whether the file's content has something at this path."""
+    for name in path:
+        if not isinstance(content, dict):
+            return True
+        if name not in content:
+            return False
+        content = content[name]
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,7 +10,9 @@ import pytest
 from pydantic import Field, ValidationError
 
 from holdfast.errors import ConfigurationError
-from holdfast.settings import Settings, flags_of, load
+from holdfast.settings import OF_ALL_SERVICES, OTHER_VARIABLES, SERVICES, Settings, flags_of, load
+from services.settings import MeshSettings
+from tests.conftest import ROOT
 
 
 class StationSettings(Settings, env_prefix="HOLDFAST_STATION_"):
@@ -33,6 +36,14 @@ class LineSettings(Settings, env_prefix="HOLDFAST_"):
 @pytest.fixture(autouse=True)
 def no_outside_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOLDFAST_CONFIG", raising=False)
+
+
+@pytest.fixture
+def file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The file that HOLDFAST_CONFIG names."""
+    path = tmp_path / "holdfast.toml"
+    monkeypatch.setenv("HOLDFAST_CONFIG", str(path))
+    return path
 
 
 def test_a_flag_wins_over_the_environment_over_the_file_over_the_default(
@@ -77,7 +88,7 @@ def test_all_that_is_wrong_is_named_at_once_unknown_names_too(monkeypatch: pytes
             "stray: a setting is given as --name value",
             *("--guard: no such setting", "--help lists them"),
             "--gauge: needs a value",
-            *(f"{file}: guage: no such setting", "did you mean gauge?"),
+            *(f"{file}: station.guage: no such setting", "did you mean station.gauge?"),
             *("HOLDFAST_STATION_MAX_TRIANS: no such setting", "did you mean HOLDFAST_STATION_MAX_TRAINS?"),
         ]
     )
@@ -111,10 +122,82 @@ def test_an_unknown_flag_stops_the_start() -> None:
 def test_an_unknown_name_in_the_file_stops_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """So does a misspelt line of the file; another service's table does not."""
     file = tmp_path / "holdfast.toml"
-    file.write_text("[station]\nmax_trians = 6\n[harbour]\nships = 3\n")
+    file.write_text("[station]\nmax_trians = 6\n[engine]\nships = 3\n")
     monkeypatch.setenv("HOLDFAST_CONFIG", str(file))
     with pytest.raises(ConfigurationError, match="max_trians"):
         load(StationSettings)
+
+
+@pytest.mark.parametrize("kind", [StationSettings, LineSettings])
+def test_a_file_without_the_services_table_means_defaults(file: Path, kind: type[Settings]) -> None:
+    """All services share one file, and each has a table only where it needs one."""
+    file.write_text("[engine]\nthreads = 3\n" if kind is StationSettings else "")
+    assert load(kind) == kind()
+
+
+def test_a_name_of_no_service_in_the_file_stops_the_start(file: Path) -> None:
+    """A misspelt table would set nothing, in silence."""
+    file.write_text("modle = 'tiny'\n[gatewy]\nmax_streams = 3\n[tokenizer]\n")
+    with pytest.raises(ConfigurationError) as caught:
+        load(StationSettings)
+    assert str(caught.value) == (
+        f"{file}: modle: no such setting; did you mean model?; {file}: gatewy: no such setting; did you mean gateway?"
+    )
+    file.write_text("[staton]\ngauge = 'narrow'\n")
+    with pytest.raises(ConfigurationError, match="staton: no such setting; did you mean station"):
+        load(LineSettings)
+
+
+@pytest.mark.parametrize("kind", [StationSettings, LineSettings])
+def test_a_variable_of_no_service_stops_the_start(monkeypatch: pytest.MonkeyPatch, kind: type[Settings]) -> None:
+    """What nobody reads is a mistake; what another service or program reads is not."""
+    for name in ("HOLDFAST_ADDRESS", "HOLDFAST_LOG_LEVEL", "HOLDFAST_GATEWAY_ADDRESS", "HOLDFAST_KVSTORE_ANYTHING"):
+        monkeypatch.setenv(name, "x")
+    load(kind)
+    monkeypatch.setenv("HOLDFAST_GATWAY_ADDRESS", "x")
+    monkeypatch.setenv("HOLDFAST_LOG_LEVLE", "x")
+    monkeypatch.setenv("HOLDFAST_STATIN_GAUGE", "x")
+    with pytest.raises(ConfigurationError) as caught:
+        load(kind)
+    assert str(caught.value) == (
+        "HOLDFAST_GATWAY_ADDRESS: no such setting; did you mean HOLDFAST_GATEWAY_ADDRESS?; "
+        "HOLDFAST_LOG_LEVLE: no such setting; did you mean HOLDFAST_LOG_LEVEL?; "
+        "HOLDFAST_STATIN_GAUGE: no such setting; did you mean HOLDFAST_STATION_GAUGE?"
+    )
+
+
+def test_every_name_that_is_read_is_known() -> None:
+    """The settings of all services, and each variable that a program here reads by its name."""
+    assert {*SERVICES, *OF_ALL_SERVICES} == set(MeshSettings.model_fields)
+    sources = [*(ROOT / "holdfast").glob("*.py"), *(ROOT / "deploy/kafka").glob("*.py"), ROOT / "tests/conftest.py"]
+    read = {name for source in sources for name in re.findall(r'"HOLDFAST_([A-Z_]*[A-Z])"', source.read_text())}
+    assert read == set(OTHER_VARIABLES)
+
+
+@pytest.mark.parametrize("kind", [StationSettings, LineSettings])
+def test_a_bad_value_in_the_file_is_named_with_its_file_and_table(file: Path, kind: type[Settings]) -> None:
+    """Not by the flag that one did not give."""
+    file.write_text("[station]\nmax_trains = 0\n")
+    with pytest.raises(ConfigurationError) as caught:
+        load(kind)
+    assert str(caught.value) == (f"{file}: station.max_trains: Input should be greater than or equal to 1, not 0")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"[station\n", "is not TOML: Expected ']'"),
+        (b"# \xff", "is not TOML: 'utf-8' codec can't decode"),
+        (b"station = 3", ": station is a table, [station], not 3"),
+    ],
+)
+def test_a_file_that_cannot_be_understood_is_named(file: Path, content: bytes, why: str) -> None:
+    """With what is wrong with it."""
+    file.write_bytes(content)
+    with pytest.raises(ConfigurationError) as caught:
+        load(StationSettings)
+    assert str(caught.value).startswith(str(file))
+    assert why in str(caught.value)
 
 
 def test_a_missing_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
