@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 
@@ -114,8 +115,13 @@ def read_json(body: bytes) -> dict[str, Value]:
         values = json.loads(body.decode())
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
-    except (ValueError, RecursionError) as error:
+    except json.JSONDecodeError as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from error
+    except RecursionError as error:
+        raise InvalidRequest("the body is nested too deeply: lists and objects in one another") from error
+    except ValueError as error:  # all else that can be wrong with a number or a text is JSON's to say
+        digits = sys.get_int_max_str_digits()
+        raise InvalidRequest(f"the body has a number with too many digits: more than {digits}") from error
     if not isinstance(values, dict):
         raise InvalidRequest(f"the body must be a JSON object, not {_kind(values)}")
     return values
@@ -399,7 +405,10 @@ def _integer(name: str, value: Value, low: int, high: int = (1 << 32) - 1) -> in
 
 
 def _json(field: str, value: dict[str, Value]) -> str:
-    return _utf8(field, json.dumps(value)) if value else ""
+    try:
+        return _utf8(field, json.dumps(value)) if value else ""
+    except RecursionError as error:
+        raise InvalidRequest(f"{field} is nested too deeply", field=field) from error
 
 
 def _utf8(field: str, text: str) -> str:

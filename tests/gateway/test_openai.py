@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -282,8 +283,8 @@ def test_what_cannot_be_done_is_refused_by_name(
         (b"null", "not null"),
         (b"5", "not a number"),
         (b'"x"', "not a string"),
-        (b"[" * 100_000, "not JSON"),
-        (b'{"n": ' + b"9" * 5000 + b"}", "not JSON"),
+        (b"[" * 200_000, "is nested too deeply"),
+        (b'{"n": ' + b"9" * 6000 + b"}", "a number with too many digits: more than 4300"),
     ],
 )
 def test_a_body_must_be_a_json_object(body: bytes, says: str) -> None:
@@ -329,3 +330,11 @@ def test_a_list_that_is_too_long_is_not_walked(parameters: dict[str, Any]) -> No
 def test_a_messages_list_that_is_too_long_is_not_walked() -> None:
     """Nor is a conversation."""
     assert refused(chat, messages=Unread(HI * 201)).field == "messages"
+
+
+def test_what_is_nested_too_deeply_to_be_sent_on_is_refused() -> None:
+    """Though it could be read."""
+    nested: list[Any] = []
+    for _ in range(sys.getrecursionlimit()):
+        nested = [nested]
+    assert "nested too deeply" in str(refused(chat, chat_template_kwargs={"a": nested}))
