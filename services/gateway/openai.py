@@ -52,6 +52,12 @@ NEUTRAL: Mapping[str, Callable[[Value, Mapping[str, Value]], bool]] = {
 }
 """Given the value and the whole body: whether it changes nothing."""
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+"""Whose a message can be. What becomes of each is the chat template's to say."""
+
+NEEDED = {"tool": "tool_call_id", "function": "name"}
+"""What a message of a role must say besides its content: what it answers."""
+
 SAMPLING = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 COMMON = frozenset(
@@ -119,7 +125,7 @@ def read_json(body: bytes) -> dict[str, Value]:
         raise InvalidRequest(f"the body is not JSON: {error}") from error
     except RecursionError as error:
         raise InvalidRequest("the body is nested too deeply: lists and objects in one another") from error
-    except ValueError as error:  # all else that can be wrong with a number or a text is JSON's to say
+    except ValueError as error:  # of an integer, the one thing that JSON allows and Python does not
         digits = sys.get_int_max_str_digits()
         raise InvalidRequest(f"the body has a number with too many digits: more than {digits}") from error
     if not isinstance(values, dict):
@@ -313,11 +319,13 @@ def _message(path: str, value: Value) -> tokenizer_pb2.ChatMessage:
     if not isinstance(value, dict):
         raise _wrong(path, "must be an object with role and content", value)
     role = value.get("role")
-    if not isinstance(role, str) or not role:
-        raise _wrong(f"{path}.role", "must be a string such as user", role)
+    if role not in ROLES:
+        raise _wrong(f"{path}.role", f"must be one of {', '.join(ROLES)}", role)
+    if (needed := NEEDED.get(role)) is not None and not isinstance(value.get(needed), str):
+        raise _wrong(f"{path}.{needed}", f"must be a string in a message of role {role}", value.get(needed))
     more = {name: each for name, each in value.items() if name not in ("role", "content") and each is not None}
     return tokenizer_pb2.ChatMessage(
-        role=_utf8(f"{path}.role", role),
+        role=role,
         content=_content(f"{path}.content", value.get("content")),
         fields_json=_json(path, more),
     )

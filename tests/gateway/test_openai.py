@@ -12,7 +12,7 @@ import pytest
 
 from holdfast.errors import InvalidRequest
 from holdfast.v1 import gateway_pb2 as pb
-from services.gateway.openai import IGNORED, Asked, param, read_chat, read_completion, read_json
+from services.gateway.openai import IGNORED, ROLES, Asked, param, read_chat, read_completion, read_json
 
 CONTEXT = 200
 HI = [{"role": "user", "content": "hi"}]
@@ -137,6 +137,21 @@ def test_messages_keep_what_templates_read() -> None:
     assert conversation.continue_final_message
 
 
+def test_the_roles_of_openai_go_to_the_template() -> None:
+    """Each by its own name, developer too, with what it must say."""
+    messages = [
+        {"role": "system", "content": "a"},
+        {"role": "developer", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        {"role": "tool", "content": "d", "tool_call_id": "1"},
+        {"role": "function", "content": "e", "name": "f"},
+    ]
+    conversation = chat(messages=messages).requests[0].chat
+    assert [message.role for message in conversation.messages] == list(ROLES)
+    assert json.loads(conversation.messages[4].fields_json) == {"tool_call_id": "1"}
+
+
 def test_prompts_come_in_four_forms() -> None:
     """Text, several texts, ids, several lists of ids: a request for each prompt, otherwise the same."""
     assert [request.prompt for request in completion(prompt="a").requests] == ["a"]
@@ -230,8 +245,12 @@ def test_a_value_that_changes_nothing_is_accepted(read: Callable[..., Asked], pa
         (chat, {"messages": None}, "messages", "missing"),
         (chat, {"messages": "hi"}, "messages", "a list"),
         (chat, {"messages": ["hi"]}, "messages[0]", "an object with role and content"),
-        (chat, {"messages": [{"content": "hi"}]}, "messages[0].role", "a string such as user"),
+        (chat, {"messages": [{"content": "hi"}]}, "messages[0].role", "must be one of system, developer, user"),
         (chat, {"messages": [{"role": 1}]}, "messages[0].role", "not 1"),
+        (chat, {"messages": [{"role": []}]}, "messages[0].role", "not []"),
+        (chat, {"messages": [{"role": "martian", "content": "hi"}]}, "messages[0].role", 'not "martian"'),
+        (chat, {"messages": [{"role": "tool", "content": "5"}]}, "messages[0].tool_call_id", "must be a string"),
+        (chat, {"messages": [{"role": "function", "content": "5"}]}, "messages[0].name", "must be a string"),
         (chat, {"messages": [*HI, {"role": "user", "content": 5}]}, "messages[1].content", "text parts"),
         (
             chat,
