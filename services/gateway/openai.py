@@ -9,8 +9,10 @@ What a parameter means here, and which are known:
 * more, named as other servers name them: top_k (-1 or 0: all), min_p, repetition_penalty, min_tokens, stop_token_ids,
   ignore_eos, skip_special_tokens, chat_template_kwargs, continue_final_message with add_generation_prompt; and timeout
   (seconds) and cancel_on_disconnect (true by default) as in our contract;
-* without any effect: what only tells OpenAI who asks and what it may keep (`IGNORED`);
-* a value that changes nothing, of parameters that are not supported (`NEUTRAL`): `"tools": []`, `"echo": false`;
+* without any effect: what cannot change the answer: who asks, what may be kept, what it may cost, what to guess first
+  (`IGNORED`);
+* what would change the answer, and is not supported: only the value that changes nothing (`NEUTRAL`), such as
+  `"tools": []`, `"echo": false`, `"verbosity": "medium"`; reasoning_effort has none, as each model has its own default;
 * everything else is refused, by name. null is as if the parameter was not there.
 
 Lists are measured before they are walked: a body has room for a million entries, and streams wait while it is read.
@@ -32,8 +34,19 @@ MAX_PROMPTS = 128
 DEFAULT_COMPLETION_TOKENS = 16
 
 IGNORED = frozenset(
-    {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"}
+    {
+        "user",
+        "metadata",
+        "store",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "service_tier",
+        "prediction",
+    }
 )
+"""Whatever they say, the answer is the same."""
 
 Value = object
 """What JSON holds: dict, list, str, int, float, bool; never None, which is as if it was not there."""
@@ -46,6 +59,11 @@ NEUTRAL: Mapping[str, Callable[[Value, Mapping[str, Value]], bool]] = {
     "parallel_tool_calls": lambda value, body: isinstance(value, bool),
     "response_format": lambda value, body: value == {"type": "text"},
     "modalities": lambda value, body: value == ["text"],
+    "verbosity": lambda value, body: value == "medium",
+    "reasoning_effort": lambda value, body: False,
+    "web_search_options": lambda value, body: False,
+    "moderation": lambda value, body: False,
+    "audio": lambda value, body: False,
     "echo": lambda value, body: value is False,
     "suffix": lambda value, body: value == "",
     "best_of": lambda value, body: value == body.get("n", 1),

@@ -9,10 +9,23 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
+from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming as ChatOfOpenAI
+from openai.types.completion_create_params import CompletionCreateParamsStreaming as CompletionOfOpenAI
 
 from holdfast.errors import InvalidRequest
 from holdfast.v1 import gateway_pb2 as pb
-from services.gateway.openai import IGNORED, ROLES, Asked, param, read_chat, read_completion, read_json
+from services.gateway.openai import (
+    CHAT,
+    COMPLETION,
+    IGNORED,
+    NEUTRAL,
+    ROLES,
+    Asked,
+    param,
+    read_chat,
+    read_completion,
+    read_json,
+)
 
 CONTEXT = 200
 HI = [{"role": "user", "content": "hi"}]
@@ -169,8 +182,8 @@ def test_streams_may_tell_their_usage() -> None:
     assert not chat(stream=True).include_usage
 
 
-def test_what_only_concerns_openai_is_ignored() -> None:
-    """Parameters that say who asks and what may be kept change nothing, whatever their value."""
+def test_what_cannot_change_the_answer_is_ignored() -> None:
+    """Parameters that say who asks, what may be kept, and how fast it is to be, whatever their value."""
     for name in IGNORED:
         assert chat(**{name: {"any": "thing"}}).requests == chat().requests
 
@@ -180,7 +193,7 @@ def test_what_only_concerns_openai_is_ignored() -> None:
     [
         (chat, {"tools": []}),
         (chat, {"tool_choice": "none", "parallel_tool_calls": True}),
-        (chat, {"response_format": {"type": "text"}, "modalities": ["text"]}),
+        (chat, {"response_format": {"type": "text"}, "modalities": ["text"], "verbosity": "medium"}),
         (completion, {"echo": False, "suffix": "", "best_of": 1}),
         (completion, {"best_of": 2, "n": 2}),
     ],
@@ -188,6 +201,15 @@ def test_what_only_concerns_openai_is_ignored() -> None:
 def test_a_value_that_changes_nothing_is_accepted(read: Callable[..., Asked], parameters: Mapping[str, Any]) -> None:
     """Unsupported parameters may be there with the value that means they are not used."""
     read(**parameters)
+
+
+def test_the_openai_package_has_no_parameter_that_is_not_known() -> None:
+    """Each is read, ignored, or not supported, by name."""
+    known = IGNORED | NEUTRAL.keys()
+    of_chat = {*ChatOfOpenAI.__required_keys__, *ChatOfOpenAI.__optional_keys__}
+    of_completion = {*CompletionOfOpenAI.__required_keys__, *CompletionOfOpenAI.__optional_keys__}
+    assert of_chat <= known | CHAT
+    assert of_completion <= known | COMPLETION
 
 
 @pytest.mark.parametrize(
@@ -198,8 +220,9 @@ def test_a_value_that_changes_nothing_is_accepted(read: Callable[..., Asked], pa
         (chat, {"functions": [{}]}, "functions", "not supported"),
         (chat, {"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         (chat, {"modalities": ["text", "audio"]}, "modalities", "not supported"),
-        (chat, {"audio": {"voice": "a"}}, "audio", "not known"),
-        (chat, {"reasoning_effort": "low"}, "reasoning_effort", "not known"),
+        (chat, {"audio": {"voice": "a"}}, "audio", "not supported"),
+        (chat, {"reasoning_effort": "low"}, "reasoning_effort", "not supported"),
+        (chat, {"verbosity": "low"}, "verbosity", "not supported"),
         (chat, {"prompt": "hi"}, "prompt", "not known"),
         (completion, {"messages": HI}, "messages", "not known"),
         (completion, {"echo": True}, "echo", "not supported"),
