@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry
 from holdfast import __version__, models
 from holdfast.memory import MemoryBus
 from holdfast.service import run
-from services.ask import ask, how_to_go_on, unless_stopped
+from services.ask import ask, how_to_go_on, served, unless_stopped
 from services.gateway.__main__ import serve as serve_gateway
 from services.kvstore.__main__ import serve as serve_kvstore
 from services.settings import MeshSettings, refuse_what_is_decided_here
@@ -103,17 +103,19 @@ async def _timed(say: Say, what: str, ready: Awaitable[T]) -> T:
 
 
 async def use(settings: MeshSettings, mesh: Mesh, stop: asyncio.Event) -> None:
-    """Asks what is to be asked, then serves until it is told to stop, or ends at once where that is wanted."""
+    """Asks what is to be asked, then serves until it is told to stop, or ends at once where that is wanted: also where
+    nothing was to be asked."""
     if settings.ask:
         await unless_stopped(ask(mesh.grpc, settings.ask), stop)
-        ends = settings.exit if settings.exit is not None else not sys.stdin.isatty()
-        if ends:
-            why = "as asked" if settings.exit else "as nobody sits at a terminal; --no-exit keeps serving"
-            print(f"\nEnding, {why}.", flush=True)
-            return
+    ends = settings.exit if settings.exit is not None else bool(settings.ask) and not sys.stdin.isatty()
+    if ends:
+        why = "as asked" if settings.exit else "as nobody sits at a terminal; --no-exit keeps serving"
+        print(f"\nEnding, {why}.", flush=True)
+        return
     if not stop.is_set():
-        model = settings.served_model_name or models.served_name(settings.model)
-        print(how_to_go_on(mesh.grpc, mesh.http, model), "Ctrl-C ends it.", sep="\n", flush=True)
+        parts = {"tokenizer": mesh.tokenizer, "engine": mesh.engine, "kvstore": mesh.kvstore}
+        text = how_to_go_on(await served(mesh.grpc), grpc=mesh.grpc, http=mesh.http, parts=parts)
+        print(text, "Ctrl-C ends it.", sep="\n", flush=True)
         await stop.wait()
     print("Draining; Ctrl-C again ends at once.", flush=True)
 

@@ -6,12 +6,13 @@ import asyncio
 import json
 import shlex
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
 from holdfast.cli import show
-from holdfast.client import Client
+from holdfast.client import DEFAULT_ADDRESS, Client
+from holdfast.events import Model
 
 _MAX_TOKENS = 256
 """Most tokens of the answer: it is there to be watched, not to be waited for."""
@@ -23,8 +24,8 @@ async def ask(address: str, question: str) -> None:
     Raises:
         HoldfastError: there was no answer.
     """
+    model = await served(address)
     async with Client(address) as client:
-        (model,) = await client.models()
         print(f"\n> {question}\n", flush=True)
         if model.chat:
             messages = [{"role": "user", "content": question}]
@@ -43,17 +44,30 @@ async def unless_stopped(work: Coroutine[Any, Any, None], stop: asyncio.Event) -
         stopping.cancel()
 
 
-def how_to_go_on(grpc: str, http: str, model: str) -> str:
-    """What to type next, in another terminal."""
-    body = {"model": model, "stream": True, "messages": [{"role": "user", "content": "Hello!"}]}
-    there = "" if grpc == "127.0.0.1:50051" else f" --address {grpc}"
+async def served(address: str) -> Model:
+    """The model that the mesh behind this gateway serves."""
+    async with Client(address) as client:
+        (model,) = await client.models()
+        return model
+
+
+def how_to_go_on(model: Model, *, grpc: str, http: str, parts: Mapping[str, str]) -> str:
+    """What to type next, in another terminal. `parts`: where the other services listen, by name."""
+    there = "" if grpc == DEFAULT_ADDRESS else f" --address {grpc}"
+    others = "".join(f" --{name} {address}" for name, address in parts.items())
+    if model.chat:
+        talk, route = "chat", "chat/completions"
+        asked: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello!"}]}
+    else:
+        talk, route, asked = 'generate "Once upon a time"', "completions", {"prompt": "Once upon a time"}
+    body = shlex.quote(json.dumps({"model": model.name, "stream": True, **asked}))
     return f"""
-Serving {model}: gRPC on {grpc}, HTTP (OpenAI's API, health, metrics) on {http}.
+Serving {model.name}: gRPC on {grpc}, HTTP (OpenAI's API, health, metrics) on {http}.
 Go on from another terminal:
 
-  {_command()}{there} chat
-  {_command()}{there} status
-  curl -N http://{http}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}
+  {_command()}{there} {talk}
+  {_command()}{there} status{others}
+  curl -N http://{http}/v1/{route} -H 'content-type: application/json' -d {body}
 """
 
 

@@ -72,7 +72,8 @@ class MeshSettings(Settings, env_prefix="HOLDFAST_"):
     ask: str = ""
     """A question to ask once all is ready; empty for none."""
     exit: bool | None = None
-    """Whether to end after the answer to `ask`; by default only where standard input is no terminal."""
+    """Whether to end after the answer to `ask`, or once all is ready where nothing is asked; by default only after an
+    answer, where standard input is no terminal."""
 
     gateway: GatewayPart = Field(default_factory=GatewayPart)
     """The gateway."""
