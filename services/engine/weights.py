@@ -106,15 +106,13 @@ def open_checkpoint(folder: Path, *, dtype: torch.dtype, device: torch.device) -
     """The weights of a folder, from one file or from the shards that the index lists. The files stay open while the
     context lasts; tensors taken remain."""
     with ExitStack() as stack:
-        try:
-            files = {
-                name: file
-                for path in _shards(folder)
-                for file in [stack.enter_context(safe_open(path, framework="pt"))]
-                for name in file.keys()  # noqa: SIM118 (safe_open is no mapping)
-            }
-        except (SafetensorError, OSError) as error:
-            raise ConfigurationError(f"{folder}: a weights file cannot be read: {error}") from error
+        files: dict[str, safe_open] = {}
+        for path in _shards(folder):
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+                files |= dict.fromkeys(file.keys(), file)
+            except (SafetensorError, OSError) as error:
+                raise ConfigurationError(f"{path} cannot be read as safetensors: {error}") from error
         yield Checkpoint(folder, files, dtype=dtype, device=device)
 
 

@@ -376,8 +376,10 @@ def _prompts(fields: Fields, context_length: int) -> Sequence[str | list[int]]:
         raise InvalidRequest("prompt is missing; it must be text, token ids, or a list of such", field="prompt")
     if isinstance(value, str):
         return [value]
-    if not isinstance(value, list) or not value:
-        raise _wrong("prompt", "must be text, token ids, or a list of such, not empty", value)
+    if not isinstance(value, list):
+        raise _wrong("prompt", "must be text, token ids, or a list of such", value)
+    if not value:
+        raise InvalidRequest("prompt is empty; it must be text, token ids, or a list of such", field="prompt")
     if isinstance(value[0], int):
         return [_prompt_ids("prompt", value, context_length)]
     _check_count("prompt", value, MAX_PROMPTS)
@@ -411,7 +413,9 @@ def _asked(fields: Fields, requests: list[gateway_pb2.GenerateRequest], *, chat:
 def _ids(name: str, value: Value) -> list[int]:
     if not isinstance(value, list):
         raise _wrong(name, "must be text or a list of token ids", value)
-    return [_integer(name, each, 0) for each in value]
+    if all(type(each) is int and 0 <= each < 1 << 32 for each in value):  # of a million none needs a name
+        return value
+    return [_integer(f"{name}[{i}]", each, 0) for i, each in enumerate(value)]
 
 
 def _check_count(name: str, value: Sized, most: int) -> None:
