@@ -6,7 +6,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= smollm2-135m-instruct
-QUESTION ?= Why is the sky blue?
 
 # Which build of PyTorch: `pypi` is the one that PyPI has (on Linux with CUDA, some gigabytes); `cpu`, `cu130` and the
 # other names that `uv --torch-backend` knows come from PyTorch's own index, and `auto` looks at the machine. Chosen when
@@ -19,8 +18,13 @@ COMPOSE ?= $(if $(filter docker,$(DOCKER)),docker compose,podman-compose)
 # What a verb hands on: `make run ARGS="--gateway.address 127.0.0.1:6000"`, `make test ARGS="tests/engine -k scheduler"`.
 ARGS ?=
 
-# What `make run` asks the mesh first; empty for nothing.
+# What `make run` asks the mesh first; empty for nothing. It goes through the environment, so that neither make nor the
+# shell reads anything into it.
 ASK ?= Why is the sky blue?
+override export ASK := $(value ASK)
+
+# The model, for `make run` too where one is named; a HOLDFAST_MODEL or a file of settings is not overruled by the default.
+NAMED_MODEL := $(if $(filter file,$(origin MODEL)),,--model="$(MODEL)")
 
 BIN := $(VENV)/bin
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo $(BIN)/uv)
@@ -35,8 +39,8 @@ help: ## list these verbs
 
 setup: $(INSTALLED) ## create .venv with everything in it, and fetch the default model (TORCH=cpu: the small build of PyTorch)
 
-run: $(INSTALLED) ## start the whole mesh in one process and ask it something (ASK="...", ARGS="--help" lists the settings)
-	@exec $(BIN)/python -m services --ask "$(ASK)" $(ARGS)
+run: $(INSTALLED) ## start the whole mesh in one process and ask it something (ASK="...", MODEL=..., ARGS="--help" lists the settings)
+	@exec $(BIN)/python -m services --ask="$$ASK" $(NAMED_MODEL) $(ARGS)
 
 test: $(INSTALLED) ## run every test, and say which were skipped and why
 	$(BIN)/python -m pytest $(ARGS)
