@@ -81,6 +81,8 @@ class Renderer:
         """Has a request answered, nothing asked for where there is none. The turn is the renderer's, not its caller's:
         left half way, its answer would be read by the next."""
         await self._one_at_a_time.acquire()
+        # A task by itself: an exchange outlives the caller that began it, and a task group would end with the first
+        # template that fails. The lock lets no second one be, `stop` waits for its end.
         self._turn = asyncio.create_task(self._take_turn(request))
         return await asyncio.shield(self._turn)
 
