@@ -15,7 +15,7 @@ import math
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read when grpc is imported: its notes are not for people
 
@@ -44,7 +44,8 @@ _NOT_READY = (
 _LIMITS = {"chat": 1024, "generate": 256}
 """Most tokens of an answer where --max-tokens is not given, by command."""
 
-T = TypeVar("T")
+_MAX_NUMBER = 10**9
+"""Of seconds, say: beyond, a deadline would be past the end of time for some library."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -169,8 +170,8 @@ def _number(flag: str) -> Callable[[str], float]:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not 0 <= value <= 1e9:
-            raise InvalidRequest(f"{flag} must be a number from 0, not {text!r}")
+        if not 0 <= value <= _MAX_NUMBER:
+            raise InvalidRequest(f"{flag} must be a number from 0 to {_MAX_NUMBER}, not {text!r}")
         return value
 
     return read

@@ -85,7 +85,7 @@ class Client:
     answers at once; it belongs to one event loop.
 
     `timeout`, in seconds, is for the calls that do not stream. Every method raises `holdfast.errors`: `Unavailable`
-    where no gateway answers.
+    where no gateway answers. Opening raises `ConfigurationError` where there can be no such address.
     """
 
     def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout: float = 30.0) -> None:

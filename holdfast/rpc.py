@@ -20,13 +20,23 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from holdfast.errors import CannotListen, HoldfastError, InternalError, InvalidRequest, from_rpc_error, to_status
+from holdfast.errors import (
+    CannotListen,
+    ConfigurationError,
+    HoldfastError,
+    InternalError,
+    InvalidRequest,
+    from_rpc_error,
+    to_status,
+)
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 MAX_MESSAGE_BYTES = 16 << 20
+
+MAX_PORT = (1 << 16) - 1
 
 _SIZES = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", MAX_MESSAGE_BYTES)]
 
@@ -77,7 +87,14 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
 
 
 def channel(address: str) -> grpc.aio.Channel:
-    """A channel to `host:port`. The caller closes it (`async with`)."""
+    """A channel to `host:port`. The caller closes it (`async with`).
+
+    Raises:
+        ConfigurationError: there is no such port. gRPC would take another one without a word.
+    """
+    port = address.rpartition(":")[2]
+    if port.isdecimal() and int(port) > MAX_PORT:
+        raise ConfigurationError(f"{address} is no address: a port is at most {MAX_PORT}")
     return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 

@@ -177,9 +177,9 @@ def test_usage_errors_are_2(arguments: list[str], capsys: pytest.CaptureFixture[
         ("--max-tokens", "many", "a whole number from 1 to "),
         ("--top-k", "-1", "a whole number from 0 to "),
         ("--seed", str(1 << 64), f"a whole number from 0 to {2**64 - 1}, "),
-        ("--temperature", "nan", "a number from 0, "),
-        ("--timeout", "inf", "a number from 0, "),
-        ("--top-p", "half", "a number from 0, "),
+        ("--temperature", "nan", "a number from 0 to 1000000000, "),
+        ("--timeout", "inf", "a number from 0 to 1000000000, "),
+        ("--top-p", "half", "a number from 0 to 1000000000, "),
     ],
 )
 def test_a_value_that_cannot_be_is_named_in_one_line(
@@ -191,6 +191,14 @@ def test_a_value_that_cannot_be_is_named_in_one_line(
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"holdfast: {flag} must be {right}")
         assert line.endswith(f"not {value!r}")
+
+
+@pytest.mark.parametrize("command", [["status"], ["cancel", "r-1"], ["generate", "Once"], ["chat", "Hi"], ["chat"]])
+def test_a_port_that_cannot_be_is_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """gRPC would ask another port, where somebody else may answer."""
+    assert main(["--address", "127.0.0.1:99999", *command]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "holdfast: 127.0.0.1:99999 is no address: a port is at most 65535"
 
 
 @pytest.mark.parametrize("locale", ["C.UTF-8", "C", "POSIX"])
