@@ -74,7 +74,7 @@ STREAM_HEADERS = [
 def application(gateway: Gateway, readiness: Readiness, metrics: Metrics, settings: GatewaySettings) -> Starlette:
     """All routes."""
     bodies = Bodies(max_bytes=settings.max_reading_bytes, seconds=settings.read_seconds)
-    keepalive = settings.keepalive_seconds
+    chats, completions = (Completions(gateway, read, bodies, settings) for read in (read_chat, read_completion))
 
     async def healthz(request: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -101,12 +101,8 @@ def application(gateway: Gateway, readiness: Readiness, metrics: Metrics, settin
 
     return Starlette(
         routes=[
-            Route(
-                "/v1/chat/completions", Completions(gateway, read_chat, bodies, keepalive=keepalive), methods=["POST"]
-            ),
-            Route(
-                "/v1/completions", Completions(gateway, read_completion, bodies, keepalive=keepalive), methods=["POST"]
-            ),
+            Route("/v1/chat/completions", chats, methods=["POST"]),
+            Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             Route("/healthz", healthz),
@@ -145,14 +141,18 @@ class Completions:
     """One of the two routes that generate: an ASGI application."""
 
     def __init__(
-        self, gateway: Gateway, read: Callable[[Mapping[str, Value], int], Asked], bodies: Bodies, *, keepalive: float
+        self,
+        gateway: Gateway,
+        read: Callable[[Mapping[str, Value], int], Asked],
+        bodies: Bodies,
+        settings: GatewaySettings,
     ) -> None:
-        """`keepalive`: a stream silent for so many seconds gets a comment."""
         self._gateway = gateway
         self._read = read
         self._bodies = bodies
         self._chat = read is read_chat
-        self._keepalive = keepalive
+        self._keepalive = settings.keepalive_seconds
+        self._seconds_in_one_piece = settings.http_timeout_seconds or None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
@@ -187,6 +187,7 @@ class Completions:
                 )
                 call = Call(
                     "http",
+                    time_left=None if asked.stream else self._seconds_in_one_piece,
                     trace=context,
                     spelled=True,
                     clients_id=exchange.clients_id,

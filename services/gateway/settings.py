@@ -39,6 +39,9 @@ class GatewaySettings(Settings, env_prefix="HOLDFAST_GATEWAY_"):
     """Most bytes of a prompt's text: what the tokenizer is given at all."""
     max_timeout_seconds: Annotated[float, Field(gt=0)] = 86_400.0
     """Longest `timeout` that a request may ask for."""
+    http_timeout_seconds: Annotated[float, Field(ge=0)] = 600.0
+    """How long an HTTP call that does not stream may take where its `timeout` says nothing: its client sees no sign of life
+    meanwhile. 0 for as long as it takes."""
     tokenize_seconds: Annotated[float, Field(gt=0)] = 30.0
     """How long the tokenizer may take for a prompt."""
 

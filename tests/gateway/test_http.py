@@ -447,6 +447,25 @@ async def test_the_timeout_is_the_requests() -> None:
         assert (await mesh.engine.cancelled()).request_id == job.request.request_id
 
 
+async def test_a_call_in_one_piece_does_not_wait_for_ever() -> None:
+    """Without a timeout it has http_timeout_seconds, with one its own; 0 is never, and a stream shows that it lives."""
+    async with open_mesh(http_timeout_seconds=0.2) as mesh:
+        async with meanwhile(mesh.http.post(CHAT, json={"messages": HI})) as call:
+            job = await mesh.engine.job()
+        assert call.result().status_code == 504
+        assert (await mesh.engine.cancelled()).request_id == job.request.request_id
+        for more in ({"stream": True}, {"timeout": 50}):
+            async with meanwhile(mesh.http.post(CHAT, json={"messages": HI} | more)) as call:
+                job = await mesh.engine.job()
+                assert job.request.HasField("deadline") == ("timeout" in more)
+                await mesh.engine.say(job, "x", finish=LENGTH)
+            assert call.result().status_code == 200
+    async with open_mesh(http_timeout_seconds=0) as mesh, meanwhile(mesh.http.post(CHAT, json={"messages": HI})):
+        job = await mesh.engine.job()
+        assert not job.request.HasField("deadline")
+        await mesh.engine.say(job, "x", finish=LENGTH)
+
+
 async def test_a_silent_stream_gets_comments() -> None:
     """A stream that has nothing to say for keepalive_seconds gets a comment, so that nobody in between ends it."""
     async with (
