@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = _verb(verbs, "cancel", cancel, "end a request, wherever it runs")
     verb.add_argument("request_id")
 
-    verb = _verb(verbs, "status", status, "say which services answer, and what they serve")
+    verb = _verb(verbs, "status", status, "say whether the gateway serves, and what it sees of the mesh")
     for service in ("tokenizer", "engine", "kvstore"):
         what = f"ask this {service} too, host:port (repeatable)"
         verb.add_argument(f"--{service}", action="append", default=[], metavar="ADDRESS", help=what)
@@ -407,7 +407,8 @@ def cancel(arguments: argparse.Namespace) -> int:
 
 
 def status(arguments: argparse.Namespace) -> int:
-    """One line for each service; 1 if one of them does not serve."""
+    """What the gateway says of itself and of what it needs, and what each service says whose address was given; 1 if one
+    of them does not serve."""
 
     async def ask() -> list[bool]:
         serving = [await _gateway_status(arguments.address)]
@@ -421,12 +422,15 @@ def status(arguments: argparse.Namespace) -> int:
 async def _gateway_status(address: str) -> bool:
     async with Client(address, timeout=_HEALTH_SECONDS) as client:
         try:
-            serving = await client.health()
+            serving, needs = await client.health(), await client.needs()
             models = await client.models() if serving else []
         except HoldfastError as error:
             _report("gateway", address, f"not serving: {error}")
             return False
-    _report("gateway", address, "serving" if serving else f"not serving: {_NOT_READY}")
+    missing = ", ".join(need for need, there in needs.items() if not there)
+    why = f"it misses: {missing} (its /readyz says why)" if missing else "it is starting or stopping"
+    _report("gateway", address, "serving" if serving else f"not serving: {why}")
+    print(f"{'':11}it sees: {', '.join(need for need, there in needs.items() if there) or 'nothing that it needs'}")
     for model in models:
         print(f"{'':11}{model.name}: {model.context_length} tokens of context{', chat' if model.chat else ''}")
     return serving

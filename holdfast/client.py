@@ -36,6 +36,9 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 GATEWAY_SERVICE = "holdfast.v1.GatewayService"
 
+NEEDS = ("log", "tokenizer", "engine")
+"""What a gateway needs to serve: the names under which its health tells whether each is there."""
+
 _LATE = 5.0
 """Seconds that a call may outlive the deadline of its request: the gateway ends the answer, not the connection."""
 
@@ -153,7 +156,14 @@ class Client:
 
     async def health(self) -> bool:
         """Whether the gateway says that it can serve."""
-        request = health_pb2.HealthCheckRequest(service=GATEWAY_SERVICE)
+        return await self._healthy(GATEWAY_SERVICE)
+
+    async def needs(self) -> dict[str, bool]:
+        """Whether the gateway says that each of `NEEDS` is there."""
+        return {need: await self._healthy(need) for need in NEEDS}
+
+    async def _healthy(self, name: str) -> bool:
+        request = health_pb2.HealthCheckRequest(service=name)
         with _translated(self.address):
             response = await health_pb2_grpc.HealthStub(self._channel).Check(request, timeout=self._timeout)
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)

@@ -10,7 +10,7 @@ import asyncio
 import functools
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -128,10 +128,11 @@ class Server:
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
     """grpc.health.v1 of one server: NOT_SERVING until `ready`, and again from `leave` on. A watch ends with that: one
-    that went on would hold the drain of the server to its limit."""
+    that went on would hold the drain of the server to its limit. What the server needs has a name and a status too."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = {"", *names}
+        self._needs: dict[str, bool] = {}
         self._serving = False
         self._left = False
         self._changed = asyncio.Condition()
@@ -144,6 +145,12 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
         """Something that calls need is missing."""
         await self._set(serving=False)
 
+    async def needs(self, there: Mapping[str, bool]) -> None:
+        """What calls need, by name, and whether it is there: whoever asks for the name is told."""
+        async with self._changed:
+            self._needs = dict(there)
+            self._changed.notify_all()
+
     async def leave(self) -> None:
         """Never ready again."""
         self._left = True
@@ -152,7 +159,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
     async def Check(
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> health_pb2.HealthCheckResponse:
-        if request.service not in self._names:
+        if request.service not in self._names | self._needs.keys():
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service!r} here")
         return health_pb2.HealthCheckResponse(status=self._status(request.service))
 
@@ -181,9 +188,9 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
 
     def _status(self, service: str) -> int:
         status = health_pb2.HealthCheckResponse
-        if service not in self._names:
+        if service not in self._names | self._needs.keys():
             return int(status.SERVICE_UNKNOWN)
-        return int(status.SERVING if self._serving else status.NOT_SERVING)
+        return int(status.SERVING if self._needs.get(service, self._serving) else status.NOT_SERVING)
 
 
 @asynccontextmanager

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from holdfast import rpc
 from holdfast.bus import Bus
+from holdfast.client import NEEDS
 from holdfast.service import run
 from holdfast.telemetry import tracing
 from holdfast.topics import TOPICS
@@ -93,7 +94,12 @@ async def serve(
                 web.serving(settings.http_address, app, drain=last, write_seconds=settings.write_seconds),
             )
         )
-        await readiness.tell(lambda ready: server.health.ready() if ready else server.health.not_ready())
+
+        async def tell(ready: bool) -> None:
+            await server.health.needs({need: need not in readiness.missing for need in NEEDS})
+            await (server.health.ready() if ready else server.health.not_ready())
+
+        await readiness.tell(tell)
         await readiness.wait("log", "tokenizer")
         watch = Watch(log, readiness, every=settings.watch_seconds, seconds=settings.log_seconds)
         await watch.look()

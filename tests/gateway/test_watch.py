@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from holdfast import rpc
 from holdfast.bus import Headers, TopicPartition
+from holdfast.client import NEEDS
 from holdfast.errors import Unavailable
 from holdfast.memory import MemoryBus
 from holdfast.topics import ENGINES, REQUESTS_INTERACTIVE, TOPICS
@@ -44,7 +45,7 @@ class Log(MemoryBus):
 
 
 async def ready(mesh: Mesh, *, missing: dict[str, str]) -> None:
-    """Returns once /readyz and health both say so."""
+    """Returns once /readyz and health both say so, health of each need too."""
     async with rpc.channel(mesh.addresses.grpc) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         while (answer := await mesh.http.get("/readyz")).json() != {"ready": not missing, "missing": missing}:
@@ -53,6 +54,8 @@ async def ready(mesh: Mesh, *, missing: dict[str, str]) -> None:
         serving = health_pb2.HealthCheckResponse.NOT_SERVING if missing else health_pb2.HealthCheckResponse.SERVING
         while (await health.Check(health_pb2.HealthCheckRequest())).status != serving:
             pass
+    while await mesh.client.needs() != {need: need not in missing for need in NEEDS}:
+        pass
 
 
 async def test_a_gateway_is_not_ready_before_an_engine_was_seen() -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from holdfast import rpc
-from holdfast.client import GATEWAY_SERVICE
+from holdfast.client import GATEWAY_SERVICE, NEEDS
 from holdfast.v1 import gateway_pb2 as pb
 from holdfast.v1 import gateway_pb2_grpc, generation_pb2
 
@@ -89,7 +89,8 @@ class FakeGateway(gateway_pb2_grpc.GatewayServiceServicer):
 
 @asynccontextmanager
 async def serving(gateway: FakeGateway) -> AsyncIterator[rpc.Server]:
-    """The fake on a free port; not healthy until it says so."""
+    """The fake on a free port; not healthy until it says so, though it has all that it needs."""
     add = rpc.Servicer(GATEWAY_SERVICE, lambda s: gateway_pb2_grpc.add_GatewayServiceServicer_to_server(gateway, s))
     async with rpc.serving("127.0.0.1:0", [add], drain=0) as server:
+        await server.health.needs(dict.fromkeys(NEEDS, True))
         yield server

@@ -355,11 +355,18 @@ async def test_status_says_who_serves_what() -> None:
     async with serving(FakeGateway()) as server:
         code, out, _ = await run("--address", server.address, "status")
         assert code == 1
-        assert "not serving: the gateway is not ready: it is starting or stopping, or it misses an engine" in out
+        assert "not serving: it is starting or stopping" in out
+        await server.health.needs({"log": True, "tokenizer": True, "engine": False})
+        code, out, _ = await run("--address", server.address, "status")
+        assert code == 1
+        assert "not serving: it misses: engine (its /readyz says why)" in out
+        assert "it sees: log, tokenizer\n" in out
+        await server.health.needs({"log": True, "tokenizer": True, "engine": True})
         await server.health.ready()
         code, out, _ = await run("--address", server.address, "status", "--tokenizer", server.address)
         assert code == 0
-        assert [line.split()[0] for line in out.splitlines()] == ["gateway", "tiny:", "tokenizer"]
+        assert [line.split()[0] for line in out.splitlines()] == ["gateway", "it", "tiny:", "tokenizer"]
+        assert "it sees: log, tokenizer, engine\n" in out
         assert "512 tokens of context, chat" in out
     code, out, _ = await run("--address", server.address, "status")
     assert code == 1

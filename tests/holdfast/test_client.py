@@ -326,3 +326,4 @@ async def test_submit_cancel_models_and_health() -> None:
         assert not await client.health()
         await server.health.ready()
         assert await client.health()
+        assert await client.needs() == {"log": True, "tokenizer": True, "engine": True}

@@ -104,6 +104,18 @@ async def test_a_server_is_healthy_once_it_says_so() -> None:
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
+async def test_what_a_server_needs_has_a_health_of_its_own() -> None:
+    """By name, whatever the server says of itself; what it does not need is no service of it."""
+    async with counting() as (_, server, channel):
+        stub = health_pb2_grpc.HealthStub(channel)
+        await server.health.needs({"log": True, "engine": False})
+        for name, status in (("log", "SERVING"), ("engine", "NOT_SERVING"), (NAME, "NOT_SERVING")):
+            answer = await stub.Check(health_pb2.HealthCheckRequest(service=name))
+            assert health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status) == status
+        with pytest.raises(grpc.aio.AioRpcError, match="no service 'moon' here"):
+            await stub.Check(health_pb2.HealthCheckRequest(service="moon"))
+
+
 async def test_a_watch_tells_every_change_and_ends_with_the_server() -> None:
     """A watch tells how the service stands and what changes. Its last word is NOT_SERVING when the server leaves, which
     therefore does not wait for it until the limit of its drain."""
