@@ -208,7 +208,7 @@ async def test_an_id_that_is_open_here_is_taken() -> None:
 
 async def test_the_timeout_ends_the_request_with_deadline() -> None:
     """When the timeout passes, though no engine should know, open choices finish with DEADLINE, and the log is told."""
-    async with open_mesh() as mesh, mesh.client.generate("hi", timeout=0.2, request_id="r-1") as answer:
+    async with open_mesh() as mesh, mesh.client.generate("hi", timeout=2, request_id="r-1") as answer:
         await anext(answer)
         await mesh.engine.say(await mesh.engine.job(), "so far")
         tokens, end = [event async for event in answer]
