@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
@@ -247,11 +248,15 @@ def _unknown_tables(kind: type[Settings]) -> list[str]:
     return [f"{file}: {_unknown(name, known)}" for name in _read_file() if name not in known]
 
 
+_OF_KUBERNETES = re.compile(r"_(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$")
+"""What Kubernetes tells every container of a service that is called holdfast-something."""
+
+
 def _unknown_variables(kind: type[Settings]) -> list[str]:
     """Variables that begin like this service's settings and are none of them, and those that are of no service."""
     own, others = _variables(kind), {*SERVICES, *_parts(kind)} - {kind._service()}
     problems = []
-    for name in sorted(name for name in os.environ if name.startswith(PREFIX)):
+    for name in sorted(name for name in os.environ if name.startswith(PREFIX) and not _OF_KUBERNETES.search(name)):
         service, _, rest = name.removeprefix(PREFIX).lower().partition("_")
         if service in others and rest:
             continue  # that service's own; of a part, pydantic refuses what it cannot place

@@ -105,6 +105,13 @@ def test_a_nested_setting_that_is_unknown_is_named_as_it_was_given(monkeypatch: 
     )
 
 
+def test_what_kubernetes_tells_of_a_service_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container beside a service called holdfast-station gets such variables; they say nothing to us."""
+    for name in ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_GRPC", "PORT", "PORT_50051_TCP", "PORT_50051_TCP_ADDR"):
+        monkeypatch.setenv(f"HOLDFAST_STATION_{name}", "10.0.0.1")
+    assert load(StationSettings) == StationSettings()
+
+
 @pytest.mark.parametrize("kind", [StationSettings, LineSettings])
 def test_an_unknown_variable_stops_the_start(monkeypatch: pytest.MonkeyPatch, kind: type[Settings]) -> None:
     """A misspelt variable is an error, not a silent default."""
