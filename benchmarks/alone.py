@@ -14,7 +14,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from services.engine.blocks import BlockPool
-from services.engine.build import build
+from services.engine.build import Computer, build_apart
 from services.engine.loop import StepLoop
 from services.engine.metrics import EngineMetrics
 from services.engine.model_runner import Launched
@@ -36,8 +36,7 @@ class Waiting:
 class EngineAlone:
     """A running engine. Lives in the event loop, as the front of a real one does."""
 
-    def __init__(self, settings: EngineSettings, folder: Path) -> None:
-        computer = build(settings, folder)
+    def __init__(self, settings: EngineSettings, computer: Computer) -> None:
         self.vocab_size = computer.model.vocab_size
         pool = BlockPool(
             computer.cache.num_blocks, block_size=settings.block_size, keeps_prefixes=settings.prefix_cache
@@ -100,6 +99,7 @@ class EngineAlone:
 @asynccontextmanager
 async def engine_alone(folder: Path, settings: Mapping[str, object]) -> AsyncIterator[EngineAlone]:
     """An engine for the model in a folder, in this process."""
-    engine = EngineAlone(EngineSettings.model_validate({"model": str(folder), **settings}), folder)
+    checked = EngineSettings.model_validate({"model": str(folder), **settings})
+    engine = EngineAlone(checked, await build_apart(checked, folder))
     async with engine.steps.running():
         yield engine

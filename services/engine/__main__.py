@@ -23,7 +23,7 @@ from holdfast.telemetry import metrics_server, tracing
 from holdfast.topics import TOPICS
 from holdfast.v1 import engine_pb2
 from services.engine.blocks import BlockPool
-from services.engine.build import Computer, build
+from services.engine.build import Computer, build_apart
 from services.engine.engine import Engine, running
 from services.engine.identity import fingerprint, num_parameters
 from services.engine.metrics import EngineMetrics
@@ -62,7 +62,7 @@ async def serve(
     """
     limits = _limits(settings)
     folder = await asyncio.to_thread(models.resolve, settings.model, weights=settings.load_format != "dummy")
-    computer = await asyncio.to_thread(build, settings, folder)
+    computer = await build_apart(settings, folder)
     served = _served(settings, folder, computer)
     namespace = await asyncio.to_thread(_namespace, settings, folder, computer)
     name = settings.name or f"{socket.gethostname()}-{os.getpid()}"
