@@ -85,9 +85,8 @@ class KVCache:
 
     def read_block(self, block: int) -> bytearray:
         """A copy of one block's bytes, `block_bytes` of them, in the order of the layout above."""
-        content = bytearray(self.block_bytes)
-        torch.frombuffer(content, dtype=torch.uint8).copy_(self.data[block].reshape(-1).view(torch.uint8))
-        return content
+        # Not torch's copy, which would leave OpenMP workers to whatever thread this is (see `build.build_apart`).
+        return bytearray(self.data[block].reshape(-1).view(torch.uint8).cpu().numpy())
 
     def write_block(self, block: int, content: bytes | bytearray | memoryview) -> None:
         """Fills one block with bytes that `read_block` of a cache of the same shape, block size and byte order gave.
