@@ -82,9 +82,9 @@ def _of_few_rows(
     if num_rows == 1 and gemv.is_supported(weight_OI):
         return gemv.gemv(x, weight_OI, bias_O=bias_O, add=add, dtype=dtype)
     if num_rows <= skinny.MOST_ROWS:
-        tile = skinny.tile_of(weight_OI)
-        if tile is not None and (tile.split == 1 or counters is not None):
-            return skinny.matmul(x, weight_OI, tile, counters=counters, bias_O=bias_O, add=add, dtype=dtype)
+        split = skinny.split_of(weight_OI)
+        if split is not None and (split == 1 or counters is not None):
+            return skinny.matmul(x, weight_OI, split, counters=counters, bias_O=bias_O, add=add, dtype=dtype)
     return None
 
 

@@ -70,8 +70,8 @@ def launch_all(
     weight = torch.zeros(64, hidden, dtype=dtype)
     if gemv.is_supported(weight):
         gemv.gemv(x[:1], weight, add=x[:1, :64])
-    if (tile := skinny.tile_of(weight)) is not None:
-        skinny.matmul(x, weight, tile, counters=skinny.counters_of(weight))
+    if (split := skinny.split_of(weight)) is not None:
+        skinny.matmul(x, weight, split, counters=skinny.counters_of(weight))
 
 
 @pytest.fixture(scope="module", params=[LLAMA_8B, QWEN_600M, SMOLLM], ids=["llama-8b", "qwen3-0.6b", "smollm2-135m"])

@@ -22,7 +22,6 @@ class PagedPlan:
         tables, num_decodes, num_works = batch.block_tables, batch.num_decodes, len(batch.table_rows_S)
         rows_S, lengths_S = batch.table_rows_S, batch.kv_lengths_S
         self._tables = tables
-        self._num_decodes = num_decodes
         self._decodes: decode_attention.Work | None = None
         self._scratch: decode_attention.Scratch | None = None
         if num_decodes:

@@ -2,9 +2,8 @@
 
 `plan` lists once a step which (sequence, chunk) pairs there are; every layer then works through that list. A sequence is
 cut into as few chunks as none is longer than the limit, all of one length, so that none waits for another; how it is cut
-depends on no other sequence. The last chunk of a sequence to be
-done adds up all of them ("split-KV", Dao et al. 2023, "Flash-Decoding"; the counter instead of a second launch is
-stream-K's, Osama et al. 2023).
+depends on no other sequence. The last chunk of a sequence to be done adds up all of them ("split-KV", Dao et al. 2023,
+"Flash-Decoding"; the counter instead of a second launch is stream-K's, Osama et al. 2023).
 
 Rows of a tile are the G query heads that share one kv head, padded to 16, the least that tensor cores take.
 """
@@ -36,8 +35,6 @@ class Work:
 
     tables: Tensor
     """[rows, blocks] int32: block tables."""
-    slots_S: Tensor
-    """The row of each sequence."""
     first_S1: Tensor
     """int32, S + 1 of them: each sequence's first item, and how many there are."""
     items_M4: Tensor
@@ -46,10 +43,14 @@ class Work:
     chunk: int
     """Most tokens of a chunk."""
 
+    @property
+    def num_sequences(self) -> int:
+        return len(self.first_S1) - 1
+
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """Where chunks leave what they found. One for all layers and steps, which follow one another."""
+    """Where chunks leave what they found. One for all layers of a step, which follow one another."""
 
     parts: Tensor
     """float32, [M, K, G, D], G rounded up to a power of two: what the chunk's own softmax gives."""
@@ -77,7 +78,7 @@ def _rows(group: int) -> int:
 
 def scratch(work: Work, *, heads: int, cache: KVCache) -> Scratch:
     """Room for these items and sequences."""
-    items, sequences, kv_heads = len(work.items_M4), len(work.slots_S), cache.shape.kv_heads
+    items, sequences, kv_heads = len(work.items_M4), work.num_sequences, cache.shape.kv_heads
     group, device = triton.next_power_of_2(heads // kv_heads), cache.data.device
     return Scratch(
         torch.empty((items, kv_heads, group, cache.shape.head_dim), dtype=torch.float32, device=device),
@@ -93,7 +94,7 @@ def plan(tables: Tensor, slots_S: Tensor, lengths_S: Tensor, *, chunk: int, most
     items_M4 = torch.empty((most_items, 4), dtype=torch.int32, device=device)
     _plan[(1,)](lengths_S, first_S1, num_sequences, chunk, S=triton.next_power_of_2(num_sequences))
     _list[(num_sequences,)](first_S1, slots_S, lengths_S, items_M4, B=64, num_warps=1)
-    return Work(tables, slots_S, first_S1, items_M4, chunk)
+    return Work(tables, first_S1, items_M4, chunk)
 
 
 def attend(
@@ -109,7 +110,7 @@ def attend(
 ) -> None:
     """As `ops.attention.paged_attention` for the first S rows, one query token of each sequence; writes those of
     `out_NHD`."""
-    num_sequences, (_, heads, head_dim) = len(work.slots_S), q_NHD.shape
+    num_sequences, (_, heads, head_dim) = work.num_sequences, q_NHD.shape
     kv_heads = cache.shape.kv_heads
     data = cache.data
     _, warps, stages = _tuning(num_sequences)

@@ -132,13 +132,7 @@ def _attend(
         else:
             keys = tl.load(base, mask=place[None, :] < D, other=0.0)
             values = tl.load(base + v_stride, mask=place[None, :] < D, other=0.0)
-        scores = tl.dot(queries, keys.T, input_precision=PRECISION) * scale
-        higher = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
-        fade = tl.exp2(peak - higher)
-        total = total * fade + tl.sum(weights, 1)
-        found = tl.dot(weights.to(values.dtype), values, found * fade[:, None], input_precision=PRECISION)
-        peak = higher
+        peak, total, found = _take_in(queries, keys, values, keys, peak, total, found, scale, False, PRECISION)
     for tile in range(whole, end, TILE):
         base = inner + tl.load(table + tile // T).to(tl.int64) * block_stride + (tile % T + key) * D
         # Beyond the sequence's end a page holds anything.
@@ -149,12 +143,24 @@ def _attend(
         seen = behind >= 0
         if WINDOW > 0:
             seen = seen & (behind < WINDOW)
-        scores = tl.dot(queries, keys.T, input_precision=PRECISION) * scale
-        scores = tl.where(seen, scores, -1e30)
-        higher = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.where(seen, tl.exp2(scores - higher[:, None]), 0.0)
-        fade = tl.exp2(peak - higher)
-        total = total * fade + tl.sum(weights, 1)
-        found = tl.dot(weights.to(values.dtype), values, found * fade[:, None], input_precision=PRECISION)
-        peak = higher
+        peak, total, found = _take_in(queries, keys, values, seen, peak, total, found, scale, True, PRECISION)
     tl.store(out + at, found / tl.where(total > 0, total, 1.0)[:, None], mask=held)
+
+
+@triton.jit
+def _take_in(
+    queries, keys, values, seen, peak, total, found, scale, SOME_HIDDEN: tl.constexpr, PRECISION: tl.constexpr
+):
+    """One more tile: the highest score of each row so far, the sum of its weights, and what it found by them. `seen` is
+    looked at where some keys are hidden."""
+    scores = tl.dot(queries, keys.T, input_precision=PRECISION) * scale
+    if SOME_HIDDEN:
+        scores = tl.where(seen, scores, -1e30)
+    higher = tl.maximum(peak, tl.max(scores, 1))
+    weights = tl.exp2(scores - higher[:, None])
+    if SOME_HIDDEN:
+        weights = tl.where(seen, weights, 0.0)
+    fade = tl.exp2(peak - higher)
+    total = total * fade + tl.sum(weights, 1)
+    found = tl.dot(weights.to(values.dtype), values, found * fade[:, None], input_precision=PRECISION)
+    return higher, total, found

@@ -1,14 +1,11 @@
 """A few rows times a weight matrix: bound by reading the matrix once.
 
 The product is computed transposed, out^T = W x^T: the matrix is the operand of 64 rows and more that Hopper's matrix units
-want, and the rows of x, filled up to 16 or 32, are the narrow one. A program begins to read its part of the matrix while
-the kernel before still runs. Where the matrix has few rows, several programs share them, each with a part of the
-columns ("split-K"); the last of them to be done adds up the parts, in their order.
+want, and the rows of x, filled up to 16 or 32, are the narrow one. Where the matrix has few rows, several programs share
+them, each with a part of the columns ("split-K"); the last of them to be done adds up the parts, in their order.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -21,31 +18,20 @@ MOST_ROWS = 32
 """Of x: with more, cuBLAS is as fast."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """How a matrix is shared out."""
+_ROWS, _COLUMNS = 64, 128
+"""Of the matrix, a tile: what a program takes at a time (measured on an H200, as what follows)."""
 
-    rows: int
-    columns: int
-    split: int
-    warps: int
-    stages: int
+_SPLITS = ((64, 1), (32, 2), (0, 4))
+"""With more tiles of rows than that, so many programs for each."""
 
 
-def tile_of(weight_OI: Tensor) -> Tile | None:
-    """The tile for a matrix (measured on an H200); None where none fits."""
+def split_of(weight_OI: Tensor) -> int | None:
+    """How many programs share a tile of this matrix's rows; None where it does not fall into whole tiles."""
     outputs, inputs = weight_OI.shape
     if weight_OI.dtype.itemsize != 2 or outputs % _ROWS:
         return None
     split = next(split for most, split in _SPLITS if outputs // _ROWS > most)
-    if inputs % (_COLUMNS * split):
-        return None
-    return Tile(_ROWS, _COLUMNS, split, warps=4, stages=4)
-
-
-_ROWS, _COLUMNS = 64, 128
-_SPLITS = ((64, 1), (32, 2), (0, 4))
-"""With more tiles than that, so many programs for each."""
+    return None if inputs % (_COLUMNS * split) else split
 
 
 def counters_of(weight_OI: Tensor) -> Tensor:
@@ -56,21 +42,21 @@ def counters_of(weight_OI: Tensor) -> Tensor:
 def matmul(
     x_MI: Tensor,
     weight_OI: Tensor,
-    tile: Tile,
+    split: int,
     *,
     counters: Tensor | None = None,
     bias_O: Tensor | None = None,
     add: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x @ weight.T + bias + add, [M, O], in the dtype of x or another one. `counters`: those of the matrix;
-    not needed for a tile that is not split."""
-    assert tile.split == 1 or counters is not None
+    """x @ weight.T + bias + add, [M, O], in the dtype of x or another one. `split` and `counters`: those of the
+    matrix; where nothing is split, no counters are needed."""
+    assert split == 1 or counters is not None
     (num_rows, inputs), outputs = x_MI.shape, weight_OI.shape[0]
     out = torch.empty((num_rows, outputs), dtype=dtype or x_MI.dtype, device=x_MI.device)
     padded = max(16, triton.next_power_of_2(num_rows))
-    parts = torch.empty((tile.split, padded, outputs) if tile.split > 1 else 0, dtype=torch.float32, device=x_MI.device)
-    _matmul[(outputs // tile.rows, tile.split)](
+    parts = torch.empty((split, padded, outputs) if split > 1 else 0, dtype=torch.float32, device=x_MI.device)
+    _matmul[(outputs // _ROWS, split)](
         x_MI,
         weight_OI,
         out,
@@ -82,13 +68,13 @@ def matmul(
         O=outputs,
         I=inputs,
         M=padded,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        SPLIT=tile.split,
+        ROWS=_ROWS,
+        COLUMNS=_COLUMNS,
+        SPLIT=split,
         BIAS=bias_O is not None,
         ADD=add is not None,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_warps=4,
+        num_stages=4,
         **overlapped(x_MI),
     )
     return out

@@ -75,15 +75,15 @@ def test_a_few_rows_times_a_matrix(outputs: int, num_rows: int) -> None:
     """By one program a tile, two or four, with a bias and something to add; the counters are ready for the next call."""
     x, weight = torch.randn(num_rows, 512).half(), torch.randn(outputs, 512).half()
     bias, add, counters = torch.randn(outputs).half(), torch.randn(num_rows, outputs).half(), skinny.counters_of(weight)
-    tile = skinny.tile_of(weight)
-    assert tile is not None and tile.split == {128: 4, 64 * 40: 2, 64 * 70: 1}[outputs]
+    split = skinny.split_of(weight)
+    assert split == {128: 4, 64 * 40: 2, 64 * 70: 1}[outputs]
     expected = x.float() @ weight.float().T
-    got = skinny.matmul(x, weight, tile, counters=counters, dtype=torch.float32)
+    got = skinny.matmul(x, weight, split, counters=counters, dtype=torch.float32)
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)
-    got = skinny.matmul(x, weight, tile, counters=counters, bias_O=bias, add=add)
+    got = skinny.matmul(x, weight, split, counters=counters, bias_O=bias, add=add)
     torch.testing.assert_close(got, (expected + bias + add).half(), atol=1e-2, rtol=1e-2)
     assert not counters.any()
-    assert skinny.tile_of(weight[:, :500]) is None and skinny.tile_of(weight[:100]) is None
+    assert skinny.split_of(weight[:, :500]) is None and skinny.split_of(weight[:100]) is None
 
 
 def test_a_step_is_laid_out_from_slots_and_positions() -> None:
