@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from pydantic import Field
-from pydantic_settings import CliSuppress
+from pydantic_settings import CLI_SUPPRESS, CliSuppress
 
 from holdfast.errors import ConfigurationError
 from holdfast.settings import Settings
@@ -54,14 +54,6 @@ class KVStorePart(KVStoreSettings):
     """Memory for blocks."""
 
 
-_DECIDED_HERE = {
-    "gateway": ("kafka", "kafka_namespace", "tokenizer"),
-    "tokenizer": ("model", "served_model_name"),
-    "engine": ("model", "served_model_name", "kafka", "kafka_namespace"),
-}
-"""Settings of the parts that follow from being in one process: those that `--help` does not show."""
-
-
 class MeshSettings(Settings, env_prefix="HOLDFAST_"):
     """All services in one process."""
 
@@ -86,9 +78,12 @@ class MeshSettings(Settings, env_prefix="HOLDFAST_"):
 
 
 def refuse_what_is_decided_here(settings: MeshSettings) -> None:
-    """Raises ConfigurationError: a setting of a part was given that follows from being in one process."""
-    for part, names in _DECIDED_HERE.items():
-        for name in names:
-            if name in getattr(settings, part).model_fields_set:
+    """Raises ConfigurationError: a setting of a part was given that follows from being in one process, one that `--help`
+    does not show."""
+    for part, given in settings:
+        if not isinstance(given, Settings):
+            continue
+        for name, field in type(given).model_fields.items():
+            if CLI_SUPPRESS in field.metadata and name in given.model_fields_set:
                 what = "set it without the part's name" if "model" in name else "it means nothing in one process"
                 raise ConfigurationError(f"{part}.{name} cannot be set here: {what}")
