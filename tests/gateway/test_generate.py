@@ -368,54 +368,51 @@ def text_of(events: list[Event], *, choice: int) -> str:
     return "".join(event.text for event in events if isinstance(event, Tokens) and event.choice == choice)
 
 
-async def test_a_client_that_reads_too_slowly_is_told_so() -> None:
-    """Where too much waits for a client its stream ends with RESOURCE_EXHAUSTED after what was already under way, and
-    its request ends at once where the connection was its lifetime."""
+@asynccontextmanager
+async def unread_flood(mesh: Mesh) -> AsyncIterator[tuple[AsyncIterator[pb.GenerateResponse], Job]]:
+    """The stream of an accepted request r-1, over a connection that holds little, and its job, of which more is written
+    than is ever under way before anybody reads on."""
     small_window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16)]
-    async with (
-        open_mesh(max_buffered_tokens=512) as mesh,
-        grpc.aio.insecure_channel(mesh.addresses.grpc, options=small_window) as channel,
-    ):
+    async with grpc.aio.insecure_channel(mesh.addresses.grpc, options=small_window) as channel:
         stub: gateway_pb2_grpc.GatewayServiceAsyncStub = gateway_pb2_grpc.GatewayServiceStub(channel)
         request = pb.GenerateRequest(prompt="hi", request_id="r-1", cancel_on_disconnect=True)
         async with rpc.streaming(stub.Generate(request)) as stream:
             assert (await anext(aiter(stream))).HasField("accepted")
             job = await mesh.engine.job()
-            for _ in range(1500):  # more than is ever under way
+            for _ in range(1500):
                 await mesh.engine.say(job, "x" * 200)
-            assert (await mesh.engine.cancelled()).reason == "the client reads too slowly"
-            last = 0
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                async for response in stream:
-                    last = cursor.decode(response.tokens.cursor).next_index[0]
-        error = from_rpc_error(caught.value)
-        assert isinstance(error, Overloaded)
-        assert "reads too slowly" in str(error)
-        assert 0 < last < job.written[0].count, "the last cursor is that of the last text that came"
+            yield stream, job
+
+
+async def test_a_client_that_reads_too_slowly_is_told_so() -> None:
+    """Where too much waits for a client its stream ends with RESOURCE_EXHAUSTED after what was already under way, and
+    its request ends at once where the connection was its lifetime."""
+    async with open_mesh(max_buffered_tokens=512) as mesh, unread_flood(mesh) as (stream, job):
+        assert (await mesh.engine.cancelled()).reason == "the client reads too slowly"
+        last = 0
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for response in stream:
+                last = cursor.decode(response.tokens.cursor).next_index[0]
+    error = from_rpc_error(caught.value)
+    assert isinstance(error, Overloaded)
+    assert "reads too slowly" in str(error)
+    assert 0 < last < job.written[0].count, "the last cursor is that of the last text that came"
 
 
 async def test_a_client_that_stops_reading_gives_its_place_back() -> None:
     """A message that is not read within write_seconds ends the call, long before too much waits: its place is free for
     others, its request is cancelled, and the client learns why if it reads on."""
-    small_window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16)]
     async with (
         open_mesh(max_buffered_tokens=1 << 20, max_streams=1, write_seconds=0.5) as mesh,
-        grpc.aio.insecure_channel(mesh.addresses.grpc, options=small_window) as channel,
+        unread_flood(mesh) as (stream, _),
     ):
-        stub: gateway_pb2_grpc.GatewayServiceAsyncStub = gateway_pb2_grpc.GatewayServiceStub(channel)
-        request = pb.GenerateRequest(prompt="hi", request_id="r-1", cancel_on_disconnect=True)
-        async with rpc.streaming(stub.Generate(request)) as stream:
-            assert (await anext(aiter(stream))).HasField("accepted")
-            job = await mesh.engine.job()
-            for _ in range(1500):  # more than is ever under way
-                await mesh.engine.say(job, "x" * 200)
-            assert (await mesh.engine.cancelled()).reason == "the client left"
-            await mesh.client.submit("hi", request_id="next")
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                async for _ in stream:
-                    pass
-        assert isinstance(from_rpc_error(caught.value), Overloaded)
-        assert "unread for 0.5 seconds" in str(from_rpc_error(caught.value))
+        assert (await mesh.engine.cancelled()).reason == "the client left"
+        await mesh.client.submit("hi", request_id="next")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in stream:
+                pass
+    assert isinstance(from_rpc_error(caught.value), Overloaded)
+    assert "unread for 0.5 seconds" in str(from_rpc_error(caught.value))
 
 
 async def test_an_engines_error_is_the_calls_status() -> None:
