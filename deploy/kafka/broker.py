@@ -121,7 +121,7 @@ def _format(java: list[str], properties: Path) -> None:
     cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
     done = subprocess.run(
         [java[0], "-Xmx128m", _logging(), *java[1:], "kafka.tools.StorageTool", "format"]
-        + ["-t", cluster, "-c", str(properties)],
+        + [f"--cluster-id={cluster}", "--config", str(properties)],  # the id may begin with a dash
         check=False,
         capture_output=True,
         text=True,

@@ -48,6 +48,13 @@ async def test_no_broker_is_unavailable_and_says_where() -> None:
                 pass
 
 
+async def test_a_cluster_id_may_begin_with_a_dash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One random id in 64 does, and its storage is formatted as any other's."""
+    monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(bytes=b"\xf8" * 16))
+    async with running(tmp_path):
+        assert "cluster.id=-Pj4" in (tmp_path / "data/meta.properties").read_text()
+
+
 async def test_a_silent_broker_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Something that accepts connections and says nothing is given up after the time limit."""
     monkeypatch.setattr("holdfast.kafka.START_SECONDS", 0.3)
