@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from services.engine.blocks import BlockPool
 from services.engine.build import Computer, build_apart
-from services.engine.loop import StepLoop
+from services.engine.loop import Runner, StepLoop
 from services.engine.metrics import EngineMetrics
 from services.engine.model_runner import Launched
 from services.engine.scheduler import Limits, Scheduler
@@ -36,8 +36,10 @@ class Waiting:
 class EngineAlone:
     """A running engine. Lives in the event loop, as the front of a real one does."""
 
-    def __init__(self, settings: EngineSettings, computer: Computer) -> None:
+    def __init__(self, settings: EngineSettings, computer: Computer, runner: Runner[Launched]) -> None:
         self.vocab_size = computer.model.vocab_size
+        self.device = computer.device
+        self.runner = runner
         pool = BlockPool(
             computer.cache.num_blocks, block_size=settings.block_size, keeps_prefixes=settings.prefix_cache
         )
@@ -49,7 +51,7 @@ class EngineAlone:
         )
         metrics = EngineMetrics(CollectorRegistry())
         self.steps: StepLoop[Launched] = StepLoop(
-            Scheduler(pool, limits), computer.runner, deliver=self._deliver, metrics=metrics
+            Scheduler(pool, limits), runner, deliver=self._deliver, metrics=metrics
         )
         self._waiting: dict[Sequence, Waiting] = {}
         self._numbers = itertools.count()
@@ -97,9 +99,15 @@ class EngineAlone:
 
 
 @asynccontextmanager
-async def engine_alone(folder: Path, settings: Mapping[str, object]) -> AsyncIterator[EngineAlone]:
-    """An engine for the model in a folder, in this process."""
+async def engine_alone(
+    folder: Path,
+    settings: Mapping[str, object],
+    *,
+    around: Callable[[Runner[Launched]], Runner[Launched]] = lambda runner: runner,
+) -> AsyncIterator[EngineAlone]:
+    """An engine for the model in a folder, in this process; `around` may put something between it and its runner."""
     checked = EngineSettings.model_validate({"model": str(folder), **settings})
-    engine = EngineAlone(checked, await build_apart(checked, folder))
+    computer = await build_apart(checked, folder)
+    engine = EngineAlone(checked, computer, around(computer.runner))
     async with engine.steps.running():
         yield engine

@@ -5,6 +5,7 @@
 A shape is a folder with a config.json; weights are random. `--vllm` is a script that runs vLLM on a folder and prints its
 figures; without it only ours are measured. Each engine has the GPU to itself, in a process of its own, one after the
 other. The floor of a time per token is what reading weights and keys and values once takes at `--bandwidth`.
+`--profile` adds where the time of our decode steps goes, in a run of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,16 +39,29 @@ THEIRS = {
 
 def ours(folder: Path, *, work: str, batches: str) -> Figures:
     """Of our engine."""
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "offline.json"
-        options = ["--load-format", "dummy", "--device", "cuda", "--dtype", "bfloat16", "--work", work]
-        command = ["-m", "benchmarks.offline", str(folder), *options, "--batches", batches, "--out", str(out)]
-        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-        tables = {table["title"][0]: table["rows"] for table in json.loads(out.read_text())["tables"]}
+    tables = {
+        table["title"][0]: table["rows"] for table in _tables("offline", folder, "--work", work, "--batches", batches)
+    }
     figures = {f"batch {batch}": milliseconds for batch, milliseconds, _ in tables.get("B", [])}
     return figures | {
         name: rows[0][1] for name, rows in (("prefill", tables.get("C")), ("mixed", tables.get("A"))) if rows
     }
+
+
+def _tables(benchmark: str, folder: Path, *options: str) -> list[dict[str, Any]]:
+    """What another benchmark reports of a shape, in a process that has the GPU to itself."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "report.json"
+        shape = [str(folder), "--load-format", "dummy", "--device", "cuda", "--dtype", "bfloat16"]
+        command = ["-m", f"benchmarks.{benchmark}", *shape, *options, "--out", str(out)]
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+        tables: list[dict[str, Any]] = json.loads(out.read_text())["tables"]
+        return tables
+
+
+def attribution(folder: Path, *, batches: str) -> list[dict[str, Any]]:
+    """The tables of `benchmarks.attribution`, of our engine."""
+    return _tables("attribution", folder, "--batches", batches)
 
 
 def theirs(script: Path, folder: Path, *, work: str, batches: str) -> Figures:
@@ -100,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--vllm", type=Path, help="the script that measures vLLM")
     parser.add_argument("--work", default="CBA", help="which workloads of `offline`")
     parser.add_argument("--batches", default="1,32,128,256", help="of B")
+    parser.add_argument("--profile", action="store_true", help="add where the time of our decode steps goes")
     parser.add_argument("--bandwidth", type=float, default=4.26e12, help="bytes a second (an H200 copies 4.26e12)")
     parser.add_argument("--out", type=Path, help="a JSON file for the report")
     options = parser.parse_args(argv)
@@ -112,6 +128,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         mine = ours(folder, work=options.work, batches=options.batches)
         other = theirs(options.vllm, folder, work=options.work, batches=options.batches) if options.vllm else {}
         compare(report, folder, mine, other, bandwidth=options.bandwidth)
+        if options.profile:
+            for table in attribution(folder, batches=options.batches):
+                report.table(f"{folder.name}: {table['title']}", table["columns"], table["rows"])
         if options.out is not None:
             report.save(options.out)
 

@@ -25,6 +25,7 @@ import uvloop
 from benchmarks.alone import EngineAlone, engine_alone
 from benchmarks.report import Report
 from holdfast import models
+from services.engine.settings import EngineSettings
 
 MIXED_REQUESTS = 256
 OUTPUT = 128
@@ -82,7 +83,7 @@ class Workloads:
 
     async def run(self, inputs: Sequence[int], outputs: Sequence[int]) -> float:
         """Seconds that prompts of these lengths take together."""
-        prompts = [[self._random.randrange(10, self._vocab_size - 10) for _ in range(count)] for count in inputs]
+        prompts = prompts_of(inputs, vocab_size=self._vocab_size, draw=self._random)
         start = time.perf_counter()
         await self._engine.answers(prompts, outputs)
         return time.perf_counter() - start
@@ -91,11 +92,17 @@ class Workloads:
         return max(1, round(full * self._scale))
 
 
+def prompts_of(lengths: Sequence[int], *, vocab_size: int, draw: random.Random | None = None) -> list[list[int]]:
+    """Random ids, those at both ends of the vocabulary apart, which often mean something."""
+    draw = draw or random.Random(0)
+    return [[draw.randrange(10, vocab_size - 10) for _ in range(length)] for length in lengths]
+
+
 async def measure(arguments: argparse.Namespace) -> Report:
     """Runs the workloads that were asked for."""
     folder = models.resolve(arguments.model, weights=arguments.load_format != "dummy")
     batches = [int(batch) for batch in arguments.batches.split(",")]
-    settings = _settings(arguments, batches)
+    settings = engine_settings(arguments, most=max(batches))
     report = Report("offline", settings={**settings, **vars(arguments), "out": None, "model": folder.name})
     async with engine_alone(folder, settings) as engine:
         workloads = Workloads(engine, report, vocab_size=engine.vocab_size, scale=arguments.scale)
@@ -109,8 +116,8 @@ async def measure(arguments: argparse.Namespace) -> Report:
     return report
 
 
-def _settings(arguments: argparse.Namespace, batches: Sequence[int]) -> dict[str, object]:
-    """Of an engine that holds whole workloads and gives prefill whole steps."""
+def engine_settings(arguments: argparse.Namespace, *, most: int) -> dict[str, object]:
+    """Of an engine that holds whole workloads, decodes so many sequences at least, and gives prefill whole steps."""
     on_gpu = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
     return {
         "device": arguments.device,
@@ -118,19 +125,27 @@ def _settings(arguments: argparse.Namespace, batches: Sequence[int]) -> dict[str
         "load_format": arguments.load_format,
         "implementation": arguments.implementation,
         "threads": arguments.threads,
-        "max_sequences": max(*batches, 256 if on_gpu else 32),
+        "max_sequences": max(most, 256 if on_gpu else 32),
         "max_step_tokens": 8192 if on_gpu else 2048,
         "max_model_len": 4096 if on_gpu else None,
         "block_size": 64 if on_gpu else 32,
         "cache_bytes": arguments.cache_gib << 30,
         "prefix_cache": False,
         "itl_target_ms": 1e6,
+        **dict(arguments.set),
     }
 
 
-def main() -> None:
-    """`python -m benchmarks.offline`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _setting(text: str) -> tuple[str, str]:
+    """A setting of the engine as `name=value`."""
+    name, is_there, value = text.partition("=")
+    if not is_there or name not in EngineSettings.model_fields:
+        raise argparse.ArgumentTypeError(f"{text!r} is no setting of an engine as name=value, such as max_sequences=8")
+    return name, value
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """What `engine_settings` reads."""
     parser.add_argument(
         "model", nargs="?", default="smollm2-135m-instruct", help="a folder, or a name that `holdfast pull` knows"
     )
@@ -139,11 +154,25 @@ def main() -> None:
     parser.add_argument("--load-format", default="safetensors", choices=["safetensors", "dummy"])
     parser.add_argument("--implementation", default="auto", choices=["auto", "native", "transformers"])
     parser.add_argument("--threads", type=int, help="of a CPU; by default one for each core")
+    parser.add_argument(
+        "--set",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other setting of the engine",
+    )
+    parser.add_argument("--cache-gib", type=int, default=4, help="KV cache on a CPU, GiB")
+
+
+def main() -> None:
+    """`python -m benchmarks.offline`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_engine_options(parser)
     parser.add_argument("--work", default="ABC", help="which of the workloads")
     parser.add_argument("--batches", default="1,32,128,256", help="of B")
     parser.add_argument("--requests", type=int, default=MIXED_REQUESTS, help="of A")
     parser.add_argument("--scale", type=float, default=1.0, help="what all lengths are multiplied with")
-    parser.add_argument("--cache-gib", type=int, default=4, help="KV cache on a CPU, GiB")
     parser.add_argument("--out", type=Path, help="a JSON file for the report")
     arguments = parser.parse_args()
     report = uvloop.run(measure(arguments))

@@ -32,7 +32,7 @@ async def test_the_workloads_run_at_any_scale(stories260k: Path) -> None:
     """A, B and C give one row each, or one for each batch, of sensible numbers."""
     arguments = argparse.Namespace(
         model=str(stories260k), device="cpu", dtype="auto", load_format="dummy", implementation="auto", threads=1,
-        work="ABC", batches="1,3", requests=5, scale=0.02, cache_gib=1, out=None,
+        work="ABC", batches="1,3", requests=5, scale=0.02, cache_gib=1, set=[], out=None,
     )  # fmt: skip
     report = await offline.measure(arguments)
     assert [row[0] for row in rows(report, "A")] == ["5"]

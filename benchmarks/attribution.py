@@ -1,0 +1,225 @@
+"""Where the time of a decode step goes.
+
+    python -m benchmarks.attribution FOLDER_WITH_A_CONFIG --load-format dummy --device cuda --batches 1,32,128,256
+
+Each batch decodes twice: once untouched, for the time of a step and what the host does of it, and once under torch's
+profiler, for what the device does. The profiler slows steps down, so its parts are beside the step's time, not within it.
+
+Every instant of the device belongs to the operation that began first of those that have not ended: a kernel that is set up
+while the one before ends (programmatic dependent launch) does not count while it waits. What belongs to none is a gap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvloop
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import ProfilerActivity
+
+from benchmarks.alone import EngineAlone, engine_alone
+from benchmarks.offline import add_engine_options, engine_settings, prompts_of
+from benchmarks.report import Cell, Report
+from holdfast import models
+from services.engine.batch import Step, StepResult
+from services.engine.loop import Runner
+from services.engine.model_runner import Launched
+
+PARTS = {
+    "attention": r"attend|_plan|_list|attention|flash",
+    "experts": r"expert|moe|grouped",
+    "products": r"gemv|matmul|gemm|nvjet|cutlass|splitk|cublas|linear|mm\b",
+    "sampling": r"_best|_choose|argmax|softmax|topk|exponential",
+    "copies": r"memcpy|memset|copy|gather|index",
+}
+"""What the name of an operation says of it, the first that fits. All others are norms, rotations, gates and the like."""
+REST = "other"
+
+DECODE = "holdfast::decode"
+"""What the trace of a CPU has where a decode step is launched."""
+BEGIN = re.compile(rf"_lay_out|{DECODE}")
+"""The first operation of each decode step, on a GPU and on a CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What the device did for a while. Microseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+@dataclass(slots=True)
+class Attribution:
+    """Microseconds of so many steps."""
+
+    steps: int = 0
+    parts: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    names: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """The same by the name of the operation."""
+    gaps: float = 0.0
+
+    def longest(self, count: int) -> list[tuple[str, float]]:
+        """The operations that took most, and what each took."""
+        return sorted(self.names.items(), key=lambda item: -item[1])[:count]
+
+
+def attribute(operations: Iterable[Operation]) -> Attribution:
+    """Gives each instant from the beginning of the first decode step to that of the last to one operation, or to the
+    gaps.
+
+    Raises:
+        ValueError: there are fewer than two decode steps.
+    """
+    ordered = sorted(operations, key=lambda operation: (operation.start, -operation.end))
+    begins = [index for index, operation in enumerate(ordered) if BEGIN.search(operation.name)]
+    if len(begins) < 2:
+        raise ValueError("the trace has fewer than two decode steps; on a GPU, only captured ones are known as such")
+    found = Attribution(steps=len(begins) - 1)
+    now = ordered[begins[0]].start
+    for each in ordered[begins[0] : begins[-1]]:
+        found.gaps += max(0.0, each.start - now)
+        own = max(0.0, each.end - max(each.start, now))
+        found.parts[part_of(each.name)] += own
+        found.names[each.name] += own
+        now = max(now, each.end)
+    found.gaps += max(0.0, ordered[begins[-1]].start - now)
+    return found
+
+
+def part_of(name: str) -> str:
+    """The part that an operation of this name belongs to."""
+    return next((part for part, words in PARTS.items() if re.search(words, name, re.IGNORECASE)), REST)
+
+
+def operations_of(trace: Mapping[str, Any], *, on_gpu: bool) -> list[Operation]:
+    """Those of a trace as torch's profiler exports it: what a GPU ran, or what the step thread of a CPU called."""
+    events = [event for event in trace["traceEvents"] if "dur" in event]
+    if on_gpu:
+        kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+        return [_operation(event, event["dur"]) for event in events if event.get("cat") in kinds]
+    marks = [event for event in events if event["name"] == DECODE and event.get("cat") == "user_annotation"]
+    threads = {event["tid"] for event in marks}
+    calls = [event for event in events if event.get("cat") == "cpu_op" and event["tid"] in threads]
+    # A mark holds the operations of its step; it is there to be counted.
+    return [_operation(event, event["dur"]) for event in calls] + [_operation(event, 0) for event in marks]
+
+
+def _operation(event: Mapping[str, Any], duration: float) -> Operation:
+    return Operation(event["name"], event["ts"], event["ts"] + duration)
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """When the step thread came to the doors of the runner with one step. Seconds."""
+
+    launch: float
+    launched: float
+    collect: float = 0.0
+    collected: float = 0.0
+
+
+class TimedRunner:
+    """A runner whose decode steps are timed."""
+
+    def __init__(self, runner: Runner[Launched]) -> None:
+        self._runner = runner
+        self._launched: dict[int, Times] = {}
+        self.decodes: dict[int, list[Times]] = {}
+        """By how many sequences they had."""
+
+    def launch(self, step: Step) -> Launched:
+        """As the runner's."""
+        start = time.perf_counter()
+        if step.num_decodes < len(step.works):
+            return self._runner.launch(step)
+        with torch.profiler.record_function(DECODE):
+            launched = self._runner.launch(step)
+        self._launched[step.number] = Times(start, time.perf_counter())
+        return launched
+
+    def collect(self, launched: Launched) -> StepResult:
+        """As the runner's."""
+        start = time.perf_counter()
+        result = self._runner.collect(launched)
+        if times := self._launched.pop(launched.step.number, None):
+            done = Times(times.launch, times.launched, start, time.perf_counter())
+            self.decodes.setdefault(len(launched.step.works), []).append(done)
+        return result
+
+
+def host_share(decodes: Sequence[Times]) -> tuple[float, float, float]:
+    """Mean milliseconds of a step, of its launch, and of waiting for the device: what is left, the host schedules and
+    takes in. The first steps, for which the device had to begin, and the last are left out."""
+    steps = decodes[2:-2]
+    span = steps[-1].collected - steps[0].collected
+    launching = sum(step.launched - step.launch for step in steps[1:])
+    waiting = sum(step.collected - step.collect for step in steps[1:])
+    return tuple(seconds / (len(steps) - 1) * 1e3 for seconds in (span, launching, waiting))  # type: ignore[return-value]
+
+
+async def profiled(engine: EngineAlone, prompts: list[list[int]], output: int, *, on_gpu: bool) -> Attribution:
+    """What the device does while these are answered."""
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    every_thread = _ExperimentalConfig(profile_all_threads=True)
+    with torch.profiler.profile(activities=[activity], experimental_config=every_thread, acc_events=True) as profiler:
+        await engine.answers(prompts, [output] * len(prompts))
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return attribute(operations_of(json.loads(path.read_text()), on_gpu=on_gpu))
+
+
+async def measure(arguments: argparse.Namespace) -> Report:
+    """Runs the batches that were asked for."""
+    folder = models.resolve(arguments.model, weights=arguments.load_format != "dummy")
+    batches = [int(batch) for batch in arguments.batches.split(",")]
+    settings = engine_settings(arguments, most=max(batches))
+    report = Report("attribution", settings={**settings, **vars(arguments), "out": None, "model": folder.name})
+    rows: list[list[Cell]] = []
+    kernels: list[list[Cell]] = []
+    async with engine_alone(folder, settings, around=TimedRunner) as engine:
+        assert isinstance(engine.runner, TimedRunner)
+        for batch in batches:
+            prompts = prompts_of([arguments.context] * batch, vocab_size=engine.vocab_size)
+            await engine.answers(prompts, [8] * batch)
+            engine.runner.decodes.clear()
+            await engine.answers(prompts, [arguments.output] * batch)
+            step, launch, waiting = host_share(engine.runner.decodes[batch])
+            found = await profiled(engine, prompts, arguments.output, on_gpu=engine.device.type == "cuda")
+            parts = [found.parts[part] / found.steps / 1e3 for part in (*PARTS, REST)]
+            rows.append([str(batch), step, *parts, found.gaps / found.steps / 1e3, launch, step - launch - waiting])
+            kernels += [[name[:80], batch, microseconds / found.steps] for name, microseconds in found.longest(12)]
+    columns = ["batch", "step", *PARTS, REST, "gaps", "host: launch", "host: schedule, take in"]
+    report.table(f"A decode step, ms ({arguments.context} tokens of context)", columns, rows)
+    report.table("Longest operations, microseconds a step", ["operation", "batch", "µs"], kernels)
+    return report
+
+
+def main() -> None:
+    """`python -m benchmarks.attribution`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_engine_options(parser)
+    parser.add_argument("--batches", default="1,32,128,256", help="how many sequences decode together")
+    parser.add_argument("--context", type=int, default=1024, help="tokens of each prompt")
+    parser.add_argument("--output", type=int, default=64, help="tokens of each answer")
+    parser.add_argument("--out", type=Path, help="a JSON file for the report")
+    arguments = parser.parse_args()
+    report = uvloop.run(measure(arguments))
+    if arguments.out is not None:
+        report.save(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
