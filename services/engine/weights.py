@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -37,6 +36,10 @@ class Weights(ABC):
     def take(self, name: str, *shape: int) -> Tensor:
         """The tensor of this name, ours to keep. Raises `ConfigurationError` if there is none, or of another shape."""
 
+    @abstractmethod
+    def fill(self, name: str, out: Tensor) -> None:
+        """Copies the tensor of this name, which must have the shape of `out`, there. Raises as `take` does."""
+
     def format(self, name: str) -> Format:
         """How the matrix of this name is to be kept."""
         return Unquantized()
@@ -54,6 +57,9 @@ class _Under(Weights):
 
     def take(self, name: str, *shape: int) -> Tensor:
         return self._weights.take(f"{self._prefix}.{name}", *shape)
+
+    def fill(self, name: str, out: Tensor) -> None:
+        self._weights.fill(f"{self._prefix}.{name}", out)
 
     def format(self, name: str) -> Format:
         return self._weights.format(f"{self._prefix}.{name}")
@@ -74,6 +80,13 @@ class Checkpoint(Weights):
         return frozenset(self._files)
 
     def take(self, name: str, *shape: int) -> Tensor:
+        return self._read(name, shape).to(device=self.device, dtype=self.dtype)
+
+    def fill(self, name: str, out: Tensor) -> None:
+        out.copy_(self._read(name, tuple(out.shape)))
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor as the file has it, in the host's memory."""
         file = self._files.get(name)
         if file is None:
             raise ConfigurationError(f"{self._folder} lacks the tensor {name}{self._neighbours(name)}")
@@ -85,7 +98,7 @@ class Checkpoint(Weights):
         if not tensor.is_floating_point():
             raise ConfigurationError(f"{self._folder}: the tensor {name} holds {tensor.dtype}; it must be unquantized")
         self._untaken.discard(name)
-        return tensor.to(device=self.device, dtype=self.dtype)
+        return tensor
 
     def finish(self, *, ignored: Iterable[str] = ()) -> None:
         """Raises `ConfigurationError` if the folder holds tensors that the model did not take, other than those that
@@ -147,13 +160,20 @@ class Dummy(Weights):
         self._next = 0
 
     def take(self, name: str, *shape: int) -> Tensor:
+        out = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self.fill(name, out)
+        return out
+
+    def fill(self, name: str, out: Tensor) -> None:
         if name.endswith("norm.weight"):
-            return torch.ones(shape, dtype=self.dtype, device=self.device)
-        # Slices of one pool: drawing eight billion numbers would take minutes.
-        count = math.prod(shape)
-        start, self._next = self._next, (self._next + count) % self._POOL
-        repeats = -(-(start + count) // self._POOL)
-        return self._pool.repeat(repeats)[start : start + count].clone().view(shape)
+            out.fill_(1.0)
+            return
+        # Slices of one pool, copied where they are: drawing eight billion numbers would take minutes.
+        left = out.view(-1)
+        while len(left):
+            piece = self._pool[self._next :][: len(left)]
+            left[: len(piece)] = piece
+            left, self._next = left[len(piece) :], (self._next + len(piece)) % self._POOL
 
 
 def _listed(names: list[str], *, most: int = 6) -> str:

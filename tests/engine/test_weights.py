@@ -186,6 +186,25 @@ def test_dummy_weights_look_like_trained_ones() -> None:
     assert torch.equal(weights.take("layers.0.input_layernorm.weight", 7), torch.ones(7))
 
 
+def test_a_tensor_can_be_read_into_its_place(tmp_path: Path) -> None:
+    """Into a part of a larger tensor and its dtype, of the shape that is there; noise likewise, on from where it was."""
+    content = tensors()
+    folder_of(tmp_path, content)
+    stack = torch.zeros(3, 24, 16, dtype=torch.float64)
+    with open_checkpoint(tmp_path, dtype=torch.float32, device=CPU) as weights:
+        weights.under("model.layers.0.mlp").fill("up_proj.weight", stack[1])
+        with pytest.raises(ConfigurationError, match=r"has shape \[16, 24\], but the config makes it \[24, 16\]"):
+            weights.fill("model.layers.0.mlp.down_proj.weight", stack[2])
+    assert torch.equal(stack[1].float(), content["model.layers.0.mlp.up_proj.weight"])
+    assert not stack[0].any() and not stack[2].any()
+    taken, filled = Dummy(dtype=torch.float32, device=CPU), Dummy(dtype=torch.float32, device=CPU)
+    parts = torch.empty(2, 1500, 1000)
+    for part in parts:
+        filled.fill("matrix.weight", part)
+        assert torch.equal(part, taken.take("matrix.weight", 1500, 1000))
+    assert not torch.equal(parts[0], parts[1])
+
+
 def test_the_end_tokens_are_the_generation_configs(tmp_path: Path) -> None:
     """generation_config.json decides where it names end tokens, one or several; else config.json; else there are none."""
     assert eos_token_ids(tmp_path) == frozenset()

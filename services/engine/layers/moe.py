@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from services.engine.layers.linear import Linear
-from services.engine.layers.mlp import GatedMLP
 from services.engine.ops import moe
 from services.engine.weights import Weights
 
@@ -18,19 +18,33 @@ if TYPE_CHECKING:
 class MoE:
     """Each token goes to the `top_k` experts that the router likes best."""
 
-    def __init__(self, weights: Weights, spec: MoESpec, *, hidden: int) -> None:
+    def __init__(
+        self, weights: Weights, spec: MoESpec, *, hidden: int, first: int = 0, count: int | None = None
+    ) -> None:
+        """With the experts [first, first + count) alone, all behind `first` if `count` is None, the layer computes their
+        part of the sum; the router always is a whole one."""
         self._spec = spec
         self._router = Linear.load(weights, "gate", inputs=hidden, outputs=(spec.num_experts,))
-        self._experts = [
-            GatedMLP(
-                weights.under(f"experts.{index}"),
-                hidden=hidden,
-                intermediate=spec.intermediate,
-                names=spec.expert_names,
-            )
-            for index in range(spec.num_experts)
-        ]
+        count = spec.num_experts - first if count is None else count
+        assert 0 <= first < first + count <= spec.num_experts
+        self._experts = _load(weights, spec, hidden=hidden, first=first, count=count)
 
-    def __call__(self, x_NI: Tensor, *, add: Tensor) -> Tensor:
+    def __call__(self, x_NI: Tensor, *, add: Tensor | None = None) -> Tensor:
         weights_NA, experts_NA = moe.route(self._router(x_NI), top_k=self._spec.top_k, normalize=self._spec.normalize)
-        return moe.mix(x_NI, weights_NA, experts_NA, self._experts).add_(add)
+        return moe.mix(x_NI, weights_NA, experts_NA, self._experts, add=add)
+
+
+def _load(weights: Weights, spec: MoESpec, *, hidden: int, first: int, count: int) -> moe.Experts:
+    """These experts out of a checkpoint, one after the other, each straight to where it stays."""
+    size = spec.intermediate
+    gate_up_EOI, down_EIF = (
+        torch.empty(count, *shape, dtype=weights.dtype, device=weights.device)
+        for shape in ((2 * size, hidden), (hidden, size))
+    )
+    gate, up, down = (f"{name}.weight" for name in spec.expert_names)
+    for index in range(count):
+        expert = weights.under(f"experts.{first + index}")
+        expert.fill(gate, gate_up_EOI[index, :size])
+        expert.fill(up, gate_up_EOI[index, size:])
+        expert.fill(down, down_EIF[index])
+    return moe.Experts.of(gate_up_EOI, down_EIF, first=first)

@@ -1,12 +1,34 @@
-"""A mixture of experts (Shazeer et al. 2017): which experts a token goes to, and the sum of what they answer."""
+"""A mixture of experts (Shazeer et al. 2017): which experts a token goes to, and the sum of what they answer.
+
+Shapes: N tokens, E experts, A experts of a token, I features in and out, F features of an expert, O = 2 * F.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from services.engine.ops.activation import silu_mul
+from services.engine.ops.linear import linear, packed
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Gated MLPs that stand side by side: `count` neighbours of a layer's experts, from `first` on. Make it by `of`."""
+
+    gate_up: tuple[Tensor, ...]
+    """A matrix for each expert, as `linear` wants it; gate and then up."""
+    down: tuple[Tensor, ...]
+    first: int
+    count: int
+
+    @classmethod
+    def of(cls, gate_up_EOI: Tensor, down_EIF: Tensor, *, first: int = 0) -> Experts:
+        """The experts of these matrices, which are not to be used otherwise any more."""
+        gate_up, down = (tuple(packed(matrix) for matrix in stack) for stack in (gate_up_EOI, down_EIF))
+        return cls(gate_up, down, first, len(gate_up))
 
 
 def route(logits_NE: Tensor, *, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -18,17 +40,22 @@ def route(logits_NE: Tensor, *, top_k: int, normalize: bool) -> tuple[Tensor, Te
     return weights, experts
 
 
-def mix(x: Tensor, weights_NA: Tensor, experts_NA: Tensor, experts: Seq[Callable[[Tensor], Tensor]]) -> Tensor:
-    """For each token the sum of its A experts' answers by weight, in the dtype of x. An expert that no token goes to
-    is not run."""
+def mix(x_NI: Tensor, weights_NA: Tensor, experts_NA: Tensor, experts: Experts, *, add: Tensor | None = None) -> Tensor:
+    """For each token the sum of its A experts' answers by weight, plus `add` where there is one, in the dtype of x. An
+    expert that no token goes to is not run; one that is not among `experts` answers nothing. The result may take the
+    place of `add`.
+
+    An answer is that of a gated MLP in the dtype of x; weighing and adding up are in float32.
+    """
     order = experts_NA.flatten().argsort(stable=True)
     tokens, weights = order // experts_NA.shape[1], weights_NA.flatten()[order, None]
-    counts = torch.bincount(experts_NA.flatten(), minlength=len(experts)).tolist()
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    start = 0
-    for expert, count in zip(experts, counts, strict=True):
+    counts = torch.bincount(experts_NA.flatten(), minlength=experts.first + experts.count).tolist()
+    out = torch.zeros(x_NI.shape, dtype=torch.float32, device=x_NI.device)
+    start = sum(counts[: experts.first])
+    for gate_up_OI, down_IF, count in zip(experts.gate_up, experts.down, counts[experts.first :], strict=False):
         if count:
             rows = tokens[start : start + count]
-            out.index_add_(0, rows, expert(x[rows]).float() * weights[start : start + count])
+            answer = linear(silu_mul(linear(x_NI[rows], gate_up_OI)), down_IF)
+            out.index_add_(0, rows, answer.float() * weights[start : start + count])
             start += count
-    return out.to(x.dtype)
+    return out.to(x_NI.dtype) if add is None else add.add_(out.to(x_NI.dtype))
