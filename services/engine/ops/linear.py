@@ -38,8 +38,8 @@ def linear(
     bias_O: Tensor | None = None,
     add: Tensor | None = None,
 ) -> Tensor:
-    """x @ weight.T + bias + add, the weight as `packed` and the counters as `counters_for` returned them. The result may
-    take the place of `add`."""
+    """x @ weight.T + bias + add, the weight as `packed` and the counters as `counters_for` returned them; without these a
+    GPU is slower where rows are few. The result may take the place of `add`."""
     if weight_OI.is_mkldnn:
         # The overloads by name: choosing among them costs 14 us a call.
         pointwise = torch.ops.mkldnn._linear_pointwise
@@ -50,7 +50,7 @@ def linear(
             out = pointwise.binary(x, add, weight_OI, bias_O, "add")
         return out
     if x.is_cuda:
-        few = _of_few_rows(x, weight_OI, counters[0], bias_O=bias_O, add=add, dtype=x.dtype)
+        few = _of_few_rows(x, weight_OI, counters[0] if counters else None, bias_O=bias_O, add=add, dtype=x.dtype)
         if few is not None:
             return few
         if add is not None and bias_O is None:
