@@ -102,6 +102,7 @@ def _on_host(sampled: Sampled) -> Sampled:
         reported=reported
         and Reported(
             rows=reported.rows,
+            counts=reported.counts,
             chosen_P=_pinned(reported.chosen_P),
             top_PC=_pinned(reported.top_PC),
             top_ids_PC=_pinned(reported.top_ids_PC),
@@ -117,17 +118,16 @@ def _result(step: Step, sampled: Sampled) -> StepResult:
     token_ids = tuple(sampled.token_ids_R.tolist())
     logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
     if sampled.reported is not None:
-        sampling = [work.sequence.sampling for work in step.works if work.samples]
         for row, each in zip(sampled.reported.rows, _logprobs(sampled.reported), strict=True):
-            logprobs[row] = TokenLogprobs(each.logprob, each.top[: sampling[row].logprobs])
+            logprobs[row] = each
     failed = frozenset(row for row, peak in enumerate(sampled.peaks_R.tolist()) if not math.isfinite(peak))
     return StepResult(step, token_ids, tuple(logprobs), failed)
 
 
 def _logprobs(reported: Reported) -> list[TokenLogprobs]:
-    """Of each reporting row, with as many likeliest tokens as the row that wants most."""
-    columns = (reported.chosen_P.tolist(), reported.top_ids_PC.tolist(), reported.top_PC.tolist())
+    """Of each reporting row, with as many likeliest tokens as it wants."""
+    columns = (reported.counts, reported.chosen_P.tolist(), reported.top_ids_PC.tolist(), reported.top_PC.tolist())
     return [
-        TokenLogprobs(chosen, tuple(zip(ids, values, strict=True)))
-        for chosen, ids, values in zip(*columns, strict=True)
+        TokenLogprobs(chosen, tuple(zip(ids[:count], values[:count], strict=True)))
+        for count, chosen, ids, values in zip(*columns, strict=True)
     ]

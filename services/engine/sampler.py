@@ -30,6 +30,8 @@ class Reported:
 
     rows: Seq[int]
     """Which of the R."""
+    counts: Seq[int]
+    """How many of the likeliest each of them wants."""
     chosen_P: Tensor
     top_PC: Tensor
     """Likeliest first; as many as the row that wants most."""
@@ -97,9 +99,9 @@ class Sampler:
 
     def _report(self, raw_PV: Tensor, token_ids_R: Tensor, selection: Selection) -> Reported:
         rows = self._rows_wanting(Wants.LOGPROBS, selection)
-        most = max(self._state.sampling.params(selection.slots[row]).logprobs or 0 for row in rows)
+        counts = [self._state.sampling.params(selection.slots[row]).logprobs or 0 for row in rows]
         chosen_P = token_ids_R[torch.tensor(rows, device=token_ids_R.device)]
-        return Reported(rows, *sampling.log_probabilities(raw_PV, chosen_P, most=most))
+        return Reported(rows, counts, *sampling.log_probabilities(raw_PV, chosen_P, most=max(counts)))
 
     def _rows_wanting(self, want: Wants, selection: Selection) -> list[int]:
         return [row for row, slot in enumerate(selection.slots) if want in self._state.sampling.wants(slot)]

@@ -22,6 +22,7 @@ What it promises:
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
@@ -97,12 +98,12 @@ class _Delta:
             assert index == before.index + len(before.blocks)
             self.grown[slot] = Growth(slot, before.index, (*before.blocks, *blocks))
 
-    def step(self, number: int, works: list[Work]) -> Step:
+    def step(self, number: int, works: tuple[Work, ...]) -> Step:
         """The step that brings all of this along."""
         return Step(
             number=number,
-            works=tuple(works),
-            admitted=tuple(Admission(sequence, slot) for slot, sequence in self.admitted.items()),
+            works=works,
+            admitted=tuple(Admission.of(sequence, slot) for slot, sequence in self.admitted.items()),
             grown=tuple(self.grown.values()),
             released=tuple(self.released),
         )
@@ -155,6 +156,7 @@ class Scheduler:
         self._waiting = {True: _Line(), False: _Line()}  # by `interactive`
         self._running = _Line()
         self._delta = _Delta()
+        self._in_flight: deque[tuple[Sequence, ...]] = deque()  # of each step, whose the works are
         self._returning: list[tuple[int, list[int]]] = []  # blocks, and the step after which they are nobody's
         self._news: dict[Sequence, None] = {}
         self._next_deadline: float | None = None  # no deadline of those held is earlier
@@ -247,14 +249,16 @@ class Scheduler:
         a block given back by the KV store's client."""
         if self._waiting[True] or self._waiting[False]:
             self._admit(now)
-        works = self._assign()
-        if not works:
+        assigned = self._assign()
+        if not assigned:
             return None
         self._num_steps += 1
+        sequences, works = zip(*assigned, strict=True)
         step = self._delta.step(self._num_steps, works)
         self._delta = _Delta()
-        for work in works:
-            self._take_off(work)
+        for sequence, work in assigned:
+            self._take_off(sequence, work)
+        self._in_flight.append(sequences)
         return step
 
     def commit(self, result: StepResult, now: float) -> list[Sequence]:
@@ -264,12 +268,12 @@ class Scheduler:
         assert step.number == self._num_committed + 1, "steps are committed in the order of their plans"
         self._num_committed = step.number
         samples = enumerate(zip(result.token_ids, result.logprobs, strict=True))
-        for work in step.works:
+        for sequence, work in zip(self._in_flight.popleft(), step.works, strict=True):
             index, sample = next(samples) if work.samples else (-1, None)
-            if self._land(work) and index in result.failed:
-                self._fail(work.sequence, now)
-            elif not work.sequence.is_finished:
-                self._take_result(work, sample, now)
+            if self._land(sequence, work) and index in result.failed:
+                self._fail(sequence, now)
+            elif not sequence.is_finished:
+                self._take_result(sequence, work, sample, now)
         self._give_back()
         return self.take_news()
 
@@ -367,11 +371,11 @@ class Scheduler:
         within = self.pace.tokens_within(self.limits.itl_target, kv_tokens=kv_tokens) - len(decoding)
         return int(min(spare, max(within, self.pool.block_size)))
 
-    def _assign(self) -> list[Work]:
+    def _assign(self) -> list[tuple[Sequence, Work]]:
         """What each running sequence computes, decodes in front. The first in line comes first, so that whoever is
         thrown out for want of blocks has nothing assigned yet."""
-        decodes: list[Work] = []
-        chunks: list[Work] = []
+        decodes: list[tuple[Sequence, Work]] = []
+        chunks: list[tuple[Sequence, Work]] = []
         prefill_tokens: int | None = None
         for sequence in self._running:
             if sequence.phase is not Phase.RUNNING or sequence.has_all_planned:
@@ -379,14 +383,14 @@ class Scheduler:
             remaining = sequence.num_remaining
             if remaining == 1:
                 if self._grow(sequence, 1):
-                    decodes.append(_work(sequence, 1, remaining))
+                    decodes.append((sequence, _work(sequence, 1, remaining)))
                 continue
             if prefill_tokens is None:
                 prefill_tokens = self._prefill_tokens()
             count = self._grow(sequence, min(remaining, prefill_tokens))
             prefill_tokens -= count
             if count:
-                (chunks if count > 1 else decodes).append(_work(sequence, count, remaining))
+                (chunks if count > 1 else decodes).append((sequence, _work(sequence, count, remaining)))
         return decodes + chunks
 
     def _grow(self, sequence: Sequence, count: int) -> int:
@@ -420,9 +424,8 @@ class Scheduler:
         self._preempt(victim)
         return True
 
-    def _take_off(self, work: Work) -> None:
+    def _take_off(self, sequence: Sequence, work: Work) -> None:
         """The work is part of the step that was just planned."""
-        sequence = work.sequence
         sequence.num_planned = work.end
         sequence.num_pending += work.samples
         sequence.num_in_flight += 1
@@ -430,18 +433,19 @@ class Scheduler:
 
     # Results.
 
-    def _land(self, work: Work) -> bool:
+    def _land(self, sequence: Sequence, work: Work) -> bool:
         """The work is no longer in flight. Returns whether anybody still wants its result."""
-        sequence = work.sequence
         sequence.num_in_flight -= 1
         sequence.num_pending -= work.samples
         return not sequence.is_finished
 
-    def _take_result(self, work: Work, sample: tuple[int, TokenLogprobs | None] | None, now: float) -> None:
-        if work.sequence.phase is Phase.RUNNING:
-            self._compute_until(work.sequence, work)
+    def _take_result(
+        self, sequence: Sequence, work: Work, sample: tuple[int, TokenLogprobs | None] | None, now: float
+    ) -> None:
+        if sequence.phase is Phase.RUNNING:
+            self._compute_until(sequence, work)
         if sample is not None:
-            self._append(work.sequence, *sample, now=now)
+            self._append(sequence, *sample, now=now)
 
     def _fail(self, sequence: Sequence, now: float) -> None:
         """What was computed of it is no number: nobody else must find it in the cache."""
@@ -526,7 +530,7 @@ class Scheduler:
 
 def _work(sequence: Sequence, count: int, remaining: int) -> Work:
     assert sequence.slot is not None
-    return Work(sequence, sequence.slot, start=sequence.num_planned, count=count, samples=count == remaining)
+    return Work(sequence.slot, start=sequence.num_planned, count=count, samples=count == remaining)
 
 
 def _first_ready(line: _Line) -> Sequence | None:

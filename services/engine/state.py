@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from services.engine.batch import Admission, Growth, Step
-from services.engine.sequence import SamplingParams, Sequence
+from services.engine.sequence import SamplingParams, StopRules
 
 
 class Wants(enum.Flag):
@@ -117,20 +117,20 @@ class SamplingState:
         """Temperature (0 where the likeliest token is taken), top_p, min_p."""
         self.integers = torch.zeros((num_slots, 4), dtype=torch.int64, device=device)
         """top_k, the seed's low and high 32 bits, the choice."""
-        self._sequences: list[Sequence | None] = [None] * num_slots
+        self._admissions: list[Admission | None] = [None] * num_slots
         self._wants = [Wants(0)] * num_slots
         # Of few slots, and of a different length in each.
         self._biases: dict[int, tuple[Tensor, Tensor]] = {}
         self._stop_ids: dict[int, Tensor] = {}
 
-    def admit(self, slot: int, sequence: Sequence) -> None:
+    def admit(self, admission: Admission) -> None:
         """The slot's sequence asks for this."""
-        params = sequence.sampling
-        wants = _wants(sequence)
-        self._sequences[slot] = sequence
+        slot, params = admission.slot, admission.sampling
+        wants = _wants(params, admission.stop)
+        self._admissions[slot] = admission
         self._wants[slot] = wants
         floats = (params.temperature if Wants.DRAW in wants else 0.0, params.top_p, params.min_p)
-        integers = (params.top_k, params.seed & 0xFFFFFFFF, params.seed >> 32, sequence.choice)
+        integers = (params.top_k, params.seed & 0xFFFFFFFF, params.seed >> 32, admission.choice)
         self.floats[slot] = on_device(floats, self._device, dtype=torch.float32)
         self.integers[slot] = on_device(integers, self._device)
         if Wants.BIAS in wants:
@@ -140,11 +140,11 @@ class SamplingState:
                 torch.tensor(values, dtype=torch.float32, device=self._device),
             )
         if Wants.MIN_TOKENS in wants:
-            self._stop_ids[slot] = torch.tensor(sorted(sequence.stop.stop_token_ids), device=self._device)
+            self._stop_ids[slot] = torch.tensor(sorted(admission.stop.stop_token_ids), device=self._device)
 
     def release(self, slot: int) -> None:
         """The slot's sequence left."""
-        self._sequences[slot] = None
+        self._admissions[slot] = None
         self._biases.pop(slot, None)
         self._stop_ids.pop(slot, None)
 
@@ -158,15 +158,15 @@ class SamplingState:
 
     def params(self, slot: int) -> SamplingParams:
         """What this slot's sequence asks for, in its own words."""
-        return self._sequence(slot).sampling
+        return self._admission(slot).sampling
 
     def num_prompt(self, slot: int) -> int:
         """Tokens of its prompt."""
-        return len(self._sequence(slot).prompt_ids)
+        return self._admission(slot).num_prompt
 
     def min_tokens(self, slot: int) -> int:
         """Tokens before which it must not end."""
-        return self._sequence(slot).stop.min_tokens
+        return self._admission(slot).stop.min_tokens
 
     def bias(self, slot: int) -> tuple[Tensor, Tensor]:
         """Token ids, and what is added to their logits."""
@@ -190,10 +190,10 @@ class SamplingState:
             choice_R=integers[:, 3],
         )
 
-    def _sequence(self, slot: int) -> Sequence:
-        sequence = self._sequences[slot]
-        assert sequence is not None, f"slot {slot} holds no sequence"
-        return sequence
+    def _admission(self, slot: int) -> Admission:
+        admission = self._admissions[slot]
+        assert admission is not None, f"slot {slot} holds no sequence"
+        return admission
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,12 +250,11 @@ class DeviceState:
         return self.tokens[slot, :length]
 
     def _admit(self, admission: Admission) -> None:
-        sequence, slot = admission.sequence, admission.slot
-        num_known = sequence.num_known
+        slot, num_known = admission.slot, len(admission.token_ids)
         assert num_known <= self.max_len, f"{num_known} known tokens, a slot holds {self.max_len}"
-        self.tokens[slot, :num_known] = on_device(sequence.token_ids(0, num_known), self.device, dtype=torch.int32)
+        self.tokens[slot, :num_known] = on_device(admission.token_ids, self.device, dtype=torch.int32)
         self.block_tables[slot].zero_()
-        self.sampling.admit(slot, sequence)
+        self.sampling.admit(admission)
 
     def _grow(self, grown: Seq[Growth]) -> None:
         entries = [
@@ -326,8 +325,7 @@ def _spread(slots_S: Tensor, starts_S: Tensor, query_starts_S1: Tensor, *, num_t
     return slots_S[works_N], torch.arange(num_tokens, device=slots_S.device) + offsets_S[works_N]
 
 
-def _wants(sequence: Sequence) -> Wants:
-    params, stop = sequence.sampling, sequence.stop
+def _wants(params: SamplingParams, stop: StopRules) -> Wants:
     draws = params.temperature >= COLDEST
     asked = {
         Wants.PENALTIES: (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0),

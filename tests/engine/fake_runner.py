@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
-from services.engine.batch import Step, StepResult, Work
+from services.engine.batch import Admission, Step, StepResult, Work
 from services.engine.blocks import BlockPool
 from services.engine.sequence import Sequence, StopRules
 
@@ -44,7 +44,7 @@ def expected_output(prompt_ids: Seq[int], stop: StopRules, choice: int = 0) -> l
 class Slot:
     """What the device knows of one running sequence."""
 
-    sequence: Sequence
+    admission: Admission
     token_ids: list[int]
     blocks: list[int] = field(default_factory=list)
 
@@ -53,6 +53,7 @@ class Slot:
 class Launched:
     step: Step
     sampled: tuple[int, ...]
+    failed: frozenset[int]
     blocks: frozenset[int]
     """All blocks that the step reads or writes."""
 
@@ -72,27 +73,29 @@ class FakeRunner:
         self._apply(step)
         sampled = [token_id for work in step.works if (token_id := self._run(work)) is not None]
         blocks = frozenset(block for work in step.works for block in self.slots[work.slot].blocks)
-        return Launched(step, tuple(sampled), blocks)
+        return Launched(step, tuple(sampled), self._failed(step), blocks)
 
     def collect(self, launched: Launched) -> StepResult:
-        sampling = [work.sequence for work in launched.step.works if work.samples]
-        failed = frozenset(index for index, each in enumerate(sampling) if each is self.sick)
-        return StepResult(launched.step, launched.sampled, (None,) * len(launched.sampled), failed)
+        return StepResult(launched.step, launched.sampled, (None,) * len(launched.sampled), launched.failed)
+
+    def _failed(self, step: Step) -> frozenset[int]:
+        sampling = [work.slot for work in step.works if work.samples]
+        return frozenset(
+            index for index, slot in enumerate(sampling) if self.sick is not None and slot == self.sick.slot
+        )
 
     def _apply(self, step: Step) -> None:
         for slot in step.released:
             del self.slots[slot]
         for admission in step.admitted:
             assert admission.slot not in self.slots, "a slot is admitted twice"
-            sequence = admission.sequence
-            self.slots[admission.slot] = Slot(sequence, [*sequence.prompt_ids, *sequence.output_ids])
+            self.slots[admission.slot] = Slot(admission, list(admission.token_ids))
         for growth in step.grown:
             assert growth.index == len(self.slots[growth.slot].blocks), "a hole in a block table"
             self.slots[growth.slot].blocks.extend(growth.blocks)
 
     def _run(self, work: Work) -> int | None:
         slot = self.slots[work.slot]
-        assert slot.sequence is work.sequence
         entry = self._check_prefix(slot, work.start)
         for position in range(work.start, work.end):
             entry = digest(entry, slot.token_ids[position])
@@ -100,7 +103,7 @@ class FakeRunner:
         if not work.samples:
             return None
         assert work.end == len(slot.token_ids), "a row is sampled that is not the last"
-        slot.token_ids.append(next_token(entry, work.sequence.choice))
+        slot.token_ids.append(next_token(entry, slot.admission.choice))
         return slot.token_ids[-1]
 
     def _check_prefix(self, slot: Slot, end: int) -> int:

@@ -29,8 +29,8 @@ def sequence(
 def admitted(*sequences: Sequence, max_len: int = 1024) -> tuple[DeviceState, Selection]:
     """The slots that hold these sequences, and the selection of a step that samples the next token of each."""
     state = DeviceState(num_slots=len(sequences), max_len=max_len, block_size=BLOCK_SIZE)
-    works = tuple(Work(each, slot, each.num_known - 1, 1, True) for slot, each in enumerate(sequences))
-    admissions = tuple(Admission(each, slot) for slot, each in enumerate(sequences))
+    works = tuple(Work(slot, each.num_known - 1, 1, True) for slot, each in enumerate(sequences))
+    admissions = tuple(Admission.of(each, slot) for slot, each in enumerate(sequences))
     blocks = tuple(range(-(-max_len // BLOCK_SIZE)))
     grown = tuple(Growth(slot, 0, blocks) for slot in range(len(sequences)))
     return state, state.apply(Step(1, works, admissions, grown)).selection

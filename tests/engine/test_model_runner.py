@@ -51,8 +51,8 @@ def test_steps_may_be_launched_before_the_last_one_is_collected() -> None:
     """A decode finds the token that the step before sampled, unseen by the host."""
     under_test, each = runner(), sequence([4, 5])
     first = under_test.launch(admitting(each, count=2))
-    second = under_test.launch(Step(2, (Work(each, 0, 2, 1, True),)))
-    third = under_test.launch(Step(3, (Work(each, 0, 3, 1, True),)))
+    second = under_test.launch(Step(2, (Work(0, 2, 1, True),)))
+    third = under_test.launch(Step(3, (Work(0, 3, 1, True),)))
     assert [under_test.collect(launched).token_ids for launched in (first, second, third)] == [(6,), (7,), (8,)]
 
 
@@ -60,7 +60,7 @@ def test_a_step_without_rows_to_sample_gives_no_tokens() -> None:
     """A chunk in the middle of a prompt has a result too."""
     under_test, each = runner(), sequence([4, 5, 6])
     step = admitting(each, count=2)
-    step = Step(1, (Work(each, 0, 0, 2, False),), step.admitted, step.grown)
+    step = Step(1, (Work(0, 0, 2, False),), step.admitted, step.grown)
     result = under_test.collect(under_test.launch(step))
     assert (result.step, result.token_ids, result.logprobs, result.failed) == (step, (), (), frozenset())
 

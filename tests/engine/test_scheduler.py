@@ -20,9 +20,10 @@ def works(driver: Driver) -> list[tuple[Sequence, int, int]]:
     """What the next step computes: (sequence, start, count). Then runs it."""
     step = driver.scheduler.plan(driver.now)
     assert step is not None
+    holders = {each.slot: each for each in driver.all}
     driver.in_flight.append(driver.runner.launch(step))
     driver.step()
-    return [(work.sequence, work.start, work.count) for work in step.works]
+    return [(holders[work.slot], work.start, work.count) for work in step.works]
 
 
 @LOOKAHEADS

@@ -109,8 +109,8 @@ def test_any_schedule_is_laid_out_as_plain_lists_say(
 
 def admitting(each: Sequence, *, slot: int = 0, count: int = 1) -> Step:
     """A step that takes one sequence in and computes its last `count` known tokens."""
-    work = Work(each, slot, each.num_known - count, count, True)
-    return Step(1, (work,), (Admission(each, slot),), (Growth(slot, 0, tuple(range(8))),))
+    work = Work(slot, each.num_known - count, count, True)
+    return Step(1, (work,), (Admission.of(each, slot),), (Growth(slot, 0, tuple(range(8))),))
 
 
 def test_a_decode_reads_the_token_that_the_sampler_wrote() -> None:
@@ -119,7 +119,7 @@ def test_a_decode_reads_the_token_that_the_sampler_wrote() -> None:
     each = sequence([5, 6])
     first = state.apply(admitting(each, slot=1, count=2))
     state.append(first.selection, torch.tensor([9]))
-    second = state.apply(Step(2, (Work(each, 1, 2, 1, True),)))
+    second = state.apply(Step(2, (Work(1, 2, 1, True),)))
     assert second.token_ids_N.tolist() == [9]
     assert state.history(1, 3).tolist() == [5, 6, 9]
 
@@ -134,7 +134,7 @@ def test_a_slot_forgets_its_last_sequence() -> None:
         Wants.DRAW | Wants.TEMPERATURE | Wants.TOP_K | Wants.BIAS | Wants.LOGPROBS | Wants.MIN_TOKENS
     )
     plain = sequence([3] * 9)
-    step = Step(2, (Work(plain, 0, 0, 9, True),), (Admission(plain, 0),), (Growth(0, 0, (7, 5)),), released=(0,))
+    step = Step(2, (Work(0, 0, 9, True),), (Admission.of(plain, 0),), (Growth(0, 0, (7, 5)),), released=(0,))
     batch = state.apply(step)
     assert batch.block_tables[batch.table_rows_S, :3].tolist() == [[7, 5, 0]]
     assert not state.sampling.wanted_by([0])
@@ -145,9 +145,7 @@ def test_seeds_keep_all_their_bits() -> None:
     state = DeviceState(num_slots=2, max_len=32, block_size=BLOCK_SIZE)
     largest, other = sequence(temperature=1.0, seed=2**64 - 1), sequence(temperature=1.0, seed=3 << 32 | 7)
     state.apply(admitting(largest, slot=0))
-    selection = state.apply(
-        Step(2, (Work(largest, 0, 3, 1, True), Work(other, 1, 2, 1, True)), (Admission(other, 1),))
-    ).selection
+    selection = state.apply(Step(2, (Work(0, 3, 1, True), Work(1, 2, 1, True)), (Admission.of(other, 1),))).selection
     parameters = state.sampling.parameters(selection)
     assert parameters.seed_R2.tolist() == [[2**32 - 1, 2**32 - 1], [7, 3]]
 
