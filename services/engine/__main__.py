@@ -122,7 +122,7 @@ def _kafka(settings: EngineSettings) -> Any:
 def _namespace(settings: EngineSettings, folder: Path, computer: Computer) -> bytes:
     """Names all that the keys and values of a token depend on beside the tokens up to it, and how they lie in a block."""
     weights = "dummy" if settings.load_format == "dummy" else fingerprint(folder).hex()
-    computed = (weights, computer.model.kv_shape, settings.block_size, computer.device.type, sys.byteorder)
+    computed = (weights, computer.cache.layout, computer.device.type, sys.byteorder)
     return sha256(repr(computed).encode()).digest()
 
 

@@ -13,7 +13,8 @@ import torch
 
 from holdfast.errors import ConfigurationError
 from services.engine import models
-from services.engine.kv_cache import KVCache
+from services.engine.kv_cache import KVCache, KVLayout
+from services.engine.kv_format import formats_of
 from services.engine.model_runner import ModelRunner
 from services.engine.models import Model
 from services.engine.sampler import Sampler
@@ -81,6 +82,7 @@ def build(settings: EngineSettings, folder: Path) -> Computer:
         folder=str(folder),
         device=str(device),
         dtype=str(model.kv_shape.dtype).removeprefix("torch."),
+        kv_cache_dtype=settings.kv_cache_dtype,
         cache_blocks=cache.num_blocks,
         cache_tokens=cache.num_blocks * cache.block_size,
         max_model_len=max_model_len,
@@ -100,7 +102,13 @@ def _device(settings: EngineSettings) -> torch.device:
 
 
 def _cache(settings: EngineSettings, model: Model, device: torch.device) -> KVCache:
-    block_bytes = model.kv_shape.token_bytes * settings.block_size
+    shape = model.kv_shape
+    formats = formats_of(settings.kv_cache_dtype, num_layers=shape.layers)
+    if device.type == "cuda" and any(format.is_quantized for format in formats):
+        raise ConfigurationError(
+            f"kv_cache_dtype is {settings.kv_cache_dtype}, but kernels for keys and values in 8 bits are not there yet; say auto"
+        )
+    block_bytes = KVLayout(shape, settings.block_size, formats).block_bytes
     num_blocks = settings.cache_blocks or _memory(settings, device) // block_bytes
     if num_blocks < 2:
         raise ConfigurationError(
@@ -108,7 +116,7 @@ def _cache(settings: EngineSettings, model: Model, device: torch.device) -> KVCa
             f"({settings.cache_bytes:,}) must hold two at least"
         )
     try:
-        return KVCache(model.kv_shape, num_blocks=num_blocks, block_size=settings.block_size, device=device)
+        return KVCache(shape, num_blocks=num_blocks, block_size=settings.block_size, device=device, formats=formats)
     except (RuntimeError, torch.OutOfMemoryError) as error:
         raise ConfigurationError(
             f"no memory for a KV cache of {num_blocks:,} blocks of {block_bytes:,} bytes; ask for less with cache_blocks"

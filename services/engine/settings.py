@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from holdfast.settings import Settings
+from services.engine.kv_format import rules_of
+
+
+def _checked(rules: str) -> str:
+    rules_of(rules)
+    return rules
 
 
 class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
@@ -50,6 +56,10 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     as the step's expected time nears it, but never less than one block."""
     block_size: Literal[16, 32, 64] = 32
     """Tokens of a KV block."""
+    kv_cache_dtype: Annotated[str, AfterValidator(_checked)] = "auto"
+    """How keys and values are kept: auto (the model's dtype), fp8_e4m3 or int8 (half of 16 bits and a little for their
+    scales; on a GPU they want block_size 64). Or for each layer, the first rule that names it: LAYERS=FORMAT,... with LAYERS a
+    number, a range like 2..5, negative from the end, or *, as in 0..1=auto,-2..-1=auto,*=fp8_e4m3."""
     cache_blocks: Annotated[int, Field(ge=2)] | None = None
     """KV blocks in all; by default as many as `cache_bytes` holds."""
     cache_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from services.engine.kv_cache import KVCache
+from services.engine.kv_format import KVFormat
 from services.engine.models import Model
 from services.engine.state import Batch, Selection
 
@@ -58,6 +59,16 @@ def batch_of(*chunks: Chunk, block_size: int, sample_all: bool = False) -> Batch
     )
 
 
+def fill(cache: KVCache, *, seed: int = 0) -> None:
+    """Writes noise wherever a token can be."""
+    shape, num_slots = cache.shape, cache.num_blocks * cache.block_size
+    draw = torch.Generator().manual_seed(seed)
+    slots = cache.locate(torch.arange(num_slots, device=cache.data.device))
+    for layer in range(shape.layers):
+        noise = torch.randn((num_slots, 2, shape.kv_heads, shape.head_dim), generator=draw)
+        cache.write(layer, noise.to(cache.data.device, shape.dtype), slots)
+
+
 @dataclass(slots=True)
 class Bench:
     """A model, a cache, and blocks handed out in a shuffled order."""
@@ -65,11 +76,14 @@ class Bench:
     model: Model
     block_size: int = 16
     num_blocks: int = 64
+    formats: Seq[KVFormat] | None = None
     cache: KVCache = field(init=False)
     _free: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.cache = KVCache(self.model.kv_shape, num_blocks=self.num_blocks, block_size=self.block_size)
+        self.cache = KVCache(
+            self.model.kv_shape, num_blocks=self.num_blocks, block_size=self.block_size, formats=self.formats
+        )
         self._free = list(range(self.num_blocks))
         random.Random(0).shuffle(self._free)
 

@@ -11,6 +11,7 @@ import torch
 
 from holdfast.errors import ConfigurationError
 from services.engine.build import Computer, build
+from services.engine.kv_format import KVFormat
 from services.engine.settings import EngineSettings
 
 CONTEXT = 512
@@ -67,6 +68,24 @@ def test_a_cache_of_less_than_two_blocks_is_refused(stories260k: Path, tmp_path:
         built(tmp_path, block_size=64, load_format="dummy")
 
 
+def test_keys_and_values_are_kept_as_the_settings_say(stories260k: Path) -> None:
+    """Each layer in its format; what that saves is room for more blocks."""
+    cache = built(stories260k, kv_cache_dtype="0=auto,-1=int8,fp8_e4m3").cache
+    auto, fp8, int8 = KVFormat
+    assert [layer.format for layer in cache.layers] == [auto, fp8, fp8, fp8, int8]
+    assert cache.block_bytes == 16 * 2 * 4 * (8 * 4 + 4 * (8 + 4))
+    assert cache.num_blocks == (1 << 20) // cache.block_bytes
+    with pytest.raises(ConfigurationError, match=r"kv_cache_dtype: there are no layers 5\.\.5 in a model of 5"):
+        built(stories260k, kv_cache_dtype="5=int8")
+
+
+@pytest.mark.parametrize("rules", ["fp8", "0-1=int8"])
+def test_a_format_that_is_none_stops_the_start(rules: str) -> None:
+    """Before anything is loaded, with those that there are."""
+    with pytest.raises(ValueError, match="is no KV format: say auto, fp8_e4m3, int8, or LAYERS=FORMAT"):
+        EngineSettings(kv_cache_dtype=rules)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_cuda_without_a_device_is_refused(stories260k: Path) -> None:
     """And auto takes the CPU then."""
@@ -78,7 +97,7 @@ def test_cuda_without_a_device_is_refused(stories260k: Path) -> None:
 def test_dtype_and_threads_are_as_the_settings_say(stories260k: Path) -> None:
     """auto is what the config says."""
     assert built(stories260k).model.kv_shape.dtype is torch.float32
-    assert built(stories260k, dtype="bfloat16", threads=2).cache.data.dtype is torch.bfloat16
+    assert built(stories260k, dtype="bfloat16", threads=2).cache.layers[0].kv.dtype is torch.bfloat16
     assert torch.get_num_threads() == 2
 
 

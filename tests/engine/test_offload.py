@@ -296,6 +296,23 @@ async def metric(addresses: EngineAddresses, name: str) -> float:
     return next(float(line.split()[1]) for line in lines if line.startswith(f"holdfast_{name} "))
 
 
+async def test_a_trained_model_goes_on_from_fetched_blocks_in_8_bits(stories260k: Path) -> None:
+    """Blocks of mixed formats travel; an engine whose layers are kept otherwise does not find them."""
+    async with MemoryBus() as bus, store_address() as address:
+        await bus.create_topics(topics.TOPICS)
+        async with answers(bus) as heard:
+            for request_id, rules in (("first", "0=auto,int8"), ("second", "0=auto,int8"), ("third", "int8")):
+                settings = {"kvstore": address, "metrics_address": "127.0.0.1:0", "kv_cache_dtype": rules}
+                async with engine(bus, stories260k, **settings) as addresses:
+                    await publish(bus, story(request_id, list(range(1, 102)), max_tokens=20))
+                    await heard.finished(request_id)
+                    while request_id == "first" and await metric(addresses, "store_blocks_saved_total") < 7:
+                        pass
+            cached = {each: heard[each].finish for each in ("first", "second", "third")}
+            assert [finish and finish.usage.cached_tokens for finish in cached.values()] == [0, 96, 0]
+            assert heard["second"].token_ids == heard["first"].token_ids
+
+
 async def test_a_trained_model_goes_on_from_fetched_blocks(stories260k: Path) -> None:
     """A second engine, started after the first one left, computes nothing of the blocks that the store has, and writes
     the published text all the same."""

@@ -14,6 +14,7 @@ from services.engine.ops.attention import paged_attention, plan
 from services.engine.ops.linear import counters_for, linear, products
 from services.engine.ops.norm import rms_norm
 from services.engine.state import Batch, Selection
+from tests.engine.batches import fill
 
 SHAPES = [(32, 8, 128, 64, None), (16, 8, 128, 32, None), (9, 3, 64, 16, None), (8, 4, 8, 32, 40)]
 ERRORS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -58,7 +59,7 @@ def test_attention(shape: tuple[int, int, int, int, int | None], dtype: torch.dt
     counts = [1] * num_decodes + torch.randint(2, 300, (5,), generator=draw).tolist()
     lengths = [int(torch.randint(count, 1300, (), generator=draw)) for count in counts]
     cache = KVCache(KVShape(2, kv_heads, head_dim, dtype), num_blocks=400, block_size=block_size, device="cuda")
-    cache.data.normal_()
+    fill(cache)
     tables = torch.randint(0, 400, (len(counts), -(-1300 // block_size)), generator=draw, dtype=torch.int32).cuda()
     batch = batch_of(tables, counts, lengths, num_decodes=num_decodes)
     q = torch.randn(sum(counts), heads, head_dim, dtype=dtype, device="cuda")
@@ -122,8 +123,8 @@ def definition(
     group = q_NHD.shape[1] // cache.shape.kv_heads
     for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
         keys, values = (
-            x[tables[row].long()].double().transpose(0, 1).flatten(1, 2)[:, :length].repeat_interleave(group, 0)
-            for x in cache.layer(1)
+            x.double().transpose(0, 1).flatten(1, 2)[:, :length].repeat_interleave(group, 0)
+            for x in cache.layers[1].read(tables[row].long())
         )
         behind = torch.arange(length - count, length, device="cuda")[:, None] - torch.arange(length, device="cuda")
         seen = (behind >= 0) & (behind < (window or 1 << 30))

@@ -74,7 +74,7 @@ class AttentionPlan:
             filled = kv_len % self._cache.block_size
             if 0 < filled <= query_len:
                 block = int(self.slots.blocks_N[end - 1])
-                self._cache.data[block, :, :, :, filled:].zero_()
+                self._cache.clear_rest(block, filled)
 
     def _decode_groups(self, window: int | None) -> list[Group]:
         batch, block_size = self._batch, self._cache.block_size
@@ -112,7 +112,9 @@ class Group:
         self._mask: Tensor | None = None
 
         self.tokens = _tokens(batch, works)
-        self._rows = _block_rows(batch, cache, works, firsts=firsts, num_blocks=num_blocks)
+        blocks_SB = _blocks(batch, cache, works, firsts=firsts, num_blocks=num_blocks)
+        self._blocks = blocks_SB.view(-1)
+        self._rows = _block_rows(cache, blocks_SB)
 
     @property
     def is_prompt(self) -> bool:
@@ -125,8 +127,15 @@ class Group:
 
     def gather(self, cache: KVCache, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the group, each [S, K, C, D]."""
-        kv = cache.rows[layer].index_select(0, self._rows)
-        keys, values = kv.view(self.num_sequences, 2, cache.shape.kv_heads, -1, cache.shape.head_dim).unbind(1)
+        rows = cache.rows[layer]
+        if rows is not None:
+            kv = rows.index_select(0, self._rows)
+            keys, values = kv.view(self.num_sequences, 2, cache.shape.kv_heads, -1, cache.shape.head_dim).unbind(1)
+        else:
+            keys, values = (
+                x.view(self.num_sequences, -1, *x.shape[1:]).transpose(1, 2).flatten(2, 3)
+                for x in cache.layers[layer].read(self._blocks)
+            )
         return keys[:, :, : self.num_keys], values[:, :, : self.num_keys]
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
@@ -267,10 +276,8 @@ def _tokens(batch: Batch, works: Seq[int]) -> slice | Tensor:
     return torch.tensor(works, device=batch.block_tables.device)
 
 
-def _block_rows(batch: Batch, cache: KVCache, works: Seq[int], *, firsts: Seq[int], num_blocks: int) -> Tensor:
-    """Which of a layer's `cache.rows` hold each sequence's keys, then its values: [S, 2, K, B], flat. In this order a
-    thread gathers the very sequences that it will attend for. A shorter sequence's last block stands for those that it
-    does not have."""
+def _blocks(batch: Batch, cache: KVCache, works: Seq[int], *, firsts: Seq[int], num_blocks: int) -> Tensor:
+    """The blocks of each sequence. A shorter sequence's last block stands for those that it does not have."""
     device = batch.block_tables.device
     if works[-1] - works[0] == len(works) - 1:
         rows_S = batch.table_rows_S[works[0] : works[-1] + 1]
@@ -283,6 +290,11 @@ def _block_rows(batch: Batch, cache: KVCache, works: Seq[int], *, firsts: Seq[in
         tables_SB = batch.block_tables[rows_S[:, None], columns]
     else:
         tables_SB = batch.block_tables[:, :num_blocks].index_select(0, rows_S)
-    heads_2K = torch.arange(2 * cache.shape.kv_heads, device=device)
-    blocks_SB = tables_SB.long() * cache.rows_per_block
-    return (heads_2K[:, None] + blocks_SB[:, None]).view(-1)
+    return tables_SB.long()
+
+
+def _block_rows(cache: KVCache, blocks_SB: Tensor) -> Tensor:
+    """Which of a layer's `cache.rows` hold each sequence's keys, then its values: [S, 2, K, B], flat. In this order a
+    thread gathers the very sequences that it will attend for."""
+    heads_2K = torch.arange(2 * cache.shape.kv_heads, device=blocks_SB.device) * cache.rows_per_head
+    return (heads_2K[:, None] + blocks_SB[:, None] * cache.rows_per_block).view(-1)

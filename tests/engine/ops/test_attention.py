@@ -12,17 +12,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from services.engine.kv_cache import KVCache, KVShape
+from services.engine.kv_format import KVFormat
 from services.engine.ops.attention import paged_attention, plan
-from tests.engine.batches import Chunk, batch_of
+from tests.engine.batches import Chunk, batch_of, fill
 
 KV_HEADS, GROUP, HEAD_DIM = 2, 3, 8
 
 
-def filled_cache(*, dtype: torch.dtype = torch.float32, num_blocks: int = 96, block_size: int = 4) -> KVCache:
-    """A cache of two layers full of noise."""
+def filled_cache(
+    *, dtype: torch.dtype = torch.float32, num_blocks: int = 96, block_size: int = 4, format: KVFormat = KVFormat.AUTO
+) -> KVCache:
+    """A cache of two layers full of noise, the second in this format."""
     shape = KVShape(layers=2, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype=dtype)
-    cache = KVCache(shape, num_blocks=num_blocks, block_size=block_size)
-    cache.data.normal_(generator=torch.Generator().manual_seed(0))
+    cache = KVCache(shape, num_blocks=num_blocks, block_size=block_size, formats=(KVFormat.AUTO, format))
+    fill(cache)
     return cache
 
 
@@ -49,7 +52,9 @@ def definition(
     rows = []
     queries = iter(q_NHD.double())
     for chunk in chunks:
-        keys, values = (x[chunk.table].double().transpose(1, 2).flatten(0, 1) for x in cache.layer(layer))
+        keys, values = (
+            x.double().transpose(1, 2).flatten(0, 1) for x in cache.layers[layer].read(torch.tensor(chunk.table))
+        )
         for position in range(chunk.start, chunk.end):
             seen = slice(0 if window is None else max(0, position - window + 1), position + 1)
             query = next(queries)
@@ -78,20 +83,22 @@ lengths = st.lists(
     window=st.sampled_from([None, 1, 3, 8, 100]),
     softcap=st.sampled_from([None, 5.0]),
     with_sinks=st.booleans(),
+    format=st.sampled_from(KVFormat),
 )
 def test_it_computes_what_the_definition_says(
-    lengths: list[tuple[int, int]], window: int | None, softcap: float | None, with_sinks: bool
+    lengths: list[tuple[int, int]], window: int | None, softcap: float | None, with_sinks: bool, format: KVFormat
 ) -> None:
-    """Any mix of decode rows and chunks, with any window, cap and sinks, agrees with float64."""
-    cache = filled_cache()
+    """Any mix of decode rows and chunks, with any window, cap and sinks, agrees with float64 on what the cache holds."""
+    cache = filled_cache(format=format)
     chunks = chunks_of(lengths, cache=cache)
     batch = batch_of(*chunks, block_size=cache.block_size)
     generator = torch.Generator().manual_seed(len(lengths))
     q_NHD = torch.randn((len(batch.token_ids_N), KV_HEADS * GROUP, HEAD_DIM), generator=generator)
     sinks_H = torch.randn(KV_HEADS * GROUP, generator=generator) if with_sinks else None
     options = {"scale": HEAD_DIM**-0.5, "window": window, "softcap": softcap, "sinks_H": sinks_H}
-    out = paged_attention(q_NHD, cache, 1, plan(batch, cache), **options)
-    torch.testing.assert_close(out.double(), definition(q_NHD, cache, 1, chunks, **options), rtol=0, atol=1e-5)
+    for layer in range(2):
+        out = paged_attention(q_NHD, cache, layer, plan(batch, cache), **options)
+        torch.testing.assert_close(out.double(), definition(q_NHD, cache, layer, chunks, **options), rtol=0, atol=1e-5)
 
 
 def test_decode_rows_of_unlike_length_do_not_pad_one_another_without_bound() -> None:

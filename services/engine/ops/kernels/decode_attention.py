@@ -112,11 +112,11 @@ def attend(
     `out_NHD`."""
     num_sequences, (_, heads, head_dim) = work.num_sequences, q_NHD.shape
     kv_heads = cache.shape.kv_heads
-    data = cache.data
+    kv = cache.layers[layer].kv
     _, warps, stages = _tuning(num_sequences)
     _attend[(len(work.items_M4), kv_heads)](
         q_NHD,
-        data[:, layer],
+        kv,
         out_NHD,
         work.tables,
         work.first_S1,
@@ -128,9 +128,9 @@ def attend(
         num_sequences,
         work.chunk,
         work.tables.stride(0),
-        data.stride(0),
-        data.stride(2),
-        data.stride(3),
+        kv.stride(0),
+        kv.stride(1),
+        kv.stride(2),
         G=heads // kv_heads,
         K=kv_heads,
         D=head_dim,

@@ -33,14 +33,14 @@ def attend(
     _, heads, head_dim = q_NHD.shape
     kv_heads = cache.shape.kv_heads
     group = heads // kv_heads
-    data = cache.data
+    kv = cache.layers[layer].kv
     is_wide = q_NHD.dtype.itemsize > 2
     rows = 32 if is_wide else 64
     tokens = max(1, rows // triton.next_power_of_2(group))
     tile = min(cache.block_size, 32 if is_wide else 64)
     _attend[(triton.cdiv(max_query, tokens), kv_heads, len(slots_S))](
         q_NHD,
-        data[:, layer],
+        kv,
         out_NHD,
         tables,
         slots_S,
@@ -48,9 +48,9 @@ def attend(
         query_starts,
         scale * LOG2_E,
         tables.stride(0),
-        data.stride(0),
-        data.stride(2),
-        data.stride(3),
+        kv.stride(0),
+        kv.stride(1),
+        kv.stride(2),
         q_NHD.stride(0),
         G=group,
         GROUP=triton.next_power_of_2(group),

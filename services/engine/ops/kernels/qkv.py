@@ -32,19 +32,19 @@ def prepare(
     kv_heads = cache.shape.kv_heads
     q_NHD = torch.empty((num_tokens, heads, head_dim), dtype=qkv_NHD.dtype, device=qkv_NHD.device)
     q_weight, k_weight = norm_weights if norm_weights is not None else (qkv_NHD, qkv_NHD)
-    data = cache.data
+    kv = cache.layers[layer].kv
     _prepare[(num_tokens, triton.cdiv(num_all, _HEADS))](
         qkv_NHD,
         q_NHD,
-        data[:, layer],
+        kv,
         angles.cos_N1D,
         angles.sin_N1D,
         q_weight,
         k_weight,
         write_slots_N,
-        data.stride(0),
-        data.stride(2),
-        data.stride(3),
+        kv.stride(0),
+        kv.stride(1),
+        kv.stride(2),
         eps,
         H=heads,
         K=kv_heads,

@@ -10,7 +10,7 @@ from services.engine.kv_cache import KVCache, KVShape
 from services.engine.ops.attention import paged_attention, plan
 from services.engine.ops.kernels import decode_attention
 from services.engine.ops.kernels.attention import PagedPlan
-from tests.engine.batches import Chunk, batch_of
+from tests.engine.batches import Chunk, batch_of, fill
 
 # Triton's interpreter takes the number out of an array of one.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -21,7 +21,7 @@ SHAPES = [(9, 3, 64, 32), (8, 4, 8, 16), (4, 2, 128, 64), (20, 1, 24, 16)]
 def filled_cache(kv_heads: int, head_dim: int, block_size: int) -> KVCache:
     """A cache full of noise."""
     cache = KVCache(KVShape(2, kv_heads, head_dim, torch.float32), num_blocks=80, block_size=block_size)
-    cache.data.normal_(generator=torch.Generator().manual_seed(0))
+    fill(cache)
     return cache
 
 
