@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,25 +21,32 @@ from torch import Tensor
 
 from holdfast.errors import ConfigurationError
 from services.engine.quant import Format, Unquantized
+from services.engine.shard import ALONE, Part, Shard
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
 class Weights(ABC):
-    """Tensors by name, in one dtype and on one device."""
+    """Tensors by name, in one dtype and on one device, for one rank."""
 
-    def __init__(self, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, *, dtype: torch.dtype, device: torch.device, shard: Shard) -> None:
         self.dtype = dtype
         self.device = device
+        self.shard = shard
 
     @abstractmethod
-    def take(self, name: str, *shape: int) -> Tensor:
-        """The tensor of this name, ours to keep. Raises `ConfigurationError` if there is none, or of another shape."""
+    def take(self, name: str, *shape: int | Part) -> Tensor:
+        """The tensor of this name, ours to keep; of a dimension that is given as a `Part`, only that part is read.
+        Raises `ConfigurationError` if there is none, or of another shape."""
 
     @abstractmethod
     def fill(self, name: str, out: Tensor) -> None:
         """Copies the tensor of this name, which must have the shape of `out`, there. Raises as `take` does."""
+
+    @abstractmethod
+    def leave(self, prefix: str) -> None:
+        """Whatever stands under this name is for other ranks."""
 
     def format(self, name: str) -> Format:
         """How the matrix of this name is to be kept."""
@@ -51,12 +59,15 @@ class Weights(ABC):
 
 class _Under(Weights):
     def __init__(self, weights: Weights, prefix: str) -> None:
-        super().__init__(dtype=weights.dtype, device=weights.device)
+        super().__init__(dtype=weights.dtype, device=weights.device, shard=weights.shard)
         self._weights = weights
         self._prefix = prefix
 
-    def take(self, name: str, *shape: int) -> Tensor:
+    def take(self, name: str, *shape: int | Part) -> Tensor:
         return self._weights.take(f"{self._prefix}.{name}", *shape)
+
+    def leave(self, prefix: str) -> None:
+        self._weights.leave(f"{self._prefix}.{prefix}")
 
     def fill(self, name: str, out: Tensor) -> None:
         self._weights.fill(f"{self._prefix}.{name}", out)
@@ -68,8 +79,10 @@ class _Under(Weights):
 class Checkpoint(Weights):
     """The safetensors files of a model folder. Open it with `open_checkpoint`."""
 
-    def __init__(self, folder: Path, files: dict[str, safe_open], *, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(dtype=dtype, device=device)
+    def __init__(
+        self, folder: Path, files: dict[str, safe_open], *, dtype: torch.dtype, device: torch.device, shard: Shard
+    ) -> None:
+        super().__init__(dtype=dtype, device=device, shard=shard)
         self._folder = folder
         self._files = files
         self._untaken = set(files)
@@ -79,22 +92,29 @@ class Checkpoint(Weights):
         """Every tensor of the folder."""
         return frozenset(self._files)
 
-    def take(self, name: str, *shape: int) -> Tensor:
+    def take(self, name: str, *shape: int | Part) -> Tensor:
         return self._read(name, shape).to(device=self.device, dtype=self.dtype)
+
+    def leave(self, prefix: str) -> None:
+        self._untaken -= {name for name in self._untaken if name.startswith(f"{prefix}.")}
 
     def fill(self, name: str, out: Tensor) -> None:
         out.copy_(self._read(name, tuple(out.shape)))
 
-    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor as the file has it, in the host's memory."""
+    def _read(self, name: str, shape: tuple[int | Part, ...]) -> Tensor:
+        """The tensor as the file has it, or a part, in the host's memory."""
         file = self._files.get(name)
         if file is None:
             raise ConfigurationError(f"{self._folder} lacks the tensor {name}{self._neighbours(name)}")
-        tensor: Tensor = file.get_tensor(name)  # type: ignore[no-untyped-call]
-        if tuple(tensor.shape) != shape:
+        whole = file.get_slice(name)  # type: ignore[no-untyped-call]
+        if whole.get_shape() != _whole(shape):
             raise ConfigurationError(
-                f"{self._folder}: the tensor {name} has shape {list(tensor.shape)}, but the config makes it {list(shape)}"
+                f"{self._folder}: the tensor {name} has shape {whole.get_shape()}, but the config makes it {_whole(shape)}"
             )
+        # Of a whole tensor no copy is made.
+        tensor: Tensor = (
+            whole[_index(shape)] if any(isinstance(size, Part) for size in shape) else file.get_tensor(name)  # type: ignore[no-untyped-call]
+        )
         if not tensor.is_floating_point():
             raise ConfigurationError(f"{self._folder}: the tensor {name} holds {tensor.dtype}; it must be unquantized")
         self._untaken.discard(name)
@@ -115,7 +135,9 @@ class Checkpoint(Weights):
 
 
 @contextmanager
-def open_checkpoint(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Iterator[Checkpoint]:
+def open_checkpoint(
+    folder: Path, *, dtype: torch.dtype, device: torch.device, shard: Shard = ALONE
+) -> Iterator[Checkpoint]:
     """The weights of a folder, from one file or from the shards that the index lists. The files stay open while the
     context lasts; tensors taken remain."""
     with ExitStack() as stack:
@@ -126,7 +148,7 @@ def open_checkpoint(folder: Path, *, dtype: torch.dtype, device: torch.device) -
                 files |= dict.fromkeys(file.keys(), file)
             except (SafetensorError, OSError) as error:
                 raise ConfigurationError(f"{path} cannot be read as safetensors: {error}") from error
-        yield Checkpoint(folder, files, dtype=dtype, device=device)
+        yield Checkpoint(folder, files, dtype=dtype, device=device, shard=shard)
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -148,32 +170,45 @@ def _shards(folder: Path) -> list[Path]:
 
 class Dummy(Weights):
     """Noise of a trained model's size, for benchmarks of a config without weights: matrices as if drawn from
-    N(0, 0.02), norms of ones. The same names give the same tensors in every process."""
+    N(0, 0.02), norms of ones. The same names give the same tensors in every process, on every rank."""
 
     # A prime, so that the rows of no matrix repeat in step.
     _POOL = 1_000_003
 
-    def __init__(self, *, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(dtype=dtype, device=device)
+    def __init__(self, *, dtype: torch.dtype, device: torch.device, shard: Shard = ALONE) -> None:
+        super().__init__(dtype=dtype, device=device, shard=shard)
         noise = torch.randn(self._POOL, generator=torch.Generator().manual_seed(0)) * 0.02
         self._pool = noise.to(device=device, dtype=dtype)
-        self._next = 0
 
-    def take(self, name: str, *shape: int) -> Tensor:
-        out = torch.empty(shape, dtype=self.dtype, device=self.device)
+    def take(self, name: str, *shape: int | Part) -> Tensor:
+        out = torch.empty(_whole(shape), dtype=self.dtype, device=self.device)
         self.fill(name, out)
-        return out
+        return out[_index(shape)].clone() if any(isinstance(size, Part) for size in shape) else out
+
+    def leave(self, prefix: str) -> None:
+        pass
 
     def fill(self, name: str, out: Tensor) -> None:
         if name.endswith("norm.weight"):
             out.fill_(1.0)
             return
         # Slices of one pool, copied where they are: drawing eight billion numbers would take minutes.
-        left = out.view(-1)
+        # By the name, for a rank does not take all of them.
+        left, start = out.view(-1), zlib.crc32(name.encode()) % self._POOL
         while len(left):
-            piece = self._pool[self._next :][: len(left)]
+            piece = self._pool[start:][: len(left)]
             left[: len(piece)] = piece
-            left, self._next = left[len(piece) :], (self._next + len(piece)) % self._POOL
+            left, start = left[len(piece) :], 0
+
+
+def _whole(shape: tuple[int | Part, ...]) -> list[int]:
+    return [size.of if isinstance(size, Part) else size for size in shape]
+
+
+def _index(shape: tuple[int | Part, ...]) -> tuple[slice, ...]:
+    return tuple(
+        slice(size.start, size.start + size.count) if isinstance(size, Part) else slice(None) for size in shape
+    )
 
 
 def _listed(names: list[str], *, most: int = 6) -> str:

@@ -187,7 +187,7 @@ def test_dummy_weights_look_like_trained_ones() -> None:
 
 
 def test_a_tensor_can_be_read_into_its_place(tmp_path: Path) -> None:
-    """Into a part of a larger tensor and its dtype, of the shape that is there; noise likewise, on from where it was."""
+    """Into a part of a larger tensor and its dtype, of the shape that is there; noise likewise, another for each name."""
     content = tensors()
     folder_of(tmp_path, content)
     stack = torch.zeros(3, 24, 16, dtype=torch.float64)
@@ -199,9 +199,9 @@ def test_a_tensor_can_be_read_into_its_place(tmp_path: Path) -> None:
     assert not stack[0].any() and not stack[2].any()
     taken, filled = Dummy(dtype=torch.float32, device=CPU), Dummy(dtype=torch.float32, device=CPU)
     parts = torch.empty(2, 1500, 1000)
-    for part in parts:
-        filled.fill("matrix.weight", part)
-        assert torch.equal(part, taken.take("matrix.weight", 1500, 1000))
+    for name, part in zip("ab", parts, strict=True):
+        filled.fill(f"{name}.weight", part)
+        assert torch.equal(part, taken.take(f"{name}.weight", 1500, 1000))
     assert not torch.equal(parts[0], parts[1])
 
 

@@ -24,10 +24,13 @@ class Attention:
 
     def __init__(self, weights: Weights, spec: ModelSpec, *, layer: int) -> None:
         self._layer = layer
-        self._heads, self._head_dim = spec.heads, spec.head_dim
+        self._shard = weights.shard
+        heads = weights.shard.even_part(spec.heads, "attention heads")
+        kv_heads = weights.shard.shared_part(spec.kv_heads, "key-value heads")
+        self._heads, self._head_dim = heads.count, spec.head_dim
         self._window = spec.windows[layer]
         self._scale = spec.head_dim**-0.5
-        sizes = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.kv_heads * spec.head_dim)
+        sizes = (heads.times(spec.head_dim), kv_heads.times(spec.head_dim), kv_heads.times(spec.head_dim))
         self._qkv = Linear.load(
             weights, "q_proj", "k_proj", "v_proj", inputs=spec.hidden, outputs=sizes, bias=spec.qkv_bias
         )
@@ -52,4 +55,4 @@ class Attention:
             eps=self._eps,
         )
         out_NHD = paged_attention(q_NHD, cache, self._layer, plan, scale=self._scale, window=self._window)
-        return self._o(out_NHD.view(num_tokens, -1), add=add)
+        return self._shard.all_reduce(self._o(out_NHD.view(num_tokens, -1), add=self._shard.once(add)))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from services.engine.layers.linear import Linear
 from services.engine.ops.linear import products
+from services.engine.shard import Part, Shard
 
 _CANDIDATES = 16
 
@@ -22,13 +23,19 @@ class Head:
     float32; they are a few rows of the matrix out of many thousands.
     """
 
-    def __init__(self, linear: Linear, weight_VI: Tensor) -> None:
-        """`weight_VI` holds the values that `linear` multiplies with, as they were loaded."""
+    def __init__(self, linear: Linear, weight_VI: Tensor, *, part: Part, shard: Shard) -> None:
+        """`weight_VI` holds the values that `linear` multiplies with, as they were loaded: those of a `part` of the
+        vocabulary."""
         self._linear = linear
         self._weight_VI = weight_VI
+        self._part = part
+        self._shard = shard
 
     def __call__(self, x_RI: Tensor) -> Tensor:
-        """The logits in float32, [R, V]."""
+        """The logits in float32, [R, V], of the whole vocabulary."""
+        return self._shard.all_gather(self._products(x_RI), self._part)
+
+    def _products(self, x_RI: Tensor) -> Tensor:
         if x_RI.is_cuda and x_RI.dtype is not torch.float32:
             return products(x_RI, self._weight_VI)
         logits_RV = self._linear(x_RI).float()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from services.engine.quant import Format
+from services.engine.shard import Part
 from services.engine.weights import Weights
 
 
@@ -18,11 +19,17 @@ class Linear:
         self._bias_O = bias_O
 
     @classmethod
-    def load(cls, weights: Weights, *names: str, inputs: int, outputs: tuple[int, ...], bias: bool = False) -> Linear:
-        """One matrix from as many as there are names: they see the same input, and their outputs stand side by side."""
+    def load(
+        cls, weights: Weights, *names: str, inputs: int | Part, outputs: tuple[int | Part, ...], bias: bool = False
+    ) -> Linear:
+        """One matrix from as many as there are names: they see the same input, and their outputs stand side by side.
+        With a `Part` of the inputs its products are parts of a sum, to which the bias is added once."""
         parts = [weights.take(f"{name}.weight", size, inputs) for name, size in zip(names, outputs, strict=True)]
         biases = [weights.take(f"{name}.bias", size) for name, size in zip(names, outputs, strict=True)] if bias else []
-        return cls(_joined(parts), _joined(biases) if bias else None, format=weights.format(names[0]))
+        bias_O = _joined(biases) if bias else None
+        if isinstance(inputs, Part):
+            bias_O = weights.shard.once(bias_O)
+        return cls(_joined(parts), bias_O, format=weights.format(names[0]))
 
     def __call__(self, x: Tensor, *, add: Tensor | None = None) -> Tensor:
         """The product, plus `add` where there is one."""

@@ -22,8 +22,10 @@ class GatedMLP:
         names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     ) -> None:
         gate, up, down = names
-        self._gate_up = Linear.load(weights, gate, up, inputs=hidden, outputs=(intermediate, intermediate), bias=bias)
-        self._down = Linear.load(weights, down, inputs=intermediate, outputs=(hidden,), bias=bias)
+        self._shard = weights.shard
+        part = weights.shard.even_part(intermediate, "features of the MLP")
+        self._gate_up = Linear.load(weights, gate, up, inputs=hidden, outputs=(part, part), bias=bias)
+        self._down = Linear.load(weights, down, inputs=part, outputs=(hidden,), bias=bias)
 
     def __call__(self, x_NI: Tensor, *, add: Tensor | None = None) -> Tensor:
-        return self._down(silu_mul(self._gate_up(x_NI)), add=add)
+        return self._shard.all_reduce(self._down(silu_mul(self._gate_up(x_NI)), add=self._shard.once(add)))

@@ -24,6 +24,7 @@ class MoE:
         """With the experts [first, first + count) alone, all behind `first` if `count` is None, the layer computes their
         part of the sum; the router always is a whole one."""
         self._spec = spec
+        self._shard = weights.shard
         self._router = Linear.load(weights, "gate", inputs=hidden, outputs=(spec.num_experts,))
         count = spec.num_experts - first if count is None else count
         assert 0 <= first < first + count <= spec.num_experts
@@ -31,7 +32,7 @@ class MoE:
 
     def __call__(self, x_NI: Tensor, *, add: Tensor | None = None) -> Tensor:
         weights_NA, experts_NA = moe.route(self._router(x_NI), top_k=self._spec.top_k, normalize=self._spec.normalize)
-        return moe.mix(x_NI, weights_NA, experts_NA, self._experts, add=add)
+        return self._shard.all_reduce(moe.mix(x_NI, weights_NA, experts_NA, self._experts, add=self._shard.once(add)))
 
 
 def _load(weights: Weights, spec: MoESpec, *, hidden: int, first: int, count: int) -> moe.Experts:

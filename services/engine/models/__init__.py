@@ -17,7 +17,8 @@ from torch import Tensor
 from holdfast.errors import ConfigurationError
 from services.engine.kv_cache import KVCache, KVShape
 from services.engine.models.decoder import Decoder
-from services.engine.models.spec import Config, ModelSpec, NotCovered, read_config
+from services.engine.models.spec import FAMILIES, Config, ModelSpec, NotCovered, read_config
+from services.engine.shard import ALONE, Shard
 from services.engine.weights import Dummy, open_checkpoint
 
 if TYPE_CHECKING:
@@ -45,9 +46,10 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     load_format: Literal["safetensors", "dummy"] = "safetensors",
+    shard: Shard = ALONE,
 ) -> Model:
-    """The model of a folder. `auto` takes the native code where it covers the model, `dtype` None what the config says.
-    Raises `ConfigurationError` for whatever cannot be served."""
+    """The model of a folder, or a rank's part of it. `auto` takes the native code where it covers the model, `dtype` None
+    what the config says. Raises `ConfigurationError` for whatever cannot be served."""
     config = read_config(folder)
     if method := (config.get("quantization_config") or {}).get("quant_method"):
         raise ConfigurationError(f"{folder} is quantized ({method}); only unquantized weights can be served yet")
@@ -59,12 +61,17 @@ def load(
             raise
         structlog.stdlib.get_logger(__name__).info("transformers computes the model", reason=str(reason))
         spec = None
+    if spec is None and not shard.is_alone:
+        raise ConfigurationError(
+            f"tensor_parallel is {shard.count}, but transformers computes this model, whose code cannot be split over "
+            f"ranks; only {', '.join(sorted(FAMILIES))} can, natively"
+        )
     if load_format == "dummy":
-        weights = Dummy(dtype=dtype, device=device)
+        weights = Dummy(dtype=dtype, device=device, shard=shard)
         return Decoder(weights, spec) if spec is not None else _fallback().dummy(folder, weights)
     if spec is None:
         return _fallback().load(folder, dtype=dtype, device=device)
-    with open_checkpoint(folder, dtype=dtype, device=device) as checkpoint:
+    with open_checkpoint(folder, dtype=dtype, device=device, shard=shard) as checkpoint:
         model = Decoder(checkpoint, spec)
         checkpoint.finish(ignored=("*.rotary_emb.inv_freq", *(("lm_head.weight",) if spec.tied else ())))
     return model

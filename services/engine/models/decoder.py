@@ -37,7 +37,11 @@ class Layer:
         self._mlp_norm = RMSNorm(weights, "post_attention_layernorm", size=spec.hidden, eps=spec.norm_eps)
         self._mlp: GatedMLP | MoE
         if spec.moe is not None and layer in spec.moe.layers:
-            self._mlp = MoE(weights.under(spec.moe.name), spec.moe, hidden=spec.hidden)
+            experts = weights.shard.part(spec.moe.num_experts, "experts")
+            block = weights.under(spec.moe.name)
+            for index in experts.others:
+                block.leave(f"experts.{index}")
+            self._mlp = MoE(block, spec.moe, hidden=spec.hidden, first=experts.start, count=experts.count)
         else:
             self._mlp = GatedMLP(
                 weights.under("mlp"), hidden=spec.hidden, intermediate=spec.intermediate, bias=spec.mlp_bias
@@ -53,7 +57,8 @@ class Decoder:
 
     def __init__(self, weights: Weights, spec: ModelSpec) -> None:
         self.spec = spec
-        self.kv_shape = KVShape(spec.layers, spec.kv_heads, spec.head_dim, weights.dtype)
+        kv_heads = weights.shard.shared_part(spec.kv_heads, "key-value heads")
+        self.kv_shape = KVShape(spec.layers, kv_heads.count, spec.head_dim, weights.dtype)
         self.vocab_size = spec.vocab_size
         self.max_positions = spec.max_positions
         self.is_capturable = spec.moe is None
@@ -67,8 +72,9 @@ class Decoder:
         if spec.tied:
             head_VI, name = self._embedding.weight_VI, "model.embed_tokens"
         else:
-            head_VI, name = weights.take("lm_head.weight", spec.vocab_size, spec.hidden), "lm_head"
-        self._head = Head(Linear(head_VI, format=weights.format(name)), head_VI)
+            head_VI, name = weights.take("lm_head.weight", self._embedding.part, spec.hidden), "lm_head"
+        linear = Linear(head_VI, format=weights.format(name))
+        self._head = Head(linear, head_VI, part=self._embedding.part, shard=weights.shard)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:

@@ -1,0 +1,108 @@
+"""One rank's part of a model that several ranks compute together.
+
+The ranks hold the same activations between layers. Of a layer each holds some heads, some features of the MLP or some
+experts, and of the vocabulary some rows; what it computes with them is a part of a sum, which `all_reduce` completes, or
+a part of a row, which `all_gather` completes (Shoeybi et al. 2019, "Megatron-LM", section 3). What enters a sum as a
+whole - the residual, the bias of a product that is summed - is added on one rank, which `once` chooses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.errors import ConfigurationError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The places [start, start + count) of `of`."""
+
+    start: int
+    count: int
+    of: int
+
+    @property
+    def others(self) -> tuple[int, ...]:
+        """The places that are not among them."""
+        return (*range(self.start), *range(self.start + self.count, self.of))
+
+    def times(self, width: int) -> Part:
+        """The same where each place is so many wide."""
+        return Part(self.start * width, self.count * width, self.of * width)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Which of how many ranks this is. The only one holds everything, and has nobody to ask.
+
+    With several, the process must have joined their process group, and every rank must call the collectives in the same
+    order."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_alone(self) -> bool:
+        return self.count == 1
+
+    def part(self, of: int, what: str) -> Part:
+        """Its part where all but the last are equally large. Raises `ConfigurationError` if it would be empty."""
+        size = -(-of // self.count)
+        start = min(self.rank * size, of)
+        if start == of:
+            raise ConfigurationError(f"tensor_parallel is {self.count}: too many for the model's {of} {what}")
+        return Part(start, min(size, of - start), of)
+
+    def even_part(self, of: int, what: str) -> Part:
+        """Its part where all are equally large. Raises `ConfigurationError` if they cannot be."""
+        if of % self.count:
+            raise ConfigurationError(
+                f"tensor_parallel is {self.count}, but the model's {of} {what} cannot be shared evenly by so many"
+            )
+        return self.part(of, what)
+
+    def shared_part(self, of: int, what: str) -> Part:
+        """As `even_part`; but where there are fewer than ranks, neighbours hold the same one."""
+        if self.count % of == 0:
+            return Part(self.rank * of // self.count, 1, of)
+        return self.even_part(of, what)
+
+    def once(self, value: T) -> T | None:
+        """The value on the first rank, None on the others: what enters a sum a single time."""
+        return value if self.rank == 0 else None
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over the ranks, in the place of `x`."""
+        if self.count > 1:
+            dist.all_reduce(x)
+        return x
+
+    def all_gather(self, x_RV: Tensor, part: Part) -> Tensor:
+        """The columns of all ranks side by side, [R, part.of]. `x_RV` holds those of this rank, its `part` of them."""
+        if self.count == 1:
+            return x_RV
+        size = -(-part.of // self.count)
+        own_RS = F.pad(x_RV, (0, size - part.count)).contiguous()
+        all_CRS = own_RS.new_empty((self.count, *own_RS.shape))
+        dist.all_gather_into_tensor(all_CRS, own_RS)
+        return all_CRS.transpose(0, 1).reshape(len(x_RV), -1)[:, : part.of].contiguous()
+
+    def least(self, number: int, device: torch.device) -> int:
+        """The smallest number that any rank gave."""
+        if self.count == 1:
+            return number
+        numbers = torch.tensor([number], device=device)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MIN)
+        return int(numbers)
+
+
+ALONE = Shard()
+"""The only rank."""
