@@ -19,6 +19,7 @@ from services.engine.model_runner import ModelRunner
 from services.engine.models import Model
 from services.engine.sampler import Sampler
 from services.engine.settings import EngineSettings
+from services.engine.shard import ALONE, Shard
 from services.engine.state import DeviceState
 
 log = structlog.stdlib.get_logger(__name__)
@@ -60,19 +61,20 @@ async def build_apart(settings: EngineSettings, folder: Path) -> Computer:
         thread.shutdown(wait=False)  # it ends once it is done, though nobody should wait any more
 
 
-def build(settings: EngineSettings, folder: Path) -> Computer:
-    """Loads the model of a folder and sets up everything around it. Sets the number of threads that torch uses in this
-    process. Raises `ConfigurationError` where the settings do not fit the model or the machine."""
-    device = _device(settings)
-    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+def build(settings: EngineSettings, folder: Path, shard: Shard = ALONE) -> Computer:
+    """Loads the model of a folder, or a rank's part of it, and sets up everything around it. Sets the number of threads
+    that torch uses in this process. Raises `ConfigurationError` where the settings do not fit the model or the machine."""
+    device = device_of(settings, shard)
+    torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) // shard.count))
     model = models.load(
         folder,
         implementation=settings.implementation,
         dtype=_DTYPES.get(settings.dtype),
         device=device,
         load_format=settings.load_format,
+        shard=shard,
     )
-    cache = _cache(settings, model, device)
+    cache = _cache(settings, model, device, shard)
     max_model_len = _max_model_len(settings, model, cache)
     state = DeviceState(
         num_slots=settings.max_sequences, max_len=max_model_len, block_size=settings.block_size, device=device
@@ -93,15 +95,22 @@ def build(settings: EngineSettings, folder: Path) -> Computer:
     return Computer(model, cache, runner, max_model_len, lookahead, device)
 
 
-def _device(settings: EngineSettings) -> torch.device:
-    if settings.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if settings.device == "cuda" and not torch.cuda.is_available():
+def device_of(settings: EngineSettings, shard: Shard) -> torch.device:
+    """Where a rank computes: each on a GPU of its own, or all on the CPU. Raises `ConfigurationError` where there is none."""
+    if settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    num_devices = torch.cuda.device_count()
+    if not num_devices:
         raise ConfigurationError("device is cuda, but PyTorch sees no CUDA device here; say cpu or auto")
-    return torch.device(settings.device)
+    if num_devices < shard.count:
+        raise ConfigurationError(
+            f"tensor_parallel is {shard.count}, but PyTorch sees only {num_devices} CUDA devices here, and each rank wants "
+            "one of its own"
+        )
+    return torch.device("cuda" if shard.is_alone else f"cuda:{shard.rank}")
 
 
-def _cache(settings: EngineSettings, model: Model, device: torch.device) -> KVCache:
+def _cache(settings: EngineSettings, model: Model, device: torch.device, shard: Shard) -> KVCache:
     shape = model.kv_shape
     formats = formats_of(settings.kv_cache_dtype, num_layers=shape.layers)
     if device.type == "cuda" and any(format.is_quantized for format in formats):
@@ -109,7 +118,7 @@ def _cache(settings: EngineSettings, model: Model, device: torch.device) -> KVCa
             f"kv_cache_dtype is {settings.kv_cache_dtype}, but kernels for keys and values in 8 bits are not there yet; say auto"
         )
     block_bytes = KVLayout(shape, settings.block_size, formats).block_bytes
-    num_blocks = settings.cache_blocks or _memory(settings, device) // block_bytes
+    num_blocks = settings.cache_blocks or shard.least(_memory(settings, device, shard) // block_bytes, device)
     if num_blocks < 2:
         raise ConfigurationError(
             f"a block of {settings.block_size} tokens takes {block_bytes:,} bytes; cache_bytes "
@@ -123,10 +132,10 @@ def _cache(settings: EngineSettings, model: Model, device: torch.device) -> KVCa
         ) from error
 
 
-def _memory(settings: EngineSettings, device: torch.device) -> int:
-    """Bytes that the cache may take."""
+def _memory(settings: EngineSettings, device: torch.device, shard: Shard) -> int:
+    """Bytes that a rank's cache may take."""
     if device.type == "cpu":
-        return settings.cache_bytes
+        return settings.cache_bytes // shard.count
     free, _ = torch.cuda.mem_get_info(device)
     return int(free * GPU_SHARE)
 

@@ -8,6 +8,10 @@ whole - the residual, the bias of a product that is summed - is added on one ran
 
 from __future__ import annotations
 
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -91,9 +95,10 @@ class Shard:
             return x_RV
         size = -(-part.of // self.count)
         own_RS = F.pad(x_RV, (0, size - part.count)).contiguous()
-        all_CRS = own_RS.new_empty((self.count, *own_RS.shape))
+        all_CRS = own_RS.new_empty((self.count * len(own_RS), size))
         dist.all_gather_into_tensor(all_CRS, own_RS)
-        return all_CRS.transpose(0, 1).reshape(len(x_RV), -1)[:, : part.of].contiguous()
+        all_RCS = all_CRS.view(self.count, -1, size).transpose(0, 1)
+        return all_RCS.reshape(len(x_RV), -1)[:, : part.of].contiguous()
 
     def least(self, number: int, device: torch.device) -> int:
         """The smallest number that any rank gave."""
@@ -102,6 +107,34 @@ class Shard:
         numbers = torch.tensor([number], device=device)
         dist.all_reduce(numbers, op=dist.ReduceOp.MIN)
         return int(numbers)
+
+    @contextmanager
+    def joined(self, port: int, device: torch.device) -> Iterator[None]:
+        """Joins the others, who meet at the `TCPStore` on this port of the machine; returns when all are there."""
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are on one machine, whose name may mean nothing
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast wants a fabric manager that virtual machines lack
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.TCPStore("127.0.0.1", port, is_master=False),  # type: ignore[attr-defined]
+            rank=self.rank,
+            world_size=self.count,
+            device_id=device if device.type == "cuda" else None,
+        )
+        yield
+        dist.destroy_process_group()  # not after an error: the others may not come, and NCCL would wait for them
+
+
+@contextmanager
+def meeting_point() -> Iterator[int]:
+    """Where ranks of this machine find each other: the port of a store that this process keeps, for this machine alone."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port: int = listening.getsockname()[1]
+        # The store closes what it listens on; by itself it would listen to the whole network.
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(listening.fileno())
+        )
+        yield port
+        del store
 
 
 ALONE = Shard()

@@ -22,6 +22,7 @@ from services.engine.sampler import Sampler
 from services.engine.scheduler import Limits, Scheduler
 from services.engine.sequence import FinishReason, SamplingParams, Sequence, StopRules, TokenLogprobs
 from services.engine.settings import EngineSettings
+from services.engine.shard import ALONE, Shard
 from services.engine.state import Batch, DeviceState
 from tests.engine.slots import BLOCK_SIZE, sequence
 from tests.engine.test_state import admitting
@@ -106,12 +107,13 @@ class Engine:
 
     def __init__(
         self, folder: Path, *, lookahead: int = 0, num_blocks: int = 64, max_step_tokens: int = 64,
-        max_sequences: int = 8, prefix_cache: bool = True, **settings: object,
+        max_sequences: int = 8, prefix_cache: bool = True, shard: Shard = ALONE, **settings: object,
     ) -> None:  # fmt: skip
         given = {"device": "cpu", "dtype": "float32", "block_size": 16, "threads": 1, **settings}
         computer = build(
             EngineSettings(cache_blocks=num_blocks, max_sequences=max_sequences, **given),  # type: ignore[arg-type]
             folder,
+            shard,
         )
         pool = BlockPool(num_blocks, block_size=16, keeps_prefixes=prefix_cache)
         blocks = pool.allocate(num_blocks)
