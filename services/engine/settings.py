@@ -63,13 +63,10 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     cache_blocks: Annotated[int, Field(ge=2)] | None = None
     """KV blocks in all; by default as many as `cache_bytes` holds."""
     cache_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30
-    """Memory for the KV cache on a CPU, of all ranks together."""
+    """Memory for the KV cache on a CPU."""
     prefix_cache: bool = True
     """Whether blocks of earlier sequences are found again by their content."""
     kvstore: str = ""
     """`host:port` of a KV store for prefixes that this engine no longer holds; empty for none."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """Threads of the CPU executor, of each rank; by default one for each core."""
-    tensor_parallel: Annotated[int, Field(ge=1, le=8)] = 1
-    """Over how many devices of this machine each layer is split: GPUs, each with a process of its own, or on a CPU
-    processes alone."""
+    """Threads of the CPU executor; by default one for each core."""
