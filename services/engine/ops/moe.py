@@ -19,21 +19,32 @@ class Experts:
     """Gated MLPs that stand side by side: `count` neighbours of a layer's experts, from `first` on. Make it by `of`."""
 
     gate_up: tuple[Tensor, ...]
-    """A matrix for each expert, as `linear` wants it; gate and then up."""
+    """A matrix for each expert, as `linear` wants it, gate and then up; on a GPU the one stack of them."""
     down: tuple[Tensor, ...]
     first: int
     count: int
+    total: int
+    """How many the layer has, those that others hold among them."""
 
     @classmethod
-    def of(cls, gate_up_EOI: Tensor, down_EIF: Tensor, *, first: int = 0) -> Experts:
-        """The experts of these matrices, which are not to be used otherwise any more."""
+    def of(cls, gate_up_EOI: Tensor, down_EIF: Tensor, *, first: int = 0, total: int | None = None) -> Experts:
+        """The experts of these matrices, which are not to be used otherwise any more. `total`: by default no others
+        follow."""
+        count = len(gate_up_EOI)
+        total = first + count if total is None else total
+        if gate_up_EOI.is_cuda:
+            return cls((gate_up_EOI,), (down_EIF,), first, count, total)
         gate_up, down = (tuple(packed(matrix) for matrix in stack) for stack in (gate_up_EOI, down_EIF))
-        return cls(gate_up, down, first, len(gate_up))
+        return cls(gate_up, down, first, count, total)
 
 
 def route(logits_NE: Tensor, *, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
     """The likeliest experts of each token and their weights, both [N, top_k]: softmax over all experts in float32,
     made to add up to one again if `normalize`."""
+    if logits_NE.is_cuda:
+        from services.engine.ops.kernels import route as kernel
+
+        return kernel.route(logits_NE, top_k=top_k, normalize=normalize)
     weights, experts = logits_NE.float().softmax(-1).topk(top_k, dim=-1)
     if normalize:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -47,9 +58,13 @@ def mix(x_NI: Tensor, weights_NA: Tensor, experts_NA: Tensor, experts: Experts, 
 
     An answer is that of a gated MLP in the dtype of x; weighing and adding up are in float32.
     """
+    if x_NI.is_cuda:
+        from services.engine.ops.kernels import moe
+
+        return moe.mix(x_NI, weights_NA, experts_NA, experts, add=add)
     order = experts_NA.flatten().argsort(stable=True)
     tokens, weights = order // experts_NA.shape[1], weights_NA.flatten()[order, None]
-    counts = torch.bincount(experts_NA.flatten(), minlength=experts.first + experts.count).tolist()
+    counts = torch.bincount(experts_NA.flatten(), minlength=experts.total).tolist()
     out = torch.zeros(x_NI.shape, dtype=torch.float32, device=x_NI.device)
     start = sum(counts[: experts.first])
     for gate_up_OI, down_IF, count in zip(experts.gate_up, experts.down, counts[experts.first :], strict=False):

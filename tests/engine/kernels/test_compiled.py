@@ -12,20 +12,28 @@ from services.engine.ops.kernels import (
     activation,
     decode_attention,
     gemv,
+    grouped,
+    grouping,
+    moe,
     norm,
+    pairs,
     prefill_attention,
     qkv,
     rotary,
+    route,
     sampling,
     skinny,
     step,
 )
+from services.engine.ops.moe import Experts
 from services.engine.ops.rotary import Angles
 from tests.engine.kernels.offline import Compiled, described, offline
 
 ROWS, SLOTS, CONTEXT = 32, 40, 4096
 LLAMA_8B = {"heads": 32, "kv_heads": 8, "head_dim": 128, "hidden": 4096, "intermediate": 14336, "vocab": 128256}
 QWEN_600M = {"heads": 16, "kv_heads": 8, "head_dim": 128, "hidden": 1024, "intermediate": 3072, "vocab": 151936}
+QWEN_30B = {"num_experts": 128, "top_k": 8, "hidden": 2048, "intermediate": 768}
+MIXTRAL = {"num_experts": 8, "top_k": 2, "hidden": 4096, "intermediate": 14336}
 SMOLLM = {"heads": 9, "kv_heads": 3, "head_dim": 64, "hidden": 576, "intermediate": 1536, "vocab": 49152}
 
 
@@ -101,3 +109,41 @@ def test_prompts_and_few_rows_use_hopper_s_matrix_units(compiled: list[Compiled]
 def test_pages_are_read_in_wide_loads(compiled: list[Compiled]) -> None:
     """No kernel loads byte by byte what lies side by side."""
     assert [each.name for each in compiled if "ld.global.b8" in each.ptx] == []
+
+
+def launch_experts(num_tokens: int, *, num_experts: int, top_k: int, hidden: int, intermediate: int) -> None:
+    """A mixture of experts in bfloat16, of tensors that have a shape and no content."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    stacks = (empty(num_experts, 2 * intermediate, hidden),), (empty(num_experts, hidden, intermediate),)
+    experts = Experts(*stacks, first=0, count=num_experts, total=num_experts)
+    weights_NA, experts_NA = route.route(empty(num_tokens, num_experts), top_k=top_k, normalize=True)
+    x = empty(num_tokens, hidden)
+    moe.mix(x, weights_NA, experts_NA, experts, add=x)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("num_tokens", [1, 32, 256, 512, 8192])
+@pytest.mark.parametrize("shape", [QWEN_30B, MIXTRAL], ids=["qwen3-30b-a3b", "mixtral-8x7b"])
+def test_experts_are_launched_without_their_content(
+    shape: dict[str, int], num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of tokens, the host is asked nothing: it has shapes alone, so a step can be captured. What it
+    launches waits for what is before it, spills nothing, reads matrices in pieces of 16 bytes, and multiplies by wgmma
+    where rows are grouped."""
+    for module in (grouped, grouping, pairs, route):
+        monkeypatch.setattr(module, "overlapped", lambda _: {"OVERLAP": True, "launch_pdl": True})
+    with offline() as kernels:
+        launch_experts(num_tokens, **shape)
+    compiled = [described(kernel) for kernel in kernels]
+    products = [each for each in compiled if each.name in ("_gated", "_down", "_product")]
+    assert len(compiled) == (3 if num_tokens == 1 else 5) and len(products) == 2
+    assert [each for each in compiled if each.spilled_bytes] == []
+    assert [each.name for each in compiled if "ld.global.b8" in each.ptx] == []
+    assert [each.name for each in compiled if each.ptx.count("griddepcontrol.wait") != 1] == []
+    for each in products:
+        assert "cp.async.cg.shared.global" in each.ptx
+        assert ("wgmma" in each.ptx) == (num_tokens > 1)
+        assert each.shared_bytes <= 227 << 10
