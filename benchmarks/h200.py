@@ -4,7 +4,7 @@
 
 A shape is a folder with a config.json; weights are random. `--vllm` is a script that runs vLLM on a folder and prints its
 figures; without it only ours are measured. Each engine has the GPU to itself, in a process of its own, one after the
-other. The floor of a time per token is what reading weights and keys and values once takes at `--bandwidth`.
+other. The floor of a time per token is what reading weights and keys and values once takes at `--bandwidth`; of a mixture of experts, what tokens that choose evenly want in the mean.
 `--profile` adds where the time of our decode steps goes, in a run of its own.
 """
 
@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.offline import CONTEXT, OUTPUT
 from benchmarks.report import Cell, Report
-from services.engine.models.spec import ModelSpec, read_config
+from services.engine.models.spec import ModelSpec, MoESpec, read_config
 
 Figures = dict[str, float]
 """By measure: `batch N` in milliseconds a token, `prefill` and `mixed` in tokens a second."""
@@ -82,16 +82,25 @@ def read_line(line: str) -> Figures:
     return {name: float(found[1]) for name in ("prefill", "mixed") if (found := THEIRS[name].search(line))}
 
 
-def floor(folder: Path, batch: int, *, bandwidth: float) -> float | None:
+def floor(folder: Path, batch: int, *, bandwidth: float) -> float:
     """Milliseconds that the bytes of one decode step take at so many bytes a second: all weights but the embedding once,
-    keys and values of the mean context; None for a mixture of experts, which reads what is asked for."""
+    of experts those that are expected to be wanted; keys and values of the mean context."""
     spec = ModelSpec.from_config(read_config(folder))
-    if spec.moe is not None:
-        return None
     attention = spec.hidden * spec.head_dim * (2 * spec.heads + 2 * spec.kv_heads)
-    weights = spec.layers * (attention + 3 * spec.hidden * spec.intermediate) + spec.vocab_size * spec.hidden
+    mlp = 3 * spec.hidden * spec.intermediate
+    mlps: float = spec.layers * mlp
+    if (moe := spec.moe) is not None:
+        mixture = spec.hidden * (moe.num_experts + 3 * moe.intermediate * wanted_experts(moe, batch))
+        mlps += len(moe.layers) * (mixture - mlp)
+    weights = spec.layers * attention + mlps + spec.vocab_size * spec.hidden
     cached = batch * (CONTEXT + OUTPUT // 2) * spec.layers * 2 * spec.kv_heads * spec.head_dim
     return 2 * (weights + cached) / bandwidth * 1e3
+
+
+def wanted_experts(moe: MoESpec, batch: int) -> float:
+    """How many different experts so many tokens go to in the mean, if each of them goes to any with the same chance: the
+    most that there can be on average. A router that has favourites wants fewer."""
+    return moe.num_experts * (1 - (1 - moe.top_k / moe.num_experts) ** batch)
 
 
 def compare(report: Report, folder: Path, mine: Figures, other: Figures, *, bandwidth: float) -> None:

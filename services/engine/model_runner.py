@@ -67,7 +67,7 @@ class ModelRunner:
     def __init__(self, model: Model, cache: KVCache, state: DeviceState, sampler: Sampler) -> None:
         self._eager = Eager(model, cache, state, sampler)
         self._graphs: Graphs | None = None
-        if state.device.type == "cuda" and isinstance(model, Decoder) and model.is_capturable:
+        if state.device.type == "cuda" and isinstance(model, Decoder):
             from services.engine.graphs import Graphs  # needs Triton, which a CPU does without
 
             self._graphs = Graphs(model, cache, state, sampler)

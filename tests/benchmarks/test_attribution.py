@@ -52,6 +52,8 @@ def test_a_trace_without_steps_is_refused() -> None:
     [
         ("_attend", "attention"),
         ("aten::scaled_dot_product_attention", "attention"),
+        ("_route_experts", "experts"),
+        ("_experts_product", "experts"),
         ("nvjet_tst_64x8_64x16_4x1_v_bz_TNT", "products"),
         ("aten::addmm", "products"),
         ("mkldnn::_linear_pointwise", "products"),

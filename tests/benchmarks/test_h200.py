@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.h200 import compare, floor, read_line
+from benchmarks.h200 import compare, floor, read_line, wanted_experts
 from benchmarks.report import Report
+from services.engine.models.spec import MoESpec
 
 
 @pytest.mark.parametrize(
@@ -29,7 +31,34 @@ def test_the_floor_counts_weights_once_and_every_sequence_s_keys(shared: Path) -
     configs = shared / "data" / "configs"
     assert floor(configs / "Meta-Llama-3.1-8B", 1, bandwidth=4.26e12) == pytest.approx(3.55, abs=0.02)
     assert floor(configs / "Qwen3-0.6B", 256, bandwidth=4.26e12) == pytest.approx(7.8, abs=0.05)
-    assert floor(configs / "Qwen3-30B-A3B", 1, bandwidth=4.26e12) is None
+
+
+@pytest.mark.parametrize(("batch", "milliseconds"), [(1, 1.45), (32, 13.27), (128, 17.5), (256, 20.7)])
+def test_the_floor_of_a_mixture_counts_the_experts_that_are_wanted(
+    batch: int, milliseconds: float, shared: Path
+) -> None:
+    """As the published floors of Qwen3-30B-A3B: eight experts for one token, nearly all 128 for many. In between the
+    published one, 12.2 ms for 32, takes fewer to be wanted than tokens that choose evenly want."""
+    folder = shared / "data" / "configs" / "Qwen3-30B-A3B"
+    assert floor(folder, batch, bandwidth=4.26e12) == pytest.approx(milliseconds, rel=0.01)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 20])
+def test_so_many_experts_are_wanted_as_tokens_choose(batch: int) -> None:
+    """The mean over many draws in which every choice is as likely."""
+    moe = MoESpec(
+        num_experts=12,
+        top_k=3,
+        intermediate=8,
+        normalize=True,
+        layers=frozenset({0}),
+        name="mlp",
+        expert_names=("gate", "up", "down"),
+    )
+    draw = torch.Generator().manual_seed(0)
+    chosen = torch.rand(4000, batch, 12, generator=draw).argsort(-1)[..., :3].flatten(1)
+    different = torch.zeros(4000, 12).scatter_(1, chosen, 1.0).sum(1).mean()
+    assert wanted_experts(moe, batch) == pytest.approx(float(different), rel=0.02)
 
 
 def test_a_ratio_above_one_is_in_our_favour(shared: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from pathlib import Path
 
@@ -13,6 +14,24 @@ from benchmarks.alone import engine_alone
 from services.engine import build
 
 SETTINGS = {"device": "cuda", "max_sequences": 32, "cache_blocks": 400, "block_size": 32}
+
+MIXTURE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "vocab_size": 500,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "num_experts": 12,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [1],
+}
+"""A small one, with a layer without experts."""
 
 
 def answers(folder: Path, count: int, **settings: object) -> list[list[int]]:
@@ -34,6 +53,17 @@ def test_the_published_text(stories260k: Path, lookahead: int, monkeypatch: pyte
     assert all(each == found[0] for each in found)
     text = Tokenizer.from_file(str(stories260k / "tokenizer.json")).decode(found[0])
     assert os.path.commonprefix([text, published]) == published
+
+
+def test_a_mixture_of_experts_says_captured_what_it_says_uncaptured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, nine at a time: in graphs, and operation by operation."""
+    (tmp_path / "config.json").write_text(json.dumps(MIXTURE))
+    captured = answers(tmp_path, 9, dtype="float32", load_format="dummy")
+    monkeypatch.setattr("services.engine.graphs.Graphs.takes", lambda self, step: False)
+    assert answers(tmp_path, 9, dtype="float32", load_format="dummy") == captured
+    assert len(set(captured[0])) > 1
 
 
 def test_few_blocks_change_nothing(stories260k: Path) -> None:

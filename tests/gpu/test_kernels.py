@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from services.engine.kv_cache import KVCache, KVShape
+from services.engine.ops import moe
 from services.engine.ops import sampling as specified
 from services.engine.ops.activation import silu_mul
 from services.engine.ops.attention import paged_attention, plan
 from services.engine.ops.linear import counters_for, linear, products
+from services.engine.ops.moe import Experts
 from services.engine.ops.norm import rms_norm
 from services.engine.state import Batch, Selection
 from tests.engine.batches import fill
@@ -93,6 +97,88 @@ def test_sampled_tokens_are_those_of_the_specification() -> None:
     assert (token_ids == expected).sum() >= num_rows - 1
     assert torch.equal(peaks, logits.amax(-1))
     assert torch.equal(tokens[slots, positions].long(), token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """A layer's experts and router."""
+
+    router_EI: Tensor
+    gate_up_EOI: Tensor
+    down_EIF: Tensor
+    top_k: int
+
+    @classmethod
+    def drawn(cls, num_experts: int, top_k: int, hidden: int, size: int, *, dtype: torch.dtype) -> Mixture:
+        shapes = (num_experts, hidden), (num_experts, 2 * size, hidden), (num_experts, hidden, size)
+        drawn = (torch.randn(shape, device="cuda", dtype=dtype) * shape[-1] ** -0.5 for shape in shapes)
+        return cls(*drawn, top_k)
+
+    def routed(self, x_NI: Tensor) -> tuple[Tensor, Tensor]:
+        # In float32: a rounding must not decide between two experts.
+        return moe.route(x_NI.float() @ self.router_EI.float().T, top_k=self.top_k, normalize=True)
+
+    def mixed(self, x_NI: Tensor, *, first: int = 0, last: int | None = None, add: Tensor | None = None) -> Tensor:
+        """As the layer computes it, by the experts from `first` to before `last`."""
+        stacks = self.gate_up_EOI[first:last], self.down_EIF[first:last]
+        experts = Experts.of(*stacks, first=first, total=len(self.gate_up_EOI))
+        return moe.mix(x_NI, *self.routed(x_NI), experts, add=add)
+
+    def defined(self, x_NI: Tensor) -> Tensor:
+        """In float64, an expert after the other."""
+        weights_NA, experts_NA = self.routed(x_NI)
+        out = torch.zeros(x_NI.shape, dtype=torch.float64, device="cuda")
+        for expert in range(len(self.gate_up_EOI)):
+            rows, choices = (experts_NA == expert).nonzero(as_tuple=True)
+            gate, up = (x_NI[rows].double() @ self.gate_up_EOI[expert].double().T).chunk(2, -1)
+            answers = (F.silu(gate) * up) @ self.down_EIF[expert].double().T
+            out.index_add_(0, rows, answers * weights_NA[rows, choices, None].double())
+        return out
+
+
+MIXTURES = [(128, 8, 2048, 768), (8, 2, 4096, 1536), (5, 3, 72, 40)]
+"""Experts, those of a token, hidden size, size of an expert; the last in ragged tiles."""
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 4, 7, 32, 200, 256, 700, 3000])
+@pytest.mark.parametrize("shape", MIXTURES)
+@pytest.mark.parametrize("dtype", ERRORS)
+def test_mixtures(dtype: torch.dtype, shape: tuple[int, int, int, int], num_tokens: int) -> None:
+    """Whatever kernels take them, as a whole and as the sum of two parts; the same to the last bit every time."""
+    mixture, x = Mixture.drawn(*shape, dtype=dtype), torch.randn(num_tokens, shape[2], dtype=dtype, device="cuda")
+    add = torch.randn_like(x)
+    expected, error = mixture.defined(x) + add.double(), 2 * ERRORS[dtype]
+    got = mixture.mixed(x, add=add.clone())
+    torch.testing.assert_close(got.double(), expected, atol=error, rtol=error)
+    assert torch.equal(mixture.mixed(x, add=add.clone()), got)
+    cut = shape[0] // 2 + 1
+    got = mixture.mixed(x, first=cut, add=mixture.mixed(x, last=cut, add=add.clone()))
+    torch.testing.assert_close(got.double(), expected, atol=error, rtol=error)
+
+
+def test_routes_are_those_of_the_specification() -> None:
+    """On a real router's width."""
+    logits = torch.randn(3000, 128, device="cuda")
+    weights, experts = moe.route(logits, top_k=8, normalize=True)
+    expected, where = moe.route(logits.cpu(), top_k=8, normalize=True)
+    assert torch.equal(experts.cpu().long(), where)
+    torch.testing.assert_close(weights.cpu(), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 32, 256])
+def test_a_captured_mixture_takes_whatever_tokens_come(num_tokens: int) -> None:
+    """A replay routes by what its input holds then: also where all tokens are alike and go to the same experts."""
+    mixture = Mixture.drawn(*MIXTURES[0], dtype=torch.bfloat16)
+    x = torch.randn(num_tokens, MIXTURES[0][2], dtype=torch.bfloat16, device="cuda")
+    mixture.mixed(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = mixture.mixed(x)
+    for content in (torch.randn_like(x), torch.randn_like(x), torch.randn_like(x[:1]).expand_as(x)):
+        x.copy_(content)
+        graph.replay()
+        torch.testing.assert_close(out, mixture.mixed(x), atol=1e-2, rtol=1e-2)
 
 
 def batch_of(tables: Tensor, counts: list[int], lengths: list[int], *, num_decodes: int) -> Batch:

@@ -61,8 +61,6 @@ class Decoder:
         self.kv_shape = KVShape(spec.layers, kv_heads.count, spec.head_dim, weights.dtype)
         self.vocab_size = spec.vocab_size
         self.max_positions = spec.max_positions
-        self.is_capturable = spec.moe is None
-        """Whether a step of decodes asks the host nothing: which experts are wanted, it does."""
         self._embedding = Embedding(weights, "model.embed_tokens", vocab_size=spec.vocab_size, size=spec.hidden)
         self._rotary = Rotary(spec.rotary, device=weights.device)
         self._layers = [

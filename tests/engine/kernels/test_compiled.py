@@ -138,7 +138,7 @@ def test_experts_are_launched_without_their_content(
     with offline() as kernels:
         launch_experts(num_tokens, **shape)
     compiled = [described(kernel) for kernel in kernels]
-    products = [each for each in compiled if each.name in ("_gated", "_down", "_product")]
+    products = [each for each in compiled if each.name in ("_experts_gated", "_experts_down", "_experts_product")]
     assert len(compiled) == (3 if num_tokens == 1 else 5) and len(products) == 2
     assert [each for each in compiled if each.spilled_bytes] == []
     assert [each.name for each in compiled if "ld.global.b8" in each.ptx] == []

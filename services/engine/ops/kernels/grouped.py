@@ -63,7 +63,7 @@ def _launch(x: Tensor, weight: Tensor, out: Tensor, groups: Groups, *, top_k: in
     outputs, inputs = out.shape[1], x.shape[1]
     tile, num_tiles = _tile(groups, x), groups.tiles_3T.shape[1]
     features = tile.rows // 2 if is_gated else tile.rows
-    _product[(triton.cdiv(outputs, features), num_tiles)](
+    _experts_product[(triton.cdiv(outputs, features), num_tiles)](
         x,
         weight,
         out,
@@ -86,7 +86,7 @@ def _launch(x: Tensor, weight: Tensor, out: Tensor, groups: Groups, *, top_k: in
 
 
 @triton.jit
-def _product(
+def _experts_product(
     x,
     weight,
     out,
@@ -108,16 +108,16 @@ def _product(
     tile = tl.program_id(1)
     row = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
+    FEATURES: tl.constexpr = ROWS // 2 if GATED else ROWS
+    first = tl.program_id(0) * FEATURES
     if GATED:
         # Eight rows of gate, then the same eight of up: the matrix units leave both in one thread.
-        FEATURES: tl.constexpr = ROWS // 2
-        feature = tl.program_id(0) * FEATURES + row // 16 * 8 + row % 8
+        feature = first + row // 16 * 8 + row % 8
         # Rows behind the last are computed from that one, and not stored.
         row = tl.minimum(feature, O - 1) + row // 8 % 2 * O
         matrix = 2 * O * I
     else:
-        FEATURES: tl.constexpr = ROWS
-        row = tl.minimum(tl.program_id(0) * ROWS + row, O - 1)
+        row = tl.minimum(first + row, O - 1)
         matrix = O * I
     wait(OVERLAP)
     begin = tl.load(tiles + num_tiles + tile)
@@ -148,7 +148,7 @@ def _product(
         both = total.reshape(FEATURES // 8, 2, 8, M).permute(0, 2, 3, 1)
         gate, up = tl.split(both)
         total = (gate * tl.sigmoid(gate) * up).reshape(FEATURES, M)
-    output = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
+    output = first + tl.arange(0, FEATURES)
     at = target.to(tl.int64)[None, :] * O + output[:, None]
     tl.store(out + at, total, mask=inside[None, :] & (output < O)[:, None])
 
@@ -163,7 +163,7 @@ def weighed(
     [first, first + count). Rounded once."""
     (num_tokens, top_k), size = weights_NA.shape, answers_PI.shape[1]
     out = torch.empty((num_tokens, size), dtype=answers_PI.dtype, device=answers_PI.device)
-    _weighed[(triton.cdiv(size, _BLOCK), num_tokens)](
+    _experts_sum[(triton.cdiv(size, _BLOCK), num_tokens)](
         answers_PI,
         weights_NA,
         experts_NA,
@@ -182,7 +182,7 @@ def weighed(
 
 
 @triton.jit
-def _weighed(
+def _experts_sum(
     answers,
     weights,
     experts,

@@ -40,7 +40,7 @@ def group(experts_NA: Tensor, *, first: int, count: int, rows: int) -> Groups:
     order_P = torch.empty(num_pairs, dtype=torch.int32, device=device)
     tiles_3T = torch.empty((3, num_tiles), dtype=torch.int32, device=device)
     chunk = min(_CHUNK, max(32, triton.next_power_of_2(num_pairs)))
-    _group[(count,)](
+    _group_experts[(count,)](
         experts_NA,
         order_P,
         tiles_3T,
@@ -56,7 +56,7 @@ def group(experts_NA: Tensor, *, first: int, count: int, rows: int) -> Groups:
 
 
 @triton.jit
-def _group(
+def _group_experts(
     experts,
     order,
     tiles,

@@ -22,7 +22,7 @@ def gated(x_NI: Tensor, gate_up_EOI: Tensor, experts_NA: Tensor, *, first: int) 
     (num_experts, both, inputs), num_pairs = gate_up_EOI.shape, experts_NA.numel()
     h_PF = torch.empty((num_pairs, both // 2), dtype=x_NI.dtype, device=x_NI.device)
     columns = min(_GATED_COLUMNS, triton.next_power_of_2(inputs))
-    _gated[(triton.cdiv(both // 2, _GATED_ROWS), num_pairs)](
+    _experts_gated[(triton.cdiv(both // 2, _GATED_ROWS), num_pairs)](
         x_NI,
         gate_up_EOI,
         experts_NA,
@@ -42,7 +42,7 @@ def gated(x_NI: Tensor, gate_up_EOI: Tensor, experts_NA: Tensor, *, first: int) 
 
 
 @triton.jit
-def _gated(
+def _experts_gated(
     x,
     weight,
     experts,
@@ -93,7 +93,7 @@ def down(
     slots = triton.next_power_of_2(top_k)
     rows = max(1, _DOWN_ROWS // slots)
     columns = min(_DOWN_COLUMNS, triton.next_power_of_2(inputs))
-    _down[(triton.cdiv(outputs, rows), num_tokens)](
+    _experts_down[(triton.cdiv(outputs, rows), num_tokens)](
         h_PF,
         down_EIF,
         weights_NA,
@@ -117,7 +117,7 @@ def down(
 
 
 @triton.jit
-def _down(
+def _experts_down(
     h,
     weight,
     weights,

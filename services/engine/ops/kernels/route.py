@@ -15,7 +15,7 @@ def route(logits_NE: Tensor, *, top_k: int, normalize: bool) -> tuple[Tensor, Te
     num_tokens, num_experts = logits_NE.shape
     weights_NA = torch.empty((num_tokens, top_k), dtype=torch.float32, device=logits_NE.device)
     experts_NA = torch.empty((num_tokens, top_k), dtype=torch.int32, device=logits_NE.device)
-    _route[(num_tokens,)](
+    _route_experts[(num_tokens,)](
         logits_NE,
         weights_NA,
         experts_NA,
@@ -31,7 +31,7 @@ def route(logits_NE: Tensor, *, top_k: int, normalize: bool) -> tuple[Tensor, Te
 
 
 @triton.jit
-def _route(
+def _route_experts(
     logits,
     weights,
     experts,
