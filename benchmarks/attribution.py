@@ -36,7 +36,7 @@ from services.engine.loop import Runner
 from services.engine.model_runner import Launched
 
 PARTS = {
-    "attention": r"attend|_plan|_list|attention|flash",
+    "attention": r"attend|number_items|_list|attention|flash",
     "experts": r"expert|moe|grouped",
     "products": r"gemv|matmul|gemm|nvjet|cutlass|splitk|cublas|linear|mm\b",
     "sampling": r"_best|_choose|argmax|softmax|topk|exponential",
@@ -47,7 +47,7 @@ REST = "other"
 
 DECODE = "holdfast::decode"
 """What the trace of a CPU has where a decode step is launched."""
-BEGIN = re.compile(rf"_lay_out|{DECODE}")
+BEGIN = re.compile(rf"_lay_out$|{DECODE}")
 """The first operation of each decode step, on a GPU and on a CPU."""
 
 

@@ -15,8 +15,9 @@ from holdfast.errors import ConfigurationError
 from services.engine import models
 from services.engine.kv_cache import KVCache, KVLayout
 from services.engine.kv_format import formats_of
-from services.engine.model_runner import ModelRunner
+from services.engine.model_runner import Eager, ModelRunner
 from services.engine.models import Model
+from services.engine.models.decoder import Decoder
 from services.engine.sampler import Sampler
 from services.engine.settings import EngineSettings
 from services.engine.shard import ALONE, Shard
@@ -90,9 +91,19 @@ def build(settings: EngineSettings, folder: Path, shard: Shard = ALONE) -> Compu
         max_model_len=max_model_len,
         threads=torch.get_num_threads(),
     )
-    runner = ModelRunner(model, cache, state, Sampler(state))
+    runner = _runner(settings, model, cache, state)
     lookahead = GPU_LOOKAHEAD if device.type == "cuda" else 0
     return Computer(model, cache, runner, max_model_len, lookahead, device)
+
+
+def _runner(settings: EngineSettings, model: Model, cache: KVCache, state: DeviceState) -> ModelRunner:
+    sampler = Sampler(state)
+    eager = Eager(model, cache, state, sampler)
+    if state.device.type != "cuda" or not isinstance(model, Decoder):
+        return ModelRunner(eager)
+    from services.engine.graphs import Graphs  # needs Triton, which a CPU does without
+
+    return ModelRunner(eager, Graphs(model, cache, state, sampler, most_tokens=settings.max_step_tokens))
 
 
 def device_of(settings: EngineSettings, shard: Shard) -> torch.device:

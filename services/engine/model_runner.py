@@ -20,7 +20,6 @@ from torch import Tensor
 from services.engine.batch import Step, StepResult
 from services.engine.kv_cache import KVCache
 from services.engine.models import Model
-from services.engine.models.decoder import Decoder
 from services.engine.sampler import Reported, Sampled, Sampler
 from services.engine.sequence import TokenLogprobs
 from services.engine.state import DeviceState
@@ -63,14 +62,9 @@ class Launched:
 class ModelRunner:
     """Computes steps in the order of their launches, for one thread."""
 
-    @torch.inference_mode()
-    def __init__(self, model: Model, cache: KVCache, state: DeviceState, sampler: Sampler) -> None:
-        self._eager = Eager(model, cache, state, sampler)
-        self._graphs: Graphs | None = None
-        if state.device.type == "cuda" and isinstance(model, Decoder):
-            from services.engine.graphs import Graphs  # needs Triton, which a CPU does without
-
-            self._graphs = Graphs(model, cache, state, sampler)
+    def __init__(self, eager: Eager, graphs: Graphs | None = None) -> None:
+        self._eager = eager
+        self._graphs = graphs
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:

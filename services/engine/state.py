@@ -15,12 +15,16 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from services.engine.batch import Admission, Growth, Step
 from services.engine.sequence import SamplingParams, StopRules
+
+if TYPE_CHECKING:
+    from services.engine.ops.kernels.attention import Works
 
 
 class Wants(enum.Flag):
@@ -98,6 +102,9 @@ class Batch:
 
     selection: Selection
     """Not for the model: to whom the rows of `sample_rows_R` belong."""
+
+    works: Works | None = None
+    """Of a captured step: what attention goes by, since the host's numbers are not those of the step that is replayed."""
 
     @property
     def max_query(self) -> int:

@@ -31,13 +31,20 @@ class Head:
         self._part = part
         self._shard = shard
 
-    def __call__(self, x_RI: Tensor) -> Tensor:
-        """The logits in float32, [R, V], of the whole vocabulary."""
-        return self._shard.all_gather(self._products(x_RI), self._part)
+    def __call__(self, x_RI: Tensor, out_RV: Tensor | None = None) -> Tensor:
+        """The logits in float32, [R, V], of the whole vocabulary; in `out_RV` where there is one."""
+        if self._shard.is_alone:
+            return self._products(x_RI, out_RV)
+        logits_RV = self._shard.all_gather(self._products(x_RI), self._part)
+        return logits_RV if out_RV is None else out_RV.copy_(logits_RV)
 
-    def _products(self, x_RI: Tensor) -> Tensor:
+    def _products(self, x_RI: Tensor, out_RV: Tensor | None = None) -> Tensor:
         if x_RI.is_cuda and x_RI.dtype is not torch.float32:
-            return products(x_RI, self._weight_VI)
+            return products(x_RI, self._weight_VI, out=out_RV)
+        logits_RV = self._logits(x_RI)
+        return logits_RV if out_RV is None else out_RV.copy_(logits_RV)
+
+    def _logits(self, x_RI: Tensor) -> Tensor:
         logits_RV = self._linear(x_RI).float()
         if x_RI.dtype is torch.float32:
             return logits_RV

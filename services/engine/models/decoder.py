@@ -75,12 +75,13 @@ class Decoder:
         self._head = Head(linear, head_VI, part=self._embedding.part, shard=weights.shard)
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """The float32 logits of the rows to sample, [R, V]. Writes the keys and values of the batch's tokens."""
+    def forward(self, batch: Batch, cache: KVCache, out_RV: Tensor | None = None) -> Tensor:
+        """The float32 logits of the rows to sample, [R, V], in `out_RV` where there is one. Writes the keys and values of
+        the batch's tokens."""
         plan = attention.plan(batch, cache)
         angles = self._rotary(batch.positions_N)
         x_NI = self._embedding(batch.token_ids_N)
         for layer in self._layers:
             x_NI = layer(x_NI, angles, plan, cache)
         x_RI = x_NI if batch.sample_rows_R is None else x_NI[batch.sample_rows_R]
-        return self._head(self._norm(x_RI))
+        return self._head(self._norm(x_RI), out_RV)

@@ -55,7 +55,7 @@ class AttentionPlan:
         """What the kernels of a GPU share."""
         from services.engine.ops.kernels.attention import PagedPlan
 
-        return PagedPlan(self._batch, self._cache)
+        return PagedPlan(self._batch)
 
     def groups(self, window: int | None) -> list[Group]:
         """The groups for layers of this window; the same list at every call."""

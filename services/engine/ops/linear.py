@@ -59,11 +59,14 @@ def linear(
     return out if add is None else out.add_(add)
 
 
-def products(x: Tensor, weight_OI: Tensor) -> Tensor:
-    """x @ weight.T in float32, of 16-bit matrices. Only a GPU's kernels give what they added up in float32."""
+def products(x: Tensor, weight_OI: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """x @ weight.T in float32, of 16-bit matrices; in `out` where there is one. Only a GPU's kernels give what they added
+    up in float32."""
     assert x.is_cuda
     few = _of_few_rows(x, weight_OI, None, bias_O=None, add=None, dtype=torch.float32)
-    return few if few is not None else torch.mm(x, weight_OI.t(), out_dtype=torch.float32)
+    if few is not None:
+        return few if out is None else out.copy_(few)
+    return torch.mm(x, weight_OI.t(), out_dtype=torch.float32, out=out)
 
 
 def _of_few_rows(

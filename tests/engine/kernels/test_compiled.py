@@ -49,6 +49,9 @@ def launch_all(
     rows, longs = torch.zeros(ROWS + 1, dtype=torch.int32), torch.zeros(ROWS, dtype=torch.int64)
     x, head_norm = torch.zeros(ROWS, hidden, dtype=dtype), torch.zeros(head_dim, dtype=dtype)
     step.lay_out(rows[:ROWS], rows[:ROWS], tokens, tables, block_size=64)
+    step.lay_out_works(
+        rows[:ROWS], rows[:ROWS], rows, rows[:1], tokens, tables, num_tokens=512, block_size=64, spare_block=9
+    )
     norm.rms_norm(x, torch.zeros(hidden, dtype=dtype), 1e-5)
     angles = Angles(*rotary.angles(longs, torch.zeros(head_dim // 2), 1.0))
     projected = torch.zeros(ROWS, heads + 2 * kv_heads, head_dim, dtype=dtype)
@@ -59,19 +62,10 @@ def launch_all(
         work = decode_attention.plan(tables, rows[:ROWS], rows[:ROWS], chunk=chunk, most_items=99)
         scratch = decode_attention.scratch(work, heads=heads, cache=cache)
         decode_attention.attend(q, q, cache, 1, work, scratch, scale=0.1, window=None)
-    prefill_attention.attend(
-        q,
-        q,
-        cache,
-        1,
-        tables=tables,
-        slots_S=rows[:ROWS],
-        lengths_S=rows[:ROWS],
-        query_starts=rows,
-        max_query=2048,
-        scale=0.1,
-        window=None,
+    chunks = prefill_attention.plan(
+        tables, rows[:ROWS], rows[:ROWS], rows, rows[:ROWS], most_tokens=2048, group=heads // kv_heads, dtype=dtype
     )
+    prefill_attention.attend(q, q, cache, 1, chunks, scale=0.1, window=None)
     activation.silu_mul(torch.zeros(ROWS, 2 * intermediate, dtype=dtype))
     integers = torch.zeros(SLOTS, 4, dtype=torch.int64)
     sampling.sample(torch.zeros(ROWS, vocab), torch.zeros(SLOTS, 3), integers, rows[:ROWS], rows[:ROWS], tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,50 +15,86 @@ if TYPE_CHECKING:
     from services.engine.state import Batch
 
 
-class PagedPlan:
-    """What the layers of one step share. The host's lists are asked only for prefill, so a step of decodes alone can be
-    captured."""
+@dataclass(frozen=True, slots=True)
+class Works:
+    """Who attends to what. The host knows only the most that there can be, so a captured step may hold any.
 
-    def __init__(self, batch: Batch, cache: KVCache) -> None:
-        tables, num_decodes, num_works = batch.block_tables, batch.num_decodes, len(batch.table_rows_S)
-        rows_S, lengths_S = batch.table_rows_S, batch.kv_lengths_S
-        self._tables = tables
-        self._decodes: decode_attention.Work | None = None
-        self._scratch: decode_attention.Scratch | None = None
-        if num_decodes:
-            chunk = decode_attention.chunk_size(num_decodes, tables.shape[1] * cache.block_size)
-            # Sequences share blocks only as prefixes, so their chunks may be more than the cache holds.
-            most = num_decodes * -(-tables.shape[1] * cache.block_size // chunk)
-            self._decodes = decode_attention.plan(
-                tables, rows_S[:num_decodes], lengths_S[:num_decodes], chunk=chunk, most_items=most
-            )
-        if num_works > num_decodes:
-            self._rows_P, self._lengths_P = rows_S[num_decodes:], lengths_S[num_decodes:]
-            self._starts = batch.query_starts[num_decodes:]
-            self._max_query = max(batch.query_lens[num_decodes:])
-        self._has_prefill = num_works > num_decodes
+    Shapes: D works that may decode, the first of the step; P works that may be chunks of prompts.
+    """
+
+    decode_rows_D: Tensor
+    """The row in the block tables of each work."""
+    decode_lengths_D: Tensor
+    """int32: the keys that its token sees; 0 where it does not decode."""
+    prefill_rows_P: Tensor
+    prefill_lengths_P: Tensor
+    """int32: the keys that its last token sees."""
+    prefill_counts_P: Tensor
+    """int32: its tokens; 0 where it is no chunk."""
+    query_starts: Tensor
+    """int32, P + 1 of them: where its tokens begin, and where the last one's end."""
+    most_prefill: int
+    """Tokens of all chunks."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> Works:
+        """Of a step that the host laid out."""
+        split = batch.num_decodes
+        starts = batch.query_starts[split:]
+        return cls(
+            batch.table_rows_S[:split],
+            batch.kv_lengths_S[:split],
+            batch.table_rows_S[split:],
+            batch.kv_lengths_S[split:],
+            starts.diff(),
+            starts,
+            sum(batch.query_lens[split:]),
+        )
+
+
+class PagedPlan:
+    """What the layers of one step share."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._works = batch.works or Works.of(batch)
+        self._tables = batch.block_tables
+        self._decodes: tuple[decode_attention.Work, decode_attention.Scratch] | None = None
+        self._prefill: prefill_attention.Work | None = None
+        self._out_NHD: Tensor | None = None
 
     def attend(self, q_NHD: Tensor, cache: KVCache, layer: int, *, scale: float, window: int | None) -> Tensor:
-        """As `ops.attention.paged_attention`."""
-        out_NHD = torch.empty_like(q_NHD)
+        """As `ops.attention.paged_attention`. Valid until the next layer's."""
+        if self._out_NHD is None:
+            self._begin(q_NHD, cache)
+        assert self._out_NHD is not None
         if self._decodes is not None:
-            if self._scratch is None:
-                self._scratch = decode_attention.scratch(self._decodes, heads=q_NHD.shape[1], cache=cache)
-            decode_attention.attend(
-                q_NHD, out_NHD, cache, layer, self._decodes, self._scratch, scale=scale, window=window
+            decode_attention.attend(q_NHD, self._out_NHD, cache, layer, *self._decodes, scale=scale, window=window)
+        if self._prefill is not None:
+            prefill_attention.attend(q_NHD, self._out_NHD, cache, layer, self._prefill, scale=scale, window=window)
+        return self._out_NHD
+
+    def _begin(self, q_NHD: Tensor, cache: KVCache) -> None:
+        """Lists the work of all layers, by the shape of the first one's queries."""
+        works, tables, heads = self._works, self._tables, q_NHD.shape[1]
+        # Rows of a captured step that are nobody's hold what they hold here.
+        self._out_NHD = torch.zeros_like(q_NHD) if works.most_prefill else torch.empty_like(q_NHD)
+        if num_decodes := len(works.decode_rows_D):
+            longest = tables.shape[1] * cache.block_size
+            chunk = decode_attention.chunk_size(num_decodes, longest)
+            # Sequences share blocks only as prefixes, so their chunks may be more than the cache holds.
+            most = num_decodes * -(-longest // chunk)
+            work = decode_attention.plan(
+                tables, works.decode_rows_D, works.decode_lengths_D, chunk=chunk, most_items=most
             )
-        if self._has_prefill:
-            prefill_attention.attend(
-                q_NHD,
-                out_NHD,
-                cache,
-                layer,
-                tables=self._tables,
-                slots_S=self._rows_P,
-                lengths_S=self._lengths_P,
-                query_starts=self._starts,
-                max_query=self._max_query,
-                scale=scale,
-                window=window,
+            self._decodes = work, decode_attention.scratch(work, heads=heads, cache=cache)
+        if works.most_prefill:
+            self._prefill = prefill_attention.plan(
+                tables,
+                works.prefill_rows_P,
+                works.prefill_lengths_P,
+                works.query_starts,
+                works.prefill_counts_P,
+                most_tokens=works.most_prefill,
+                group=heads // cache.shape.kv_heads,
+                dtype=q_NHD.dtype,
             )
-        return out_NHD

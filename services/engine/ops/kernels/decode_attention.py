@@ -92,7 +92,7 @@ def plan(tables: Tensor, slots_S: Tensor, lengths_S: Tensor, *, chunk: int, most
     num_sequences, device = len(slots_S), slots_S.device
     first_S1 = torch.empty(num_sequences + 1, dtype=torch.int32, device=device)
     items_M4 = torch.empty((most_items, 4), dtype=torch.int32, device=device)
-    _plan[(1,)](lengths_S, first_S1, num_sequences, chunk, S=triton.next_power_of_2(num_sequences))
+    number_items[(1,)](lengths_S, first_S1, num_sequences, chunk, S=triton.next_power_of_2(num_sequences))
     _list[(num_sequences,)](first_S1, slots_S, lengths_S, items_M4, B=64, num_warps=1)
     return Work(tables, first_S1, items_M4, chunk)
 
@@ -149,7 +149,8 @@ def attend(
 
 
 @triton.jit
-def _plan(lengths, first, num_sequences, chunk, S: tl.constexpr):
+def number_items(lengths, first, num_sequences, chunk, S: tl.constexpr):
+    """How many items of a chunk each stand before those of each sequence, and how many there are."""
     row = tl.arange(0, S)
     length = tl.load(lengths + row, mask=row < num_sequences, other=0)
     ends = tl.cumsum(tl.cdiv(length, chunk), 0)

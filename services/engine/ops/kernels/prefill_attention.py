@@ -1,53 +1,96 @@
 """Causal attention of chunks of prompts over their pages ("FlashAttention-2", Dao 2023, with paged keys and values).
 
 A tile holds the queries of all G heads that share a kv head, for as many tokens as fit; keys are always taken in tiles
-that begin at multiples of their size, so what a token gets does not depend on how its prompt was cut.
+that begin at multiples of their size, so what a token gets does not depend on how its prompt was cut. `plan` lists once a
+step which tiles there are; every layer then works through that list.
+
+Shapes: N tokens of the step, H query heads, K kv heads, G = H / K, D head size, P works, M tiles at most.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from services.engine.kv_cache import KVCache
-from services.engine.ops.kernels.decode_attention import LOG2_E
+from services.engine.ops.kernels.decode_attention import LOG2_E, number_items
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the layers of a step share: who attends to what, in tiles."""
+
+    tables: Tensor
+    """[rows, blocks] int32: block tables."""
+    rows_P: Tensor
+    """The table row of each work."""
+    lengths_P: Tensor
+    """int32: the keys that its last token sees."""
+    query_starts: Tensor
+    """int32, P + 1 of them: where its tokens begin among N, and where they end."""
+    first_P1: Tensor
+    """int32, P + 1 of them: each work's first tile, and how many there are."""
+    tiles_M2: Tensor
+    """int32, of each tile: its work, and its number in it."""
+    tokens: int
+    """Of a tile."""
+
+
+def plan(
+    tables: Tensor,
+    rows_P: Tensor,
+    lengths_P: Tensor,
+    query_starts: Tensor,
+    counts_P: Tensor,
+    *,
+    most_tokens: int,
+    group: int,
+    dtype: torch.dtype,
+) -> Work:
+    """Lists the tiles of these works, which have `counts_P` tokens (int32; those that have none are passed over) and
+    `most_tokens` together at most."""
+    tokens = max(1, _rows(dtype) // triton.next_power_of_2(group))
+    num_works, device = len(rows_P), rows_P.device
+    first_P1 = torch.empty(num_works + 1, dtype=torch.int32, device=device)
+    most_tiles = most_tokens // tokens + min(num_works, most_tokens)
+    tiles_M2 = torch.empty((most_tiles, 2), dtype=torch.int32, device=device)
+    number_items[(1,)](counts_P, first_P1, num_works, tokens, S=triton.next_power_of_2(num_works))
+    _list[(num_works,)](first_P1, tiles_M2, B=64, num_warps=1)
+    return Work(tables, rows_P, lengths_P, query_starts, first_P1, tiles_M2, tokens)
+
+
+def _rows(dtype: torch.dtype) -> int:
+    """Rows of a tile (measured on an H200)."""
+    return 32 if dtype.itemsize > 2 else 64
 
 
 def attend(
-    q_NHD: Tensor,
-    out_NHD: Tensor,
-    cache: KVCache,
-    layer: int,
-    *,
-    tables: Tensor,
-    slots_S: Tensor,
-    lengths_S: Tensor,
-    query_starts: Tensor,
-    max_query: int,
-    scale: float,
-    window: int | None,
+    q_NHD: Tensor, out_NHD: Tensor, cache: KVCache, layer: int, work: Work, *, scale: float, window: int | None
 ) -> None:
-    """As `ops.attention.paged_attention` for works whose tokens begin at `query_starts` (S + 1 of them) in `q_NHD`;
-    writes their rows of `out_NHD`. `max_query`: no work has more tokens."""
+    """As `ops.attention.paged_attention` for these works; writes their rows of `out_NHD`."""
     _, heads, head_dim = q_NHD.shape
     kv_heads = cache.shape.kv_heads
     group = heads // kv_heads
     kv = cache.layers[layer].kv
     is_wide = q_NHD.dtype.itemsize > 2
-    rows = 32 if is_wide else 64
-    tokens = max(1, rows // triton.next_power_of_2(group))
     tile = min(cache.block_size, 32 if is_wide else 64)
-    _attend[(triton.cdiv(max_query, tokens), kv_heads, len(slots_S))](
+    _attend[(len(work.tiles_M2), kv_heads)](
         q_NHD,
         kv,
         out_NHD,
-        tables,
-        slots_S,
-        lengths_S,
-        query_starts,
+        work.tables,
+        work.rows_P,
+        work.lengths_P,
+        work.query_starts,
+        work.first_P1,
+        work.tiles_M2,
+        len(work.rows_P),
         scale * LOG2_E,
-        tables.stride(0),
+        work.tables.stride(0),
         kv.stride(0),
         kv.stride(1),
         kv.stride(2),
@@ -56,7 +99,7 @@ def attend(
         GROUP=triton.next_power_of_2(group),
         D=head_dim,
         WIDTH=max(16, triton.next_power_of_2(head_dim)),
-        TOKENS=tokens,
+        TOKENS=work.tokens,
         T=cache.block_size,
         TILE=tile,
         WINDOW=window or 0,
@@ -64,6 +107,18 @@ def attend(
         num_warps=4,
         num_stages=2 if is_wide else 3,
     )
+
+
+@triton.jit
+def _list(first, tiles, B: tl.constexpr):
+    work = tl.program_id(0)
+    start, end = tl.load(first + work), tl.load(first + work + 1)
+    for at in range(start, end, B):
+        item = at + tl.arange(0, B)
+        inside = item < end
+        tl.store(tiles + item * 2, tl.zeros((B,), tl.int32) + work, mask=inside)
+        # The last tile of a prompt has the most keys: it begins first.
+        tl.store(tiles + item * 2 + 1, end - 1 - item, mask=inside)
 
 
 @triton.jit
@@ -75,6 +130,9 @@ def _attend(
     slots,
     lengths,
     query_starts,
+    tile_starts,
+    tiles,
+    num_works,
     scale,
     table_stride,
     block_stride,
@@ -92,12 +150,12 @@ def _attend(
     PRECISION: tl.constexpr,
 ):
     ROWS: tl.constexpr = TOKENS * GROUP
-    # The last tile of a prompt has the most keys: it begins first.
-    tile_of, head, work = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    item, head = tl.program_id(0), tl.program_id(1)
+    if item >= tl.load(tile_starts + num_works):
+        return
+    work, tile_of = tl.load(tiles + item * 2), tl.load(tiles + item * 2 + 1)
     first = tl.load(query_starts + work)
     count = tl.load(query_starts + work + 1) - first
-    if tile_of * TOKENS >= count:
-        return
     length = tl.load(lengths + work)
     table = tables + tl.load(slots + work).to(tl.int64) * table_stride
 

@@ -40,7 +40,7 @@ def attended(
     cache = filled_cache(kv_heads, head_dim, block_size)
     batch = batch_of(*chunks(lengths, block_size=block_size), block_size=block_size)
     q = torch.randn(len(batch.token_ids_N), heads, head_dim, generator=torch.Generator().manual_seed(1))
-    mine = PagedPlan(batch, cache).attend(q, cache, 1, scale=0.2, window=window)
+    mine = PagedPlan(batch).attend(q, cache, 1, scale=0.2, window=window)
     return mine, paged_attention(q, cache, 1, plan(batch, cache), scale=0.2, window=window)
 
 

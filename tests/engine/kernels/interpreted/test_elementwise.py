@@ -99,3 +99,24 @@ def test_a_step_is_laid_out_from_slots_and_positions() -> None:
     assert torch.equal(positions, where)
     assert torch.equal(writes, tables[at, where // 16].long() * 16 + where % 16)
     assert torch.equal(lengths, starts + 1)
+
+
+def test_works_are_laid_out_token_by_token() -> None:
+    """Decodes, chunks, works that are not there and tokens that are nobody's, for more tokens than a program has."""
+    counts = [1, 1, 1, 150, 3, 40, 0, 0]
+    slots, starts = torch.tensor([4, 0, 7, 2, 5, 1, 8, 8]).int(), torch.tensor([9, 63, 0, 5, 0, 17, 0, 0]).int()
+    ends = torch.tensor([0, *torch.tensor(counts).cumsum(0)]).int()
+    tokens, tables = torch.randint(0, 99, (9, 160), dtype=torch.int32), torch.randint(0, 50, (9, 10), dtype=torch.int32)
+    found = step.lay_out_works(
+        slots, starts, ends, torch.tensor([3]).int(), tokens, tables, num_tokens=256, block_size=16, spare_block=50
+    )
+    slots_N = slots.long().repeat_interleave(torch.tensor(counts))
+    positions_N = torch.cat([torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])
+    nobody = torch.zeros(256 - len(slots_N), dtype=torch.int64)
+    assert torch.equal(found.ids_N, torch.cat([tokens[slots_N, positions_N].long(), nobody]))
+    assert torch.equal(found.positions_N, torch.cat([positions_N, nobody]))
+    writes_N = tables[slots_N, positions_N // 16].long() * 16 + positions_N % 16
+    assert torch.equal(found.write_slots_N, torch.cat([writes_N, nobody + 50 * 16]))
+    assert found.lengths_S.tolist() == [10, 64, 1, 155, 3, 57, 0, 0]
+    assert found.decode_lengths_S.tolist() == [10, 64, 1, 0, 0, 0, 0, 0]
+    assert found.prefill_counts_S.tolist() == [0, 0, 0, 150, 3, 40, 0, 0]

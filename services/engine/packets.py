@@ -1,0 +1,192 @@
+"""What the host sends a captured step, and what the step makes of it.
+
+A captured step is of one `Form`: decodes of a fixed number of sequences, or a fixed number of tokens of any works. The host
+fills a packet of numbers, [rows, width] int32; everything else - the tokens, the blocks, the sampling parameters - the
+device finds in the `DeviceState`. What a step has less than its form computes in a slot and a block that are nobody's.
+
+Shapes: S works of the form, N tokens of the form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
+
+from torch import Tensor
+
+from services.engine.batch import Step
+from services.engine.ops.kernels.attention import Works
+from services.engine.ops.kernels.step import lay_out, lay_out_works
+from services.engine.state import Batch, DeviceState, Selection
+
+
+class Form(Protocol):
+    """The shape of a captured step."""
+
+    @property
+    def rows(self) -> int:
+        """Of its packet."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Of its packet."""
+        ...
+
+    def numbers(self, step: Step, *, spare_slot: int) -> list[list[int]]:
+        """The packet's rows."""
+        ...
+
+    def batch(self, packet: Tensor, state: DeviceState, *, spare_block: int) -> Batch:
+        """What the model is given. Its selection names nobody: the device alone knows whose the rows are."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Decodes:
+    """So many sequences, a token each, all of which sample."""
+
+    size: int
+
+    @property
+    def rows(self) -> int:
+        """Slots and positions."""
+        return 2
+
+    @property
+    def width(self) -> int:
+        """A number for each sequence."""
+        return _aligned(self.size)
+
+    def numbers(self, step: Step, *, spare_slot: int) -> list[list[int]]:
+        """As `Form.numbers`."""
+        return [
+            _filled([work.slot for work in step.works], self.width, spare_slot),
+            _filled([work.start for work in step.works], self.width, 0),
+        ]
+
+    def batch(self, packet: Tensor, state: DeviceState, *, spare_block: int) -> Batch:
+        """As `Form.batch`. A row that is nobody's is a first token in the spare slot."""
+        slots_S, starts_S = packet[:, : self.size].unbind(0)
+        ids, positions, writes, lengths = lay_out(
+            slots_S, starts_S, state.tokens, state.block_tables, block_size=state.block_size
+        )
+        nobody = slots_S[:0]
+        return Batch(
+            token_ids_N=ids,
+            positions_N=positions,
+            write_slots_N=writes,
+            block_tables=state.block_tables,
+            table_rows_S=slots_S,
+            query_starts=nobody,
+            kv_lengths_S=lengths,
+            sample_rows_R=None,
+            num_decodes=self.size,
+            query_lens=[1] * self.size,
+            kv_lens=[],
+            selection=Selection([], [], slots_S, lengths),
+            works=Works(slots_S, lengths, nobody, nobody, nobody, nobody, most_prefill=0),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """So many tokens, of decodes and of chunks of prompts; as many works as there are slots, or tokens if these are fewer."""
+
+    count: int
+    num_slots: int
+
+    @property
+    def rows(self) -> int:
+        """Slots, positions and first tokens of the works; rows, slots and positions to sample; how many are decodes."""
+        return 7
+
+    @property
+    def num_works(self) -> int:
+        """Most works."""
+        return min(self.count, self.num_slots)
+
+    @property
+    def width(self) -> int:
+        """A number for each work, and one more for where the last one's tokens end."""
+        return _aligned(self.num_works + 1)
+
+    def numbers(self, step: Step, *, spare_slot: int) -> list[list[int]]:
+        """As `Form.numbers`."""
+        works, width = step.works, self.width
+        ends = list(accumulate(work.count for work in works))
+        sampling = [(end - 1, work.slot, work.end) for end, work in zip(ends, works, strict=True) if work.samples]
+        return [
+            _filled([work.slot for work in works], width, spare_slot),
+            _filled([work.start for work in works], width, 0),
+            _filled([0, *ends], width, ends[-1]),
+            _filled([row for row, _, _ in sampling], width, 0),
+            _filled([slot for _, slot, _ in sampling], width, spare_slot),
+            _filled([position for _, _, position in sampling], width, 0),
+            _filled([step.num_decodes], width, 0),
+        ]
+
+    def batch(self, packet: Tensor, state: DeviceState, *, spare_block: int) -> Batch:
+        """As `Form.batch`. A token that is nobody's belongs to no work: nothing attends for it."""
+        slots_S, starts_S, _, sample_rows_S, sample_slots_S, sample_positions_S, _ = packet[:, : self.num_works].unbind(
+            0
+        )
+        query_starts = packet[2, : self.num_works + 1]
+        layout = lay_out_works(
+            slots_S,
+            starts_S,
+            query_starts,
+            packet[6, :1],
+            state.tokens,
+            state.block_tables,
+            num_tokens=self.count,
+            block_size=state.block_size,
+            spare_block=spare_block,
+        )
+        return Batch(
+            token_ids_N=layout.ids_N,
+            positions_N=layout.positions_N,
+            write_slots_N=layout.write_slots_N,
+            block_tables=state.block_tables,
+            table_rows_S=slots_S,
+            query_starts=query_starts,
+            kv_lengths_S=layout.lengths_S,
+            sample_rows_R=sample_rows_S,
+            num_decodes=self.num_works,
+            query_lens=[],
+            kv_lens=[],
+            selection=Selection([], [], sample_slots_S, sample_positions_S),
+            works=Works(
+                slots_S,
+                layout.decode_lengths_S,
+                slots_S,
+                layout.lengths_S,
+                layout.prefill_counts_S,
+                query_starts,
+                most_prefill=self.count,
+            ),
+        )
+
+
+def decode_sizes(most: int) -> list[int]:
+    """The numbers of sequences to capture, rising to `most`: a step has at most a few rows more than sequences."""
+    sizes = [1, 2, 4, *range(8, 32, 8), *range(32, 64, 16), *range(64, most + 32, 32)]
+    return [*(size for size in sizes if size < most), most]
+
+
+def token_counts(most: int) -> list[int]:
+    """The numbers of tokens to capture, rising to `most`: four to an octave, so that at most a fifth of a step is
+    nobody's."""
+    counts = [quarter << octave for octave in range(4, most.bit_length()) for quarter in (4, 5, 6, 7)]
+    return [*(count for count in counts if count < most), most]
+
+
+def _aligned(width: int) -> int:
+    """So that every row begins where wide loads may."""
+    return -(-width // 4) * 4
+
+
+def _filled(numbers: Seq[int], width: int, filler: int) -> list[int]:
+    return [*numbers, *[filler] * (width - len(numbers))]

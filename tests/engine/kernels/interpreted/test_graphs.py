@@ -1,0 +1,140 @@
+"""A whole engine as a GPU runs it: forms, packets and kernels. A replay is a second run, into the same tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import fields, is_dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import torch
+
+from services.engine.batch import Step, Work
+from services.engine.graphs import Graphs, Replay
+from services.engine.model_runner import Eager, ModelRunner
+from services.engine.models.decoder import Decoder
+from services.engine.ops.kernels import overlap
+from services.engine.packets import Decodes, Tokens, decode_sizes, token_counts
+from services.engine.sampler import Sampled, Sampler
+from services.engine.sequence import SamplingParams, Sequence, StopRules
+from services.engine.state import DeviceState
+from tests.engine.test_model_runner import Engine
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
+]
+
+T = TypeVar("T")
+NUM_SLOTS = 4
+
+
+class Again:
+    """Runs once more, and leaves what it finds where the first run did."""
+
+    def __init__(self, compute: Callable[[], object], first: object) -> None:
+        self._compute = compute
+        self._first = first
+
+    def replay(self) -> None:
+        _overwrite(self._first, self._compute())
+
+
+def capture(compute: Callable[[], T]) -> tuple[T, Replay]:
+    first = compute()
+    return first, Again(compute, first)
+
+
+def _overwrite(target: object, source: object) -> None:
+    if isinstance(target, torch.Tensor):
+        assert isinstance(source, torch.Tensor)
+        target.copy_(source)
+    elif isinstance(target, tuple):
+        assert isinstance(source, tuple)
+        for one, other in zip(target, source, strict=True):
+            _overwrite(one, other)
+    elif is_dataclass(target):
+        for field in fields(target):
+            _overwrite(getattr(target, field.name), getattr(source, field.name))
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor is taken for one of a GPU, whose kernels are interpreted."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda _: False))
+    monkeypatch.setattr(overlap, "_is_able", lambda _: False)
+
+
+def captured(folder: Path, **options: int) -> tuple[Engine, list[str]]:
+    """An engine whose steps are replayed, and what each step was replayed as."""
+    engine = Engine(folder, max_sequences=NUM_SLOTS, max_model_len=64, **options)  # type: ignore[arg-type]
+    model, cache = engine.model, engine.cache
+    assert isinstance(model, Decoder)
+    state = DeviceState(num_slots=NUM_SLOTS, max_len=64, block_size=cache.block_size)
+    sampler = Sampler(state)
+    replayed: list[str] = []
+    graphs = Graphs(model, cache, state, sampler, most_tokens=16, capture=capture)
+    run, fitting = graphs.run, graphs._fitting
+
+    def noted(step: Step) -> Sampled | None:
+        replayed.append(str(fitting(step).form))
+        return deepcopy(run(step))  # as the copy to the host, which the next step does not overtake
+
+    graphs.run = noted  # type: ignore[method-assign]
+    engine.runner = ModelRunner(Eager(model, cache, state, sampler), graphs)
+    return engine, replayed
+
+
+def asked(prompt_ids: list[int], max_tokens: int, **sampling: float) -> Sequence:
+    params = SamplingParams(**{"temperature": 0.0, "seed": 3, **sampling})  # type: ignore[arg-type]
+    return Sequence("r", 0, prompt_ids, params, StopRules(max_tokens))
+
+
+def requests() -> list[Sequence]:
+    """Greedy, drawn, and one that the captured sampler does not know; prompts longer than a captured step."""
+    story = [1, 403, 407, 261, 378, 398, 285, 322, 421, 395, 426, 338, 266, 298, 270, 273, 413, 302, 260, 413, 270]
+    return [
+        asked(story[:1], 6),
+        asked(story, 4),
+        asked(story[:3], 5, temperature=0.8),
+        asked(story[:5], 5, temperature=1.0, top_p=0.9),
+        asked(story[:18], 3),
+    ]
+
+
+def test_replayed_steps_say_what_operations_say(stories260k: Path, request: pytest.FixtureRequest) -> None:
+    """Decodes, chunks beside them, chunks that sample nothing, and steps too large to be captured: in float32 every token is
+    that of the reference."""
+    options = {"lookahead": 2, "max_step_tokens": 20, "num_blocks": 30}
+    expected = Engine(stories260k, max_sequences=NUM_SLOTS, **options).run(*requests())
+    request.getfixturevalue("kernels")
+    engine, replayed = captured(stories260k, **options)
+    assert engine.run(*requests()) == expected
+    assert {form.split("(")[0] for form in replayed} == {"Decodes", "Tokens"}
+
+
+def test_forms_grow_up_to_the_largest_step() -> None:
+    """Four to an octave of tokens, every size of a small batch; the largest is there, and none beyond it."""
+    assert decode_sizes(40) == [1, 2, 4, 8, 16, 24, 32, 40]
+    assert decode_sizes(256)[-3:] == [192, 224, 256]
+    assert token_counts(100) == [64, 80, 96, 100]
+    counts = token_counts(2048)
+    assert (counts[0], counts[-1]) == (64, 2048)
+    assert all(following <= previous * 1.25 for previous, following in pairwise(counts))
+
+
+def test_a_packet_names_nobody_beyond_its_step() -> None:
+    """Works that are not there have no tokens, and what is sampled for them is the spare slot's."""
+    step = Step(1, (Work(3, 7, 1, True), Work(0, 10, 4, False), Work(2, 0, 2, True)))
+    slots, starts, ends, rows, to, at, decodes = Tokens(16, 5).numbers(step, spare_slot=9)
+    assert slots[:5] == [3, 0, 2, 9, 9]
+    assert starts[:3] == [7, 10, 0]
+    assert ends[:6] == [0, 1, 5, 7, 7, 7]
+    assert (rows[:2], to[:5], at[:2]) == ([0, 6], [3, 2, 9, 9, 9], [8, 2])
+    assert decodes[0] == 1
+    decode = Step(2, (Work(3, 8, 1, True),))
+    assert Decodes(2).numbers(decode, spare_slot=9) == [[3, 9, 9, 9], [8, 0, 0, 0]]
