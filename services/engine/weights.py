@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import threading
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -86,6 +87,7 @@ class Checkpoint(Weights):
         self._folder = folder
         self._files = files
         self._untaken = set(files)
+        self._lock = threading.Lock()  # layers are read side by side
 
     @property
     def names(self) -> frozenset[str]:
@@ -96,7 +98,8 @@ class Checkpoint(Weights):
         return self._read(name, shape).to(device=self.device, dtype=self.dtype)
 
     def leave(self, prefix: str) -> None:
-        self._untaken -= {name for name in self._untaken if name.startswith(f"{prefix}.")}
+        with self._lock:
+            self._untaken -= {name for name in self._untaken if name.startswith(f"{prefix}.")}
 
     def fill(self, name: str, out: Tensor) -> None:
         out.copy_(self._read(name, tuple(out.shape)))
@@ -117,7 +120,8 @@ class Checkpoint(Weights):
         )
         if not tensor.is_floating_point():
             raise ConfigurationError(f"{self._folder}: the tensor {name} holds {tensor.dtype}; it must be unquantized")
-        self._untaken.discard(name)
+        with self._lock:
+            self._untaken.discard(name)
         return tensor
 
     def finish(self, *, ignored: Iterable[str] = ()) -> None:

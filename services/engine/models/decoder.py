@@ -19,6 +19,7 @@ from services.engine.layers.mlp import GatedMLP
 from services.engine.layers.moe import MoE
 from services.engine.layers.norm import RMSNorm
 from services.engine.layers.rotary import Rotary
+from services.engine.loading import build_layers
 from services.engine.models.spec import ModelSpec
 from services.engine.ops import attention
 from services.engine.ops.rotary import Angles
@@ -63,9 +64,9 @@ class Decoder:
         self.max_positions = spec.max_positions
         self._embedding = Embedding(weights, "model.embed_tokens", vocab_size=spec.vocab_size, size=spec.hidden)
         self._rotary = Rotary(spec.rotary, device=weights.device)
-        self._layers = [
-            Layer(weights.under(f"model.layers.{index}"), spec, layer=index) for index in range(spec.layers)
-        ]
+        self._layers = build_layers(
+            lambda index: Layer(weights.under(f"model.layers.{index}"), spec, layer=index), spec.layers
+        )
         self._norm = RMSNorm(weights, "model.norm", size=spec.hidden, eps=spec.norm_eps)
         if spec.tied:
             head_VI, name = self._embedding.weight_VI, "model.embed_tokens"

@@ -1,0 +1,52 @@
+"""Builds a model's layers side by side.
+
+To read a layer's tensors is to wait for a disk, for pages to be mapped, and for a copy to a GPU; none of that needs
+Python's lock. Threads of torch's own would only get in each other's way, so each of these has one.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from typing import TypeVar
+
+import structlog
+import torch
+
+log = structlog.stdlib.get_logger(__name__)
+
+T = TypeVar("T")
+
+MOST_THREADS = 8
+"""More do not read faster than a disk, and each holds a layer's tensors in the host's memory for a moment."""
+
+PROGRESS_SECONDS = 5.0
+"""How often a long load says how far it is."""
+
+
+def build_layers(build: Callable[[int], T], count: int) -> list[T]:
+    """What `build` makes of 0 to count - 1, in this order. Where it raises, that of the first layer that failed is raised,
+    and layers that are not begun are left."""
+    threads = torch.get_num_threads()
+    workers = min(MOST_THREADS, len(os.sched_getaffinity(0)), count)
+    pool = ThreadPoolExecutor(workers, "load", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        layers = [pool.submit(build, index) for index in range(count)]
+        _tell_progress(layers)
+        return [layer.result() for layer in layers]
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # which is the process's
+
+
+def _tell_progress(layers: list[Future[T]]) -> None:
+    """Waits for all, or for the first that fails."""
+    told = time.monotonic()
+    for done, layer in enumerate(as_completed(layers), 1):
+        if layer.exception() is not None:
+            return
+        if time.monotonic() - told > PROGRESS_SECONDS and done < len(layers):
+            told = time.monotonic()
+            log.info("loading", layers=f"{done} of {len(layers)}")
