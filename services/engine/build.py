@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,9 @@ import structlog
 import torch
 
 from holdfast.errors import ConfigurationError
-from services.engine import models
+from services.engine import memory, models
 from services.engine.kv_cache import KVCache, KVLayout
-from services.engine.kv_format import formats_of
+from services.engine.kv_format import KVFormat, formats_of
 from services.engine.model_runner import Eager, ModelRunner
 from services.engine.models import Model
 from services.engine.models.decoder import Decoder
@@ -24,9 +25,6 @@ from services.engine.shard import ALONE, Shard
 from services.engine.state import DeviceState
 
 log = structlog.stdlib.get_logger(__name__)
-
-GPU_SHARE = 0.85
-"""Of the memory that is free once the model is loaded, what the KV cache takes. The rest is for activations."""
 
 GPU_LOOKAHEAD = 2
 """Steps in flight behind the oldest one on a GPU: one that runs, and one so that it never waits for the host."""
@@ -129,11 +127,12 @@ def _cache(settings: EngineSettings, model: Model, device: torch.device, shard: 
             f"kv_cache_dtype is {settings.kv_cache_dtype}, but kernels for keys and values in 8 bits are not there yet; say auto"
         )
     block_bytes = KVLayout(shape, settings.block_size, formats).block_bytes
-    num_blocks = settings.cache_blocks or shard.least(_memory(settings, device, shard) // block_bytes, device)
-    if num_blocks < 2:
+    room = settings.cache_bytes // shard.count if device.type == "cpu" else _gpu_room(settings, model, formats, device)
+    holds = shard.least(room // block_bytes, device)
+    num_blocks = settings.cache_blocks or holds
+    if num_blocks < 2 or (device.type == "cuda" and num_blocks > holds):
         raise ConfigurationError(
-            f"a block of {settings.block_size} tokens takes {block_bytes:,} bytes; cache_bytes "
-            f"({settings.cache_bytes:,}) must hold two at least"
+            _no_room(settings, device, block_bytes=block_bytes, num_blocks=num_blocks, holds=holds)
         )
     try:
         return KVCache(shape, num_blocks=num_blocks, block_size=settings.block_size, device=device, formats=formats)
@@ -143,12 +142,48 @@ def _cache(settings: EngineSettings, model: Model, device: torch.device, shard: 
         ) from error
 
 
-def _memory(settings: EngineSettings, device: torch.device, shard: Shard) -> int:
-    """Bytes that a rank's cache may take."""
+def _gpu_room(settings: EngineSettings, model: Model, formats: Seq[KVFormat], device: torch.device) -> int:
+    """Bytes of a GPU that a rank's cache may take."""
+    largest = memory.Largest(settings.max_step_tokens, settings.max_sequences, settings.block_size)
+    try:
+        step = memory.step_bytes(model, largest, formats=formats, device=device)
+    except torch.OutOfMemoryError as error:
+        raise ConfigurationError(
+            f"no memory for a step of max_step_tokens ({settings.max_step_tokens:,}) tokens and max_sequences "
+            f"({settings.max_sequences:,}) sequences beside the weights; lower either"
+        ) from error
+    captured = 0
+    if isinstance(model, Decoder):
+        from services.engine.graphs import MOST_TOKENS, num_forms  # needs Triton, which a CPU does without
+
+        forms = num_forms(num_slots=settings.max_sequences, most_tokens=settings.max_step_tokens)
+        captured = memory.captured_bytes(
+            step=step, largest=largest, most_tokens=MOST_TOKENS, forms=forms, vocab_size=model.vocab_size
+        )
+    slots = memory.slot_bytes(
+        num_slots=settings.max_sequences,
+        max_len=settings.max_model_len or model.max_positions,
+        block_size=settings.block_size,
+    )
+    free, total = torch.cuda.mem_get_info(device)
+    room = memory.room_for_cache(
+        free=free, total=total, share=settings.gpu_memory_share, step=step, captured=captured, slots=slots
+    )
+    log.info("memory", free=free, step=step, captured=captured, slots=slots, cache=room)
+    return room
+
+
+def _no_room(settings: EngineSettings, device: torch.device, *, block_bytes: int, num_blocks: int, holds: int) -> str:
     if device.type == "cpu":
-        return settings.cache_bytes // shard.count
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free * GPU_SHARE)
+        return (
+            f"a block of {settings.block_size} tokens takes {block_bytes:,} bytes; cache_bytes "
+            f"({settings.cache_bytes:,}) must hold two at least"
+        )
+    return (
+        f"the KV cache should have {max(num_blocks, 2):,} blocks of {block_bytes:,} bytes, but beside weights and steps the GPU has "
+        f"room for {holds:,}; lower cache_blocks, max_step_tokens or max_sequences, or raise gpu_memory_share "
+        f"({settings.gpu_memory_share})"
+    )
 
 
 def _max_model_len(settings: EngineSettings, model: Model, cache: KVCache) -> int:

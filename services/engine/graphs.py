@@ -178,6 +178,11 @@ class CudaCapture:
         return result, graph
 
 
+def num_forms(*, num_slots: int, most_tokens: int) -> int:
+    """How many steps are captured."""
+    return len(decode_sizes(num_slots)) + len(token_counts(min(most_tokens, MOST_TOKENS)))
+
+
 def _is_decode(step: Step) -> bool:
     """Whether every work computes one token and samples the next."""
     return step.num_decodes == len(step.works) and all(work.samples for work in step.works)

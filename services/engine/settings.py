@@ -62,6 +62,8 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     number, a range like 2..5, negative from the end, or *, as in 0..1=auto,-2..-1=auto,*=fp8_e4m3."""
     cache_blocks: Annotated[int, Field(ge=2)] | None = None
     """KV blocks in all; by default as many as `cache_bytes` holds."""
+    gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Of the whole memory of a GPU, up to where the engine fills it; what is left is for others."""
     cache_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30
     """Memory for the KV cache on a CPU."""
     prefix_cache: bool = True

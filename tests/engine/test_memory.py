@@ -1,0 +1,63 @@
+"""What is left of a GPU's memory for keys and values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from services.engine import models
+from services.engine.kv_format import formats_of
+from services.engine.memory import Largest, captured_bytes, room_for_cache, run_largest, slot_bytes
+from services.engine.models import Model
+from services.engine.state import Batch
+
+
+@pytest.mark.parametrize(("num_tokens", "num_slots"), [(100, 7), (5, 8), (64, 1), (12, 8)])
+def test_the_largest_step_has_every_token_and_every_sequence_that_there_may_be(num_tokens: int, num_slots: int) -> None:
+    """Decodes, works of one token, stand before the rest; each work has blocks of its own."""
+    largest = Largest(num_tokens, num_slots, block_size=16)
+    step = largest.step()
+    assert step.num_tokens == num_tokens
+    assert len(step.works) == min(num_tokens, num_slots) == len(step.admitted)
+    assert all(work.samples for work in step.works)
+    assert step.num_decodes == sum(work.count == 1 for work in step.works)
+    blocks = [block for growth in step.grown for block in growth.blocks]
+    assert len(blocks) == len(set(blocks)) == largest.num_blocks
+    assert all(len(growth.blocks) * 16 >= work.count for growth, work in zip(step.grown, step.works, strict=True))
+
+
+def test_the_largest_step_is_computed(stories260k: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a real model, in a cache of 8 bits too; the model is given all of it, and the sampler everything to do."""
+    model = models.load(stories260k)
+    seen: list[tuple[int, int]] = []
+    forward = model.forward
+
+    def watched(batch: Batch, *rest: object) -> torch.Tensor:
+        seen.append((len(batch.token_ids_N), len(batch.selection)))
+        return forward(batch, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(model, "forward", watched)
+    for format in ("auto", "int8"):
+        formats = formats_of(format, num_layers=model.kv_shape.layers)
+        run_largest(model, Largest(100, 7, block_size=32), formats=formats, device=torch.device("cpu"))
+    assert seen == [(100, 7), (100, 7)]
+
+
+def test_what_is_free_is_shared_between_the_cache_and_everything_else() -> None:
+    """Nothing is counted twice, and a cache is never promised less than nothing."""
+    parts = {"step": 10, "captured": 5, "slots": 1}
+    assert room_for_cache(free=80, total=100, share=0.9, **parts) == 80 - 10 - 10 - 5 - 1
+    assert room_for_cache(free=20, total=100, share=0.9, **parts) == 0
+    largest = Largest(8192, 256, block_size=64)
+    captured = captured_bytes(step=8 << 30, largest=largest, most_tokens=2048, forms=40, vocab_size=1000)
+    assert captured == (2 << 30) + 4 * 256 * 1000 + (40 * 8 << 20)
+    assert slot_bytes(num_slots=3, max_len=100, block_size=64) == 4 * 4 * (100 + 2)
+
+
+def test_a_model_is_all_that_is_needed(stories260k: Path) -> None:
+    """Whoever computes it: the largest step is the engine's own."""
+    model: Model = models.load(stories260k, implementation="transformers")
+    formats = formats_of("auto", num_layers=model.kv_shape.layers)
+    run_largest(model, Largest(20, 3, block_size=16), formats=formats, device=torch.device("cpu"))
