@@ -23,12 +23,14 @@ from holdfast.telemetry import metrics_server, tracing
 from holdfast.topics import TOPICS
 from holdfast.v1 import engine_pb2
 from services.engine.blocks import BlockPool
-from services.engine.build import Computer, build_apart
+from services.engine.build import Facts, build_apart
 from services.engine.engine import Engine, running
 from services.engine.identity import fingerprint, num_parameters
+from services.engine.loop import Runner
 from services.engine.metrics import EngineMetrics
 from services.engine.models.spec import eos_token_ids
-from services.engine.offload import StoreClient
+from services.engine.offload import Cache, StoreClient
+from services.engine.ranks import group as ranks
 from services.engine.scheduler import Limits, Scheduler
 from services.engine.servicer import EngineServicer, servicer
 from services.engine.settings import EngineSettings
@@ -58,37 +60,37 @@ async def serve(
     Raises:
         ConfigurationError: the settings do not fit the model or the machine, or an address cannot be bound.
         Unavailable: the log cannot be reached.
-        InternalError: (from the block) the step thread failed.
+        InternalError: (from the block) the step thread failed, or a rank did.
     """
     limits = _limits(settings)
     folder = await asyncio.to_thread(models.resolve, settings.model, weights=settings.load_format != "dummy")
-    computer = await build_apart(settings, folder)
-    served = _served(settings, folder, computer)
-    namespace = await asyncio.to_thread(_namespace, settings, folder, computer)
     name = settings.name or f"{socket.gethostname()}-{os.getpid()}"
     registry = registry or CollectorRegistry()
     metrics = EngineMetrics(registry)
     async with AsyncExitStack() as parts:
         enter = parts.enter_async_context
+        facts, runner, cache = await enter(_computing(settings, folder))
+        served = _served(settings, folder, facts)
+        namespace = await asyncio.to_thread(_namespace, settings, folder, facts)
         tracer = parts.enter_context(tracing("engine"))
         metrics_port = await enter(metrics_server(settings.metrics_address, registry))
         joined = bus if bus is not None else await enter(_kafka(settings))
         await joined.create_topics(TOPICS)
-        store = StoreClient(settings.kvstore, computer.cache, namespace=namespace, metrics=metrics)
+        store = StoreClient(settings.kvstore, cache, namespace=namespace, metrics=metrics)
         engine = Engine(
             joined,
-            Scheduler(_pool(settings, computer, namespace), replace(limits, lookahead=computer.lookahead)),
-            computer.runner,
+            Scheduler(_pool(settings, facts, namespace), replace(limits, lookahead=facts.lookahead)),
+            runner,
             name=name,
             served=served,
             incarnation=settings.incarnation,
             drain_seconds=settings.drain_seconds,
-            store=(store, computer.cache) if settings.kvstore else None,
+            store=(store, cache) if settings.kvstore else None,
             metrics=metrics,
             tracer=tracer,
         )
         implementation = EngineServicer(
-            _info(settings, folder, computer, name=name, served=served),
+            _info(settings, folder, facts, name=name, served=served),
             load=lambda: engine.steps.load,
             is_draining=lambda: engine.intake.is_draining,
             drain=engine.intake.drain,
@@ -98,6 +100,17 @@ async def serve(
             await server.health.ready()
             yield EngineAddresses(address=server.address, metrics_port=metrics_port)
             await server.health.not_ready()
+
+
+@asynccontextmanager
+async def _computing(settings: EngineSettings, folder: Path) -> AsyncIterator[tuple[Facts, Runner[Any], Cache]]:
+    """What computes steps, and where it keeps keys and values: in the step thread, or in a process for each rank."""
+    if settings.tensor_parallel == 1:
+        computer = await build_apart(settings, folder)
+        yield computer.facts, computer.runner, computer.cache
+    else:
+        async with ranks.started(settings, folder) as group:
+            yield group.facts, group, group
 
 
 def _limits(settings: EngineSettings) -> Limits:
@@ -119,25 +132,25 @@ def _kafka(settings: EngineSettings) -> Any:
     return KafkaBus(settings.kafka, client_id=client_id, namespace=settings.kafka_namespace)
 
 
-def _namespace(settings: EngineSettings, folder: Path, computer: Computer) -> bytes:
+def _namespace(settings: EngineSettings, folder: Path, facts: Facts) -> bytes:
     """Names all that the keys and values of a token depend on beside the tokens up to it, and how they lie in a block."""
     weights = "dummy" if settings.load_format == "dummy" else fingerprint(folder).hex()
-    computed = (weights, computer.cache.layout, computer.device.type, sys.byteorder)
+    computed = (weights, facts.layout, settings.tensor_parallel, facts.device, sys.byteorder)
     return sha256(repr(computed).encode()).digest()
 
 
-def _served(settings: EngineSettings, folder: Path, computer: Computer) -> Served:
+def _served(settings: EngineSettings, folder: Path, facts: Facts) -> Served:
     return Served(
         model=settings.served_model_name or models.served_name(settings.model),
-        context_length=computer.max_model_len,
-        vocab_size=computer.model.vocab_size,
+        context_length=facts.max_model_len,
+        vocab_size=facts.vocab_size,
         stop_token_ids=eos_token_ids(folder),
     )
 
 
-def _pool(settings: EngineSettings, computer: Computer, namespace: bytes) -> BlockPool:
+def _pool(settings: EngineSettings, facts: Facts, namespace: bytes) -> BlockPool:
     return BlockPool(
-        computer.cache.num_blocks,
+        facts.num_blocks,
         block_size=settings.block_size,
         salt=namespace,
         keeps_prefixes=settings.prefix_cache,
@@ -145,7 +158,7 @@ def _pool(settings: EngineSettings, computer: Computer, namespace: bytes) -> Blo
 
 
 def _info(
-    settings: EngineSettings, folder: Path, computer: Computer, *, name: str, served: Served
+    settings: EngineSettings, folder: Path, facts: Facts, *, name: str, served: Served
 ) -> engine_pb2.GetInfoResponse:
     return engine_pb2.GetInfoResponse(
         engine=name,
@@ -153,9 +166,9 @@ def _info(
         context_length=served.context_length,
         max_sequences=settings.max_sequences,
         block_size=settings.block_size,
-        num_blocks=computer.cache.num_blocks,
-        device=computer.device.type,
-        dtype=str(computer.model.kv_shape.dtype).removeprefix("torch."),
+        num_blocks=facts.num_blocks,
+        device=facts.device,
+        dtype=str(facts.layout.shape.dtype).removeprefix("torch."),
         num_parameters=num_parameters(folder),
     )
 

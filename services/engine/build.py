@@ -33,6 +33,22 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 @dataclass(frozen=True, slots=True)
+class Facts:
+    """What the engine around it must know of what computes; plain data."""
+
+    vocab_size: int
+    layout: KVLayout
+    """Of a block of the cache, or of a rank's part of one."""
+    num_blocks: int
+    max_model_len: int
+    """Most tokens of a sequence."""
+    lookahead: int
+    """How many steps to launch before the result of the oldest is waited for, that one apart."""
+    device: str
+    """Its type."""
+
+
+@dataclass(frozen=True, slots=True)
 class Computer:
     """What computes steps."""
 
@@ -44,6 +60,18 @@ class Computer:
     lookahead: int
     """How many steps to launch before the result of the oldest is waited for, that one apart."""
     device: torch.device
+
+    @property
+    def facts(self) -> Facts:
+        """What others must know of it."""
+        return Facts(
+            vocab_size=self.model.vocab_size,
+            layout=self.cache.layout,
+            num_blocks=self.cache.num_blocks,
+            max_model_len=self.max_model_len,
+            lookahead=self.lookahead,
+            device=self.device.type,
+        )
 
 
 async def build_apart(settings: EngineSettings, folder: Path) -> Computer:

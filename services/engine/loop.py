@@ -124,6 +124,8 @@ class StepLoop(Generic[L]):
     async def watch(self) -> None:
         """Raises InternalError when the thread, or who takes its news, fails; never returns before that, or its end."""
         await self._ended.wait()
+        if isinstance(self._error, InternalError):
+            raise self._error
         if self._error is not None:
             raise InternalError(f"the engine's step failed: {self._error!r}") from self._error
 

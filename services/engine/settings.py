@@ -65,10 +65,12 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Of the whole memory of a GPU, up to where the engine fills it; what is left is for others."""
     cache_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30
-    """Memory for the KV cache on a CPU."""
+    """Memory for the KV cache on a CPU, of all ranks together."""
     prefix_cache: bool = True
     """Whether blocks of earlier sequences are found again by their content."""
     kvstore: str = ""
     """`host:port` of a KV store for prefixes that this engine no longer holds; empty for none."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """Threads of the CPU executor; by default one for each core."""
+    """Threads of the CPU executor, in each rank; by default one for each core there is."""
+    tensor_parallel: Annotated[int, Field(ge=1, le=8)] = 1
+    """Over how many devices of this machine each layer is split, a process for each: GPUs, or processes alone on a CPU."""

@@ -1,0 +1,120 @@
+"""One rank: a process that computes its shard of every step, and asks nobody why."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import structlog
+import torch
+
+from holdfast.errors import ConfigurationError
+from holdfast.telemetry import configure_logs
+from services.engine.batch import Step
+from services.engine.build import Computer, build, device_of
+from services.engine.model_runner import Launched
+from services.engine.ranks.messages import (
+    Failed,
+    ReadBlock,
+    Ready,
+    Refused,
+    Report,
+    Stop,
+    WriteBlock,
+    packed_result,
+    unpacked,
+)
+from services.engine.ranks.ring import Reader, Ring, Writer
+from services.engine.settings import EngineSettings
+from services.engine.shard import Shard
+
+log = structlog.stdlib.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """What a rank has in common with the front."""
+
+    orders: Ring
+    """To all ranks."""
+    results: Ring
+    """From the first rank."""
+    parts: Ring
+    """Of blocks, from this one."""
+    reports: Connection
+    """From this one: that it is ready, and why it ends."""
+    port: int
+    """Where the ranks meet."""
+
+
+def run(shard: Shard, settings: EngineSettings, folder: Path, links: Links, *, service: str, log_level: str) -> None:
+    """The whole life of a rank's process. It ends by an order, with an error, or with the front, whatever it does then."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)  # sent to all processes of a group at once; the front decides
+    threading.Thread(target=_end_with_the_front, daemon=True).start()
+    configure_logs(service, level=log_level)
+    structlog.contextvars.bind_contextvars(rank=shard.rank)
+    try:
+        _live(shard, settings, folder, links)
+    except ConfigurationError as error:
+        _leave(links, Refused(str(error)), code=2)
+    except BaseException as error:
+        log.exception("the rank failed")
+        _leave(links, Failed(f"{type(error).__name__}: {error}"), code=1)
+
+
+def _live(shard: Shard, settings: EngineSettings, folder: Path, links: Links) -> None:
+    device = device_of(settings, shard)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with shard.joined(links.port, device):
+        computer = build(settings, folder, shard)
+        links.reports.send(Ready(computer.facts))
+        _obey(shard, computer, links)
+
+
+def _obey(shard: Shard, computer: Computer, links: Links) -> None:
+    """Does what is ordered, in order. Steps are launched before older ones are collected: as far ahead as the front sends
+    them."""
+    orders, results, parts = Reader(links.orders, shard.rank), Writer(links.results), Writer(links.parts)
+    in_flight: deque[Launched] = deque()
+    while True:
+        if in_flight and not orders.has_message:
+            results.send(packed_result(computer.runner.collect(in_flight.popleft())))
+            continue
+        match unpacked(orders.receive()):
+            case Step() as step:
+                launched = computer.runner.launch(step)
+                if shard.rank == 0:  # the others would say the same
+                    in_flight.append(launched)
+            case ReadBlock(block):
+                parts.send(computer.cache.read_block(block))
+            case WriteBlock(block, content):
+                size = computer.cache.block_bytes
+                computer.cache.write_block(block, memoryview(content)[shard.rank * size :][:size])
+            case Stop():
+                return
+
+
+def _leave(links: Links, last: Report, *, code: int) -> None:
+    """At once: libraries that wait for the other ranks when they are taken down would wait for ever."""
+    with contextlib.suppress(OSError):  # the front may be gone
+        links.reports.send(last)
+    logging.shutdown()
+    os._exit(code)
+
+
+def _end_with_the_front() -> None:
+    """However it ended, and even where this process waits for a device or another rank."""
+    front = multiprocessing.parent_process()
+    assert front is not None
+    wait([front.sentinel])
+    os._exit(1)
