@@ -9,8 +9,9 @@ import multiprocessing
 import select
 import signal
 import threading
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -121,10 +122,14 @@ class RankGroup:
                 self._send(Stop())
                 for each in self._ranks:
                     each.process.join(STOP_SECONDS)
+        self._error = self._error or InternalError("the ranks have ended")
         for each in self._ranks:
-            each.end()
-        for ring in (self._orders, self._results, *self._parts):
-            ring.close()
+            each.kill()
+        with self._reading:  # whoever still waits for a block has heard of it
+            for each in self._ranks:
+                each.close()
+            for ring in (self._orders, self._results, *self._parts):
+                ring.close()
 
     # As a runner.
 
@@ -154,6 +159,8 @@ class RankGroup:
 
     def _send(self, order: Order) -> None:
         with self._ordering:
+            if self._error is not None:
+                raise self._error
             self._order.send(packed(order))
 
     def _wait(self, fd: int) -> None:
@@ -196,7 +203,7 @@ class _Rank:
             name=f"holdfast-rank-{shard.rank}",
             daemon=True,
         )
-        with theirs:
+        with theirs, _unheard_signals():
             self.process.start()
 
     def hear(self) -> Report | None:
@@ -222,12 +229,27 @@ class _Rank:
             return f"{who} was killed by {signal.Signals(-code).name}"
         return f"{who} ended with exit code {code}"
 
-    def end(self) -> None:
-        """Kills it where it still runs."""
+    def kill(self) -> None:
+        """Ends it where it still runs, and returns when it is gone."""
         self.process.kill()
         self.process.join()
+
+    def close(self) -> None:
+        """Forgets it."""
         self.process.close()
         self.reports.close()
+
+
+@contextmanager
+def _unheard_signals() -> Iterator[None]:
+    """Processes that are started here never hear of SIGINT and SIGTERM, which terminals and service managers send to all
+    processes of a group: the front decides what they mean."""
+    resource_tracker.ensure_running()  # or multiprocessing starts it now, and lifts the mask after that
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 async def _readable(connections: Iterable[Connection]) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import signal
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -57,8 +56,6 @@ class Links:
 
 def run(shard: Shard, settings: EngineSettings, folder: Path, links: Links, *, service: str, log_level: str) -> None:
     """The whole life of a rank's process. It ends by an order, with an error, or with the front, whatever it does then."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)  # sent to all processes of a group at once; the front decides
     threading.Thread(target=_end_with_the_front, daemon=True).start()
     configure_logs(service, level=log_level)
     structlog.contextvars.bind_contextvars(rank=shard.rank)
