@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import structlog
 import torch
 
 from holdfast.errors import ConfigurationError
+from holdfast.models import cache_folder
 from services.engine import memory, models
 from services.engine.kv_cache import KVCache, KVLayout
 from services.engine.kv_format import KVFormat, formats_of
@@ -74,6 +78,21 @@ class Computer:
         )
 
 
+class Took:
+    """How long the phases of a start took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        """By name: `weights` are read, the `cache` is sized and made, `steps` are captured."""
+
+    @contextmanager
+    def noted(self, phase: str) -> Iterator[None]:
+        """The block is this phase."""
+        start = time.monotonic()
+        yield
+        self.seconds[phase] = round(time.monotonic() - start, 2)
+
+
 async def build_apart(settings: EngineSettings, folder: Path) -> Computer:
     """As `build`, beside the event loop, in a thread that ends with it.
 
@@ -93,19 +112,26 @@ def build(settings: EngineSettings, folder: Path, shard: Shard = ALONE) -> Compu
     that torch uses in this process. Raises `ConfigurationError` where the settings do not fit the model or the machine."""
     device = device_of(settings, shard)
     torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) // shard.count))
-    model = models.load(
-        folder,
-        implementation=settings.implementation,
-        dtype=_DTYPES.get(settings.dtype),
-        device=device,
-        load_format=settings.load_format,
-        shard=shard,
-    )
-    cache = _cache(settings, model, device, shard)
+    # Kernels are compiled once for a machine, and lie where models do: in a container, on what outlives it.
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder() / "triton"))
+    took = Took()
+    with took.noted("weights"):
+        model = models.load(
+            folder,
+            implementation=settings.implementation,
+            dtype=_DTYPES.get(settings.dtype),
+            device=device,
+            load_format=settings.load_format,
+            shard=shard,
+        )
+    with took.noted("cache"):
+        cache = _cache(settings, model, device, shard)
     max_model_len = _max_model_len(settings, model, cache)
     state = DeviceState(
         num_slots=settings.max_sequences, max_len=max_model_len, block_size=settings.block_size, device=device
     )
+    with took.noted("steps"):
+        runner = _runner(settings, model, cache, state)
     log.info(
         "model loaded",
         folder=str(folder),
@@ -116,8 +142,8 @@ def build(settings: EngineSettings, folder: Path, shard: Shard = ALONE) -> Compu
         cache_tokens=cache.num_blocks * cache.block_size,
         max_model_len=max_model_len,
         threads=torch.get_num_threads(),
+        seconds=took.seconds,
     )
-    runner = _runner(settings, model, cache, state)
     lookahead = GPU_LOOKAHEAD if device.type == "cuda" else 0
     return Computer(model, cache, runner, max_model_len, lookahead, device)
 
