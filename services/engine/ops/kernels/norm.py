@@ -7,19 +7,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from services.engine.ops.kernels import quantize
 from services.engine.ops.kernels.overlap import overlapped, wait
+from services.engine.ops.quantize import Quantized, RowScaled
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `ops.norm.rms_norm`. The last dimension of x is dense."""
-    size = weight.shape[0]
-    rows = x.reshape(-1, size)
+    rows = x.reshape(-1, weight.shape[0])
     out = torch.empty_like(rows)
+    _launch(rows, weight, out, eps)
+    return out.view(x.shape)
+
+
+def rms_norm_quantized(x_NI: Tensor, weight: Tensor, eps: float, form: RowScaled) -> Quantized:
+    """As `ops.norm.rms_norm` in this form. The last dimension of x is dense."""
+    out = quantize.empty(*x_NI.shape, form, device=x_NI.device)
+    _launch(x_NI, weight, out.values_NI, eps, scales=out.scales_N, largest=form.largest)
+    return out
+
+
+def _launch(
+    rows: Tensor, weight: Tensor, out: Tensor, eps: float, scales: Tensor | None = None, largest: float | None = None
+) -> None:
+    size = weight.shape[0]
     width = triton.next_power_of_2(size)
     _rms_norm[(rows.shape[0],)](
-        rows, weight, out, rows.stride(0), eps, SIZE=size, WIDTH=width, num_warps=_warps(width), **overlapped(x)
+        rows,
+        weight,
+        out,
+        rows.stride(0),
+        eps,
+        scales,
+        largest,
+        SIZE=size,
+        WIDTH=width,
+        num_warps=_warps(width),
+        **overlapped(rows),
     )
-    return out.view(x.shape)
 
 
 def _warps(width: int) -> int:
@@ -28,7 +53,18 @@ def _warps(width: int) -> int:
 
 
 @triton.jit
-def _rms_norm(x, weight, out, row_stride, eps, SIZE: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr):
+def _rms_norm(
+    x,
+    weight,
+    out,
+    row_stride,
+    eps,
+    scales,
+    largest,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     inside = column < SIZE
@@ -36,4 +72,8 @@ def _rms_norm(x, weight, out, row_stride, eps, SIZE: tl.constexpr, WIDTH: tl.con
     wait(OVERLAP)
     values = tl.load(x + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(values * values, 0) / SIZE + eps)
-    tl.store(out + row * SIZE + column, values * scale * w.to(tl.float32), mask=inside)
+    if scales is None:
+        tl.store(out + row * SIZE + column, values * scale * w.to(tl.float32), mask=inside)
+    else:
+        rounded = (values * scale * w.to(tl.float32)).to(x.dtype.element_ty).to(tl.float32)
+        quantize.store_quantized(rounded, row, out, scales, largest, SIZE, WIDTH)

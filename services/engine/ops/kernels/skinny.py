@@ -48,9 +48,14 @@ def matmul(
     bias_O: Tensor | None = None,
     add: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    scales: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+    columns: int = _COLUMNS,
+    warps: int = 4,
+    stages: int = 4,
 ) -> Tensor:
     """x @ weight.T + bias + add, [M, O], in the dtype of x or another one. `split` and `counters`: those of the
-    matrix; where nothing is split, no counters are needed."""
+    matrix; where nothing is split, no counters are needed. `scales`: of the rows of x and of the matrix, which the product
+    is multiplied with."""
     assert split == 1 or counters is not None
     (num_rows, inputs), outputs = x_MI.shape, weight_OI.shape[0]
     out = torch.empty((num_rows, outputs), dtype=dtype or x_MI.dtype, device=x_MI.device)
@@ -64,17 +69,18 @@ def matmul(
         x_MI if add is None else add,
         parts,
         parts if counters is None else counters,
+        *scales,
         num_rows,
         O=outputs,
         I=inputs,
         M=padded,
         ROWS=_ROWS,
-        COLUMNS=_COLUMNS,
+        COLUMNS=columns,
         SPLIT=split,
         BIAS=bias_O is not None,
         ADD=add is not None,
-        num_warps=4,
-        num_stages=4,
+        num_warps=warps,
+        num_stages=stages,
         **overlapped(x_MI),
     )
     return out
@@ -89,6 +95,8 @@ def _matmul(
     add,
     parts,
     counters,
+    scales_x,
+    scales_weight,
     num_rows,
     O: tl.constexpr,
     I: tl.constexpr,
@@ -124,6 +132,9 @@ def _matmul(
         total = tl.zeros((ROWS, M), tl.float32)
         for other in tl.static_range(SPLIT):
             total += tl.load(parts + other * M * O + at)
+    if scales_x is not None:
+        total *= tl.load(scales_x + row, mask=inside, other=0.0)[None, :]
+        total *= tl.load(scales_weight + output)[:, None]
     if BIAS:
         total += tl.load(bias + output).to(tl.float32)[:, None]
     if ADD:

@@ -1,0 +1,45 @@
+"""Activations in eight bits, each row with a scale of its own.
+
+Shapes: N rows, I features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SMALLEST = 2.0**-100
+"""The least that counts as a row's largest value, so that a row of zeros can be divided by it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowScaled:
+    """A row is scaled so that its largest value becomes the largest of `dtype`, and then rounded."""
+
+    dtype: torch.dtype
+
+    @property
+    def largest(self) -> float:
+        return torch.finfo(self.dtype).max
+
+
+class Quantized(NamedTuple):
+    """Rows as values_NI * scales_N[:, None]. A row that held a value which is not finite holds one still."""
+
+    values_NI: Tensor
+    scales_N: Tensor
+    """float32."""
+
+
+def quantize(x_NI: Tensor, form: RowScaled) -> Quantized:
+    """The rows of x in this form: scaled in float32, rounded to the nearest value, ties to even."""
+    if x_NI.is_cuda:
+        from services.engine.ops.kernels import quantize as kernels
+
+        return kernels.quantize(x_NI, form)
+    peaks_N = x_NI.abs().amax(-1).float().clamp_(min=SMALLEST)
+    values_NI = (x_NI * (form.largest / peaks_N)[:, None]).to(form.dtype)
+    return Quantized(values_NI, peaks_N / form.largest)

@@ -1,0 +1,76 @@
+"""Products of eight-bit activations and weights that carry a scale for each row.
+
+Shapes: O outputs, I inputs, N rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from services.engine.ops import linear
+from services.engine.ops.quantize import Quantized
+
+ROWS, COLUMNS = 64, 64
+"""A matrix must fall into tiles of that to be multiplied on a GPU."""
+
+
+def packed(values_OI: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """An eight-bit matrix as `scaled_linear` wants it for results in `dtype`. A CPU that multiplies eight-bit floating point
+    takes a hundred times as long as one that widens it: there the values, all of which bfloat16 has, are kept in
+    bfloat16, or in float32 where the results are wanted finer."""
+    if values_OI.is_cuda:
+        return values_OI
+    return linear.packed(values_OI.to(torch.bfloat16 if dtype is torch.bfloat16 else torch.float32))
+
+
+def scaled_linear(
+    x: Quantized,
+    weight_OI: Tensor,
+    scales_O: Tensor,
+    *counters: Tensor,
+    bias_O: Tensor | None,
+    add: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(x.values @ weight.T) * x.scales * scales + bias + add, in `dtype`: the weight as `packed` returned it, the counters
+    as `linear.counters_for` did. The result may take the place of `add`.
+
+    Sums are taken in float32, and rounded once; but to bfloat16 before they are scaled on a CPU that multiplies in it, and
+    before bias and `add` where torch's own kernel takes the many rows of a GPU.
+    """
+    if weight_OI.is_cuda:
+        return _on_gpu(x, weight_OI, scales_O, *counters, bias_O=bias_O, add=add, dtype=dtype)
+    out_NO = linear.linear(x.values_NI.to(weight_OI.dtype), weight_OI).float()
+    out_NO.mul_(scales_O).mul_(x.scales_N[:, None])
+    for term in (bias_O, add):
+        if term is not None:
+            out_NO.add_(term)
+    return out_NO.to(dtype)
+
+
+def _on_gpu(
+    x: Quantized,
+    weight_OI: Tensor,
+    scales_O: Tensor,
+    counters: Tensor,
+    *,
+    bias_O: Tensor | None,
+    add: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    from services.engine.ops.kernels import scaled
+
+    if x.values_NI.shape[0] <= scaled.MOST_ROWS:
+        return scaled.matmul(x, weight_OI, scales_O, counters, bias_O=bias_O, add=add, dtype=dtype)
+    out_NO = torch._scaled_mm(
+        x.values_NI,
+        weight_OI.t(),
+        scale_a=x.scales_N[:, None],
+        scale_b=scales_O[None],
+        out_dtype=torch.bfloat16,  # the only one that it knows for scales of rows
+        use_fast_accum=True,
+    ).to(dtype)
+    if bias_O is not None:
+        out_NO.add_(bias_O)
+    return out_NO if add is None else out_NO.add_(add)
