@@ -135,7 +135,14 @@ def _kafka(settings: EngineSettings) -> Any:
 def _namespace(settings: EngineSettings, folder: Path, facts: Facts) -> bytes:
     """Names all that the keys and values of a token depend on beside the tokens up to it, and how they lie in a block."""
     weights = "dummy" if settings.load_format == "dummy" else fingerprint(folder).hex()
-    computed = (weights, facts.layout, settings.tensor_parallel, facts.device, sys.byteorder)
+    computed = (
+        weights,
+        settings.quantization,
+        facts.layout,
+        settings.tensor_parallel,
+        facts.device,
+        sys.byteorder,
+    )
     return sha256(repr(computed).encode()).digest()
 
 

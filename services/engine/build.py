@@ -123,6 +123,7 @@ def build(settings: EngineSettings, folder: Path, shard: Shard = ALONE) -> Compu
             device=device,
             load_format=settings.load_format,
             shard=shard,
+            quantization=settings.quantization,
         )
     with took.noted("cache"):
         cache = _cache(settings, model, device, shard)
@@ -137,6 +138,7 @@ def build(settings: EngineSettings, folder: Path, shard: Shard = ALONE) -> Compu
         folder=str(folder),
         device=str(device),
         dtype=str(model.kv_shape.dtype).removeprefix("torch."),
+        quantization=settings.quantization,
         kv_cache_dtype=settings.kv_cache_dtype,
         cache_blocks=cache.num_blocks,
         cache_tokens=cache.num_blocks * cache.block_size,

@@ -41,6 +41,9 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     """Where the model runs; auto takes cuda where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and activations; auto takes what the model's config says."""
+    quantization: str = "none"
+    """How weight matrices are kept: none for as they are, fp8 for eight-bit floating point, or ordered rules
+    `glob=format,...` over their names, of which the first that matches decides (`quant/rules.py`)."""
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     """dummy builds the model of a config with random weights, for benchmarks."""
     implementation: Literal["auto", "native", "transformers"] = "auto"

@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from holdfast.errors import ConfigurationError
-from services.engine.quant import Format, Unquantized
+from services.engine.quant import Format
+from services.engine.quant.rules import Rules
 from services.engine.shard import ALONE, Part, Shard
 
 SINGLE_FILE = "model.safetensors"
@@ -29,12 +30,13 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 class Weights(ABC):
-    """Tensors by name, in one dtype and on one device, for one rank."""
+    """Tensors by name, in one dtype and on one device, for one rank, and the formats that matrices are to be kept in."""
 
-    def __init__(self, *, dtype: torch.dtype, device: torch.device, shard: Shard) -> None:
+    def __init__(self, *, dtype: torch.dtype, device: torch.device, shard: Shard, rules: Rules | None = None) -> None:
         self.dtype = dtype
         self.device = device
         self.shard = shard
+        self._rules = rules or Rules()
 
     @abstractmethod
     def take(self, name: str, *shape: int | Part) -> Tensor:
@@ -49,9 +51,13 @@ class Weights(ABC):
     def leave(self, prefix: str) -> None:
         """Whatever stands under this name is for other ranks."""
 
-    def format(self, name: str) -> Format:
-        """How the matrix of this name is to be kept."""
-        return Unquantized()
+    def format(self, *names: str) -> Format:
+        """How the matrices of these names, side by side, are to be kept. Raises `ConfigurationError` if not alike."""
+        return self._rules.format(*names)
+
+    def unquantized(self, *names: str, why: str) -> None:
+        """Raises `ConfigurationError` if these matrices are to be kept otherwise than as they are."""
+        self._rules.refuse(*names, why=why)
 
     def under(self, prefix: str) -> Weights:
         """The same tensors, named from `prefix` on."""
@@ -73,17 +79,27 @@ class _Under(Weights):
     def fill(self, name: str, out: Tensor) -> None:
         self._weights.fill(f"{self._prefix}.{name}", out)
 
-    def format(self, name: str) -> Format:
-        return self._weights.format(f"{self._prefix}.{name}")
+    def format(self, *names: str) -> Format:
+        return self._weights.format(*(f"{self._prefix}.{name}" for name in names))
+
+    def unquantized(self, *names: str, why: str) -> None:
+        self._weights.unquantized(*(f"{self._prefix}.{name}" for name in names), why=why)
 
 
 class Checkpoint(Weights):
     """The safetensors files of a model folder. Open it with `open_checkpoint`."""
 
     def __init__(
-        self, folder: Path, files: dict[str, safe_open], *, dtype: torch.dtype, device: torch.device, shard: Shard
+        self,
+        folder: Path,
+        files: dict[str, safe_open],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        shard: Shard,
+        rules: Rules | None = None,
     ) -> None:
-        super().__init__(dtype=dtype, device=device, shard=shard)
+        super().__init__(dtype=dtype, device=device, shard=shard, rules=rules)
         self._folder = folder
         self._files = files
         self._untaken = set(files)
@@ -140,7 +156,7 @@ class Checkpoint(Weights):
 
 @contextmanager
 def open_checkpoint(
-    folder: Path, *, dtype: torch.dtype, device: torch.device, shard: Shard = ALONE
+    folder: Path, *, dtype: torch.dtype, device: torch.device, shard: Shard = ALONE, rules: Rules | None = None
 ) -> Iterator[Checkpoint]:
     """The weights of a folder, from one file or from the shards that the index lists. The files stay open while the
     context lasts; tensors taken remain."""
@@ -152,7 +168,7 @@ def open_checkpoint(
                 files |= dict.fromkeys(file.keys(), file)
             except (SafetensorError, OSError) as error:
                 raise ConfigurationError(f"{path} cannot be read as safetensors: {error}") from error
-        yield Checkpoint(folder, files, dtype=dtype, device=device, shard=shard)
+        yield Checkpoint(folder, files, dtype=dtype, device=device, shard=shard, rules=rules)
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -179,8 +195,10 @@ class Dummy(Weights):
     # A prime, so that the rows of no matrix repeat in step.
     _POOL = 1_000_003
 
-    def __init__(self, *, dtype: torch.dtype, device: torch.device, shard: Shard = ALONE) -> None:
-        super().__init__(dtype=dtype, device=device, shard=shard)
+    def __init__(
+        self, *, dtype: torch.dtype, device: torch.device, shard: Shard = ALONE, rules: Rules | None = None
+    ) -> None:
+        super().__init__(dtype=dtype, device=device, shard=shard, rules=rules)
         noise = torch.randn(self._POOL, generator=torch.Generator().manual_seed(0)) * 0.02
         self._pool = noise.to(device=device, dtype=dtype)
 

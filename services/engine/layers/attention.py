@@ -11,6 +11,7 @@ from services.engine.layers.linear import Linear
 from services.engine.layers.norm import RMSNorm
 from services.engine.ops import qkv
 from services.engine.ops.attention import AttentionPlan, paged_attention
+from services.engine.ops.quantize import Activations, RowScaled
 from services.engine.ops.rotary import Angles
 from services.engine.weights import Weights
 
@@ -42,8 +43,14 @@ class Attention:
             q_norm, k_norm = (RMSNorm(weights, name, size=spec.head_dim, eps=spec.norm_eps) for name in names)
             self._norm_weights = (q_norm.weight, k_norm.weight)
 
-    def __call__(self, x_NI: Tensor, angles: Angles, plan: AttentionPlan, cache: KVCache, *, add: Tensor) -> Tensor:
-        num_tokens = x_NI.shape[0]
+    @property
+    def takes(self) -> RowScaled | None:
+        return self._qkv.takes
+
+    def __call__(
+        self, x_NI: Activations, angles: Angles, plan: AttentionPlan, cache: KVCache, *, add: Tensor
+    ) -> Tensor:
+        num_tokens = add.shape[0]
         q_NHD = qkv.prepare(
             self._qkv(x_NI).view(num_tokens, -1, self._head_dim),
             angles,

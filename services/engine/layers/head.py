@@ -10,6 +10,7 @@ from torch import Tensor
 
 from services.engine.layers.linear import Linear
 from services.engine.ops.linear import products
+from services.engine.ops.quantize import Activations, RowScaled
 from services.engine.shard import Part, Shard
 
 _CANDIDATES = 16
@@ -23,31 +24,39 @@ class Head:
     float32; they are a few rows of the matrix out of many thousands.
     """
 
-    def __init__(self, linear: Linear, weight_VI: Tensor, *, part: Part, shard: Shard) -> None:
+    def __init__(self, linear: Linear, weight_VI: Tensor | None, *, part: Part, shard: Shard) -> None:
         """`weight_VI` holds the values that `linear` multiplies with, as they were loaded: those of a `part` of the
-        vocabulary."""
+        vocabulary. None if it multiplies with others and gives float32 itself."""
         self._linear = linear
         self._weight_VI = weight_VI
         self._part = part
         self._shard = shard
 
-    def __call__(self, x_RI: Tensor, out_RV: Tensor | None = None) -> Tensor:
+    @property
+    def takes(self) -> RowScaled | None:
+        return self._linear.takes
+
+    def __call__(self, x_RI: Activations, out_RV: Tensor | None = None) -> Tensor:
         """The logits in float32, [R, V], of the whole vocabulary; in `out_RV` where there is one."""
         if self._shard.is_alone:
             return self._products(x_RI, out_RV)
         logits_RV = self._shard.all_gather(self._products(x_RI), self._part)
         return logits_RV if out_RV is None else out_RV.copy_(logits_RV)
 
-    def _products(self, x_RI: Tensor, out_RV: Tensor | None = None) -> Tensor:
-        if x_RI.is_cuda and x_RI.dtype is not torch.float32:
-            return products(x_RI, self._weight_VI, out=out_RV)
-        logits_RV = self._logits(x_RI)
+    def _products(self, x_RI: Activations, out_RV: Tensor | None = None) -> Tensor:
+        if self._weight_VI is None:
+            logits_RV = self._linear(x_RI, dtype=torch.float32)
+        else:
+            assert isinstance(x_RI, Tensor)
+            if x_RI.is_cuda and x_RI.dtype is not torch.float32:
+                return products(x_RI, self._weight_VI, out=out_RV)
+            logits_RV = self._logits(x_RI, self._weight_VI)
         return logits_RV if out_RV is None else out_RV.copy_(logits_RV)
 
-    def _logits(self, x_RI: Tensor) -> Tensor:
+    def _logits(self, x_RI: Tensor, weight_VI: Tensor) -> Tensor:
         logits_RV = self._linear(x_RI).float()
         if x_RI.dtype is torch.float32:
             return logits_RV
         best_RC = logits_RV.topk(min(_CANDIDATES, logits_RV.shape[1]), dim=1, sorted=False).indices
-        exact_RC = torch.bmm(self._weight_VI[best_RC].float(), x_RI.float().unsqueeze(2)).squeeze(2)
+        exact_RC = torch.bmm(weight_VI[best_RC].float(), x_RI.float().unsqueeze(2)).squeeze(2)
         return logits_RV.scatter_(1, best_RC, exact_RC)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from services.engine.ops.quantize import Activations, RowScaled
 from services.engine.quant import Format
 from services.engine.shard import Part
 from services.engine.weights import Weights
@@ -17,6 +18,12 @@ class Linear:
         self._format = format
         self._buffers = format.pack(weight_OI)
         self._bias_O = bias_O
+        self._dtype = weight_OI.dtype
+
+    @property
+    def takes(self) -> RowScaled | None:
+        """The form of activations that what stands before may hand over; None for plain ones alone."""
+        return self._format.takes
 
     @classmethod
     def load(
@@ -29,11 +36,12 @@ class Linear:
         bias_O = _joined(biases) if bias else None
         if isinstance(inputs, Part):
             bias_O = weights.shard.once(bias_O)
-        return cls(_joined(parts), bias_O, format=weights.format(names[0]))
+        return cls(_joined(parts), bias_O, format=weights.format(*names))
 
-    def __call__(self, x: Tensor, *, add: Tensor | None = None) -> Tensor:
-        """The product, plus `add` where there is one."""
-        return self._format.apply(x, self._buffers, bias_O=self._bias_O, add=add)
+    def __call__(self, x: Activations, *, add: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The product, plus `add` where there is one: in the dtype of the weight as it was given, or another one where the
+        format can."""
+        return self._format.apply(x, self._buffers, bias_O=self._bias_O, add=add, dtype=dtype or self._dtype)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

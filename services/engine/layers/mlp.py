@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from services.engine.layers.linear import Linear
-from services.engine.ops.activation import silu_mul
+from services.engine.ops.activation import silu_mul, silu_mul_quantized
+from services.engine.ops.quantize import Activations, RowScaled
 from services.engine.weights import Weights
 
 
@@ -27,5 +28,11 @@ class GatedMLP:
         self._gate_up = Linear.load(weights, gate, up, inputs=hidden, outputs=(part, part), bias=bias)
         self._down = Linear.load(weights, down, inputs=part, outputs=(hidden,), bias=bias)
 
-    def __call__(self, x_NI: Tensor, *, add: Tensor | None = None) -> Tensor:
-        return self._shard.all_reduce(self._down(silu_mul(self._gate_up(x_NI)), add=self._shard.once(add)))
+    @property
+    def takes(self) -> RowScaled | None:
+        return self._gate_up.takes
+
+    def __call__(self, x_NI: Activations, *, add: Tensor | None = None) -> Tensor:
+        gate_up, form = self._gate_up(x_NI), self._down.takes
+        gated = silu_mul(gate_up) if form is None else silu_mul_quantized(gate_up, form)
+        return self._shard.all_reduce(self._down(gated, add=self._shard.once(add)))

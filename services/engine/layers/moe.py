@@ -9,6 +9,7 @@ from torch import Tensor
 
 from services.engine.layers.linear import Linear
 from services.engine.ops import moe
+from services.engine.ops.quantize import Activations, RowScaled
 from services.engine.weights import Weights
 
 if TYPE_CHECKING:
@@ -30,7 +31,11 @@ class MoE:
         assert 0 <= first < first + count <= spec.num_experts
         self._experts = _load(weights, spec, hidden=hidden, first=first, count=count)
 
-    def __call__(self, x_NI: Tensor, *, add: Tensor | None = None) -> Tensor:
+    takes: RowScaled | None = None
+    """The router sees activations as they are."""
+
+    def __call__(self, x_NI: Activations, *, add: Tensor | None = None) -> Tensor:
+        assert isinstance(x_NI, Tensor)
         weights_NA, experts_NA = moe.route(self._router(x_NI), top_k=self._spec.top_k, normalize=self._spec.normalize)
         return self._shard.all_reduce(moe.mix(x_NI, weights_NA, experts_NA, self._experts, add=self._shard.once(add)))
 
@@ -45,6 +50,7 @@ def _load(weights: Weights, spec: MoESpec, *, hidden: int, first: int, count: in
     gate, up, down = (f"{name}.weight" for name in spec.expert_names)
     for index in range(count):
         expert = weights.under(f"experts.{first + index}")
+        expert.unquantized(*spec.expert_names, why="experts are multiplied in stacks of 16 or 32 bits")
         expert.fill(gate, gate_up_EOI[index, :size])
         expert.fill(up, gate_up_EOI[index, size:])
         expert.fill(down, down_EIF[index])

@@ -18,6 +18,7 @@ from holdfast.errors import ConfigurationError
 from services.engine.kv_cache import KVCache, KVShape
 from services.engine.models.decoder import Decoder
 from services.engine.models.spec import FAMILIES, Config, ModelSpec, NotCovered, read_config
+from services.engine.quant.rules import UNQUANTIZED, Rules
 from services.engine.shard import ALONE, Shard
 from services.engine.weights import Dummy, open_checkpoint
 
@@ -46,11 +47,13 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     load_format: Literal["safetensors", "dummy"] = "safetensors",
+    quantization: str = UNQUANTIZED,
     shard: Shard = ALONE,
 ) -> Model:
     """The model of a folder, or a rank's part of it. `auto` takes the native code where it covers the model, `dtype` None
-    what the config says. Raises `ConfigurationError` for whatever cannot be served."""
-    config = read_config(folder)
+    what the config says; `quantization`: as `quant.rules` says. Raises `ConfigurationError` for whatever cannot be
+    served."""
+    config, rules = read_config(folder), Rules(quantization)
     if method := (config.get("quantization_config") or {}).get("quant_method"):
         raise ConfigurationError(f"{folder} is quantized ({method}); only unquantized weights can be served yet")
     dtype, device = dtype or dtype_of(config), torch.device(device)
@@ -66,14 +69,21 @@ def load(
             f"tensor_parallel is {shard.count}, but transformers computes this model, whose code cannot be split over "
             f"ranks; only {', '.join(sorted(FAMILIES))} can, natively"
         )
-    if load_format == "dummy":
-        weights = Dummy(dtype=dtype, device=device, shard=shard)
-        return Decoder(weights, spec) if spec is not None else _fallback().dummy(folder, weights)
     if spec is None:
+        if rules.quantizes:
+            raise ConfigurationError(
+                f"quantization is {quantization}, but what transformers computes cannot be; say none"
+            )
+        if load_format == "dummy":
+            return _fallback().dummy(folder, Dummy(dtype=dtype, device=device))
         return _fallback().load(folder, dtype=dtype, device=device)
-    with open_checkpoint(folder, dtype=dtype, device=device, shard=shard) as checkpoint:
-        model = Decoder(checkpoint, spec)
-        checkpoint.finish(ignored=("*.rotary_emb.inv_freq", *(("lm_head.weight",) if spec.tied else ())))
+    if load_format == "dummy":
+        model = Decoder(Dummy(dtype=dtype, device=device, rules=rules, shard=shard), spec)
+    else:
+        with open_checkpoint(folder, dtype=dtype, device=device, rules=rules, shard=shard) as checkpoint:
+            model = Decoder(checkpoint, spec)
+            checkpoint.finish(ignored=("*.rotary_emb.inv_freq", *(("lm_head.weight",) if spec.tied else ())))
+    rules.finish()
     return model
 
 

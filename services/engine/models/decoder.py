@@ -23,6 +23,7 @@ from services.engine.loading import build_layers
 from services.engine.models.spec import ModelSpec
 from services.engine.ops import attention
 from services.engine.ops.rotary import Angles
+from services.engine.quant.unquantized import Unquantized
 from services.engine.weights import Weights
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ class Layer:
             )
 
     def __call__(self, x_NI: Tensor, angles: Angles, plan: attention.AttentionPlan, cache: KVCache) -> Tensor:
-        x_NI = self._attention(self._attention_norm(x_NI), angles, plan, cache, add=x_NI)
-        return self._mlp(self._mlp_norm(x_NI), add=x_NI)
+        x_NI = self._attention(self._attention_norm(x_NI, self._attention.takes), angles, plan, cache, add=x_NI)
+        return self._mlp(self._mlp_norm(x_NI, self._mlp.takes), add=x_NI)
 
 
 class Decoder:
@@ -69,11 +70,16 @@ class Decoder:
         )
         self._norm = RMSNorm(weights, "model.norm", size=spec.hidden, eps=spec.norm_eps)
         if spec.tied:
-            head_VI, name = self._embedding.weight_VI, "model.embed_tokens"
+            head_VI = self._embedding.weight_VI
         else:
-            head_VI, name = weights.take("lm_head.weight", self._embedding.part, spec.hidden), "lm_head"
-        linear = Linear(head_VI, format=weights.format(name))
-        self._head = Head(linear, head_VI, part=self._embedding.part, shard=weights.shard)
+            head_VI = weights.take("lm_head.weight", self._embedding.part, spec.hidden)
+        format = weights.format("lm_head")
+        self._head = Head(
+            Linear(head_VI, format=format),
+            head_VI if isinstance(format, Unquantized) else None,
+            part=self._embedding.part,
+            shard=weights.shard,
+        )
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache, out_RV: Tensor | None = None) -> Tensor:
@@ -85,4 +91,4 @@ class Decoder:
         for layer in self._layers:
             x_NI = layer(x_NI, angles, plan, cache)
         x_RI = x_NI if batch.sample_rows_R is None else x_NI[batch.sample_rows_R]
-        return self._head(self._norm(x_RI), out_RV)
+        return self._head(self._norm(x_RI, self._head.takes), out_RV)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from services.engine.ops.quantize import Quantized, RowScaled, quantize
+
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, where the last dimension holds gate and then up: half as wide as what came in."""
@@ -14,3 +16,12 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         return activation.silu_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
+
+
+def silu_mul_quantized(gate_up: Tensor, form: RowScaled) -> Quantized:
+    """`silu_mul`, and of what that gives `quantize`."""
+    if gate_up.is_cuda:
+        from services.engine.ops.kernels import activation
+
+        return activation.silu_mul_quantized(gate_up, form)
+    return quantize(silu_mul(gate_up), form)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from services.engine.ops.quantize import Quantized, RowScaled, quantize
+
 # Up to so many rows, torch's eight kernels for the norm cost more on a CPU than the work they do.
 _FEW_ROWS = 32
 
@@ -22,3 +24,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         # computes the same.
         return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), eps=eps)[..., :size] * weight
     return F.rms_norm(x, (size,), weight, eps)
+
+
+def rms_norm_quantized(x_NI: Tensor, weight: Tensor, eps: float, form: RowScaled) -> Quantized:
+    """`rms_norm`, and of what that gives `quantize`."""
+    if x_NI.is_cuda:
+        from services.engine.ops.kernels import norm
+
+        return norm.rms_norm_quantized(x_NI, weight, eps, form)
+    return quantize(rms_norm(x_NI, weight, eps), form)

@@ -34,6 +34,10 @@ class Quantized(NamedTuple):
     """float32."""
 
 
+Activations = Tensor | Quantized
+"""What a matrix is multiplied with."""
+
+
 def quantize(x_NI: Tensor, form: RowScaled) -> Quantized:
     """The rows of x in this form: scaled in float32, rounded to the nearest value, ties to even."""
     if x_NI.is_cuda:

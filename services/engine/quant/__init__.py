@@ -1,19 +1,23 @@
 """How a weight matrix is kept and multiplied.
 
 A `Format` packs a matrix into buffers once, when it is loaded, and applies those buffers to activations in every step.
-A `Linear` owns one format and its buffers and knows nothing else about either. `Unquantized` keeps the values it is
-given; formats of fewer bits stand beside it as further classes.
+A `Linear` owns one format and its buffers and knows nothing else about either. Each format has a file here; `rules` knows
+them by name, and says which matrix is kept in which.
 
-Shapes: O outputs, I inputs.
+A format may take activations in a form of its own. It makes them so itself, but the kernel that wrote them does so
+for nothing: so a format says what it `takes`, and what stands before a `Linear` may hand over just that.
+
+Shapes: O outputs, I inputs, N rows.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from services.engine.ops.linear import counters_for, linear, packed
+from services.engine.ops.quantize import Activations, RowScaled
 
 Buffers = tuple[Tensor, ...]
 """What a format made of a weight. Only that format reads it."""
@@ -22,20 +26,19 @@ Buffers = tuple[Tensor, ...]
 class Format(Protocol):
     """One way to keep a weight matrix."""
 
-    def pack(self, weight_OI: Tensor) -> Buffers:
-        """The matrix as this format keeps it, on the matrix's device."""
+    @property
+    def takes(self) -> RowScaled | None:
+        """What it makes of activations before it multiplies them; None where it multiplies them as they are."""
         ...
 
-    def apply(self, x: Tensor, buffers: Buffers, *, bias_O: Tensor | None, add: Tensor | None) -> Tensor:
-        """x @ weight.T + bias + add, in the dtype of x; x is [..., I], the result and `add` [..., O]."""
+    def pack(self, weight_OI: Tensor) -> Buffers:
+        """The matrix as this format keeps it, on the matrix's device. Raises `ConfigurationError` if that device cannot multiply a
+        matrix of this shape in this format."""
         ...
 
-
-class Unquantized:
-    """The values as they are, laid out as the device multiplies fastest."""
-
-    def pack(self, weight_OI: Tensor) -> Buffers:
-        return packed(weight_OI), *counters_for(weight_OI)
-
-    def apply(self, x: Tensor, buffers: Buffers, *, bias_O: Tensor | None, add: Tensor | None) -> Tensor:
-        return linear(x, *buffers, bias_O=bias_O, add=add)
+    def apply(
+        self, x: Activations, buffers: Buffers, *, bias_O: Tensor | None, add: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """x @ weight.T + bias + add, [N, O], in `dtype`; x is [N, I], as it was or in the form that the format takes. The
+        result may take the place of `add`."""
+        ...

@@ -7,7 +7,7 @@ import torch
 
 from services.engine.layers.head import Head
 from services.engine.layers.linear import Linear
-from services.engine.quant import Unquantized
+from services.engine.quant.unquantized import Unquantized
 from services.engine.shard import ALONE, Part
 
 VOCABULARY, FEATURES, ROWS = 4096, 64, 256

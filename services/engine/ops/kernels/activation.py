@@ -56,9 +56,7 @@ def _silu_mul(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl
 
 
 @triton.jit
-def _silu_mul_quantized(
-    gate_up, out, scales, largest, SIZE: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr
-):
+def _silu_mul_quantized(gate_up, out, scales, largest, SIZE: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     wait(OVERLAP)

@@ -22,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm_quantized(x_NI: Tensor, weight: Tensor, eps: float, form: RowScaled) -> Quantized:
     """As `ops.norm.rms_norm` in this form. The last dimension of x is dense."""
-    out = quantize.empty(*x_NI.shape, form, device=x_NI.device)
+    out = quantize.empty(x_NI.shape[0], x_NI.shape[1], form, device=x_NI.device)
     _launch(x_NI, weight, out.values_NI, eps, scales=out.scales_N, largest=form.largest)
     return out
 
