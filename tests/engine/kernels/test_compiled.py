@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -19,13 +21,16 @@ from services.engine.ops.kernels import (
     pairs,
     prefill_attention,
     qkv,
+    quantize,
     rotary,
     route,
     sampling,
+    scaled,
     skinny,
     step,
 )
 from services.engine.ops.moe import Experts
+from services.engine.ops.quantize import Quantized, RowScaled
 from services.engine.ops.rotary import Angles
 from tests.engine.kernels.offline import Compiled, described, offline
 
@@ -141,3 +146,44 @@ def test_experts_are_launched_without_their_content(
         assert "cp.async.cg.shared.global" in each.ptx
         assert ("wgmma" in each.ptx) == (num_tokens > 1)
         assert each.shared_bytes <= 227 << 10
+
+
+@pytest.fixture(scope="module")
+def quantized() -> list[Compiled]:
+    """What a model in fp8 has more, for each number of rows: products with matrices wide and narrow, and what rounds rows."""
+    form, half = RowScaled(torch.float8_e4m3fn), torch.bfloat16
+    with offline() as kernels:
+        for outputs, inputs in ((6144, 4096), (4096, 14336), (576, 576)):
+            weight, scales = torch.zeros(outputs, inputs, dtype=form.dtype), torch.zeros(outputs)
+            for num_rows in (1, 16, 32, 64, 128, 256):
+                x = Quantized(torch.zeros(num_rows, inputs, dtype=form.dtype), torch.zeros(num_rows))
+                add = torch.zeros(num_rows, outputs, dtype=half)
+                scaled.matmul(x, weight, scales, skinny.counters_of(weight), add=add, dtype=half)
+        for width in (576, 4096):
+            norm.rms_norm_quantized(torch.zeros(ROWS, width, dtype=half), torch.zeros(width, dtype=half), 1e-5, form)
+        for width in (1536, 14336, 28672):
+            quantize.quantize(torch.zeros(ROWS, width, dtype=half), form)
+            activation.silu_mul_quantized(torch.zeros(ROWS, 2 * width, dtype=half), form)
+    return [described(kernel) for kernel in kernels]
+
+
+@pytest.mark.timeout(300)
+def test_eight_bits_go_to_the_matrix_units_as_they_are(quantized: list[Compiled]) -> None:
+    """Native e4m3, loaded sixteen bytes at a time, without a spill and within the shared memory that there is."""
+    products = [each for each in quantized if each.name == "_matmul"]
+    assert len(products) == 18
+    for each in products:
+        assert re.search(r"wgmma\.mma_async\S+\.m64n(\d+)k32\.f32\.e4m3\.e4m3", each.ptx)
+        assert "cp.async.cg.shared.global [ " in each.ptx and ", 0x10, " in each.ptx
+        assert each.shared_bytes <= 227 << 10
+    assert [each for each in quantized if each.spilled_bytes] == []
+
+
+@pytest.mark.timeout(300)
+def test_rows_are_rounded_by_the_conversion_instruction(quantized: list[Compiled]) -> None:
+    """Two values at a time, read and written in wide accesses, and NaN among them is seen."""
+    rounded = [each for each in quantized if each.name not in ("_matmul", "_silu_mul")]
+    assert {each.name for each in rounded} == {"_rms_norm", "_quantize", "_silu_mul_quantized"}
+    for each in rounded:
+        assert "cvt.rn.satfinite.e4m3x2.f32" in each.ptx and "max.NaN.f32" in each.ptx
+        assert "ld.global.v4.b32" in each.ptx and "st.global.b8" not in each.ptx

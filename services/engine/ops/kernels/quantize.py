@@ -54,8 +54,8 @@ def _quantize(x, out, scales, largest, SIZE: tl.constexpr, WIDTH: tl.constexpr, 
         peaks = tl.zeros((WIDTH,), tl.float32)
         for start in tl.range(0, SIZE, WIDTH):
             values = tl.load(x + row * SIZE + start + column, mask=start + column < SIZE, other=0.0).to(tl.float32)
-            peaks = tl.maximum(peaks, tl.abs(values))
-        factor = store_scale(tl.max(peaks, 0), row, scales, largest)
+            peaks = _larger(peaks, tl.abs(values))
+        factor = store_scale(peaks, row, scales, largest)
         for start in tl.range(0, SIZE, WIDTH):
             inside = start + column < SIZE
             values = tl.load(x + row * SIZE + start + column, mask=inside, other=0.0).to(tl.float32)
@@ -65,18 +65,23 @@ def _quantize(x, out, scales, largest, SIZE: tl.constexpr, WIDTH: tl.constexpr, 
 @triton.jit
 def store_quantized(values, row, out, scales, largest, SIZE: tl.constexpr, WIDTH: tl.constexpr):
     """Quantizes a whole row of float32 values, zeros behind its end."""
-    factor = store_scale(tl.max(tl.abs(values), 0), row, scales, largest)
+    factor = store_scale(tl.abs(values), row, scales, largest)
     column = tl.arange(0, WIDTH)
     tl.store(out + row * SIZE + column, (values * factor).to(out.dtype.element_ty), mask=column < SIZE)
 
 
 @triton.jit
-def store_scale(peak, row, scales, largest):
-    """Stores what values must be multiplied with to come back, and returns what to multiply them with before. A NaN among
-    them makes no peak, but remains one itself."""
-    peak = tl.maximum(peak, _SMALLEST)
+def store_scale(magnitudes, row, scales, largest):
+    """Stores what the values of a row must be multiplied with to come back, and returns what to multiply them with before."""
+    peak = _larger(tl.reduce(magnitudes, 0, _larger), _SMALLEST)
     tl.store(scales + row, tl.div_rn(peak, largest))
     return tl.div_rn(largest, peak)
+
+
+@triton.jit
+def _larger(a, b):
+    """NaN if either is, which `tl.max` would leave out."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 _SMALLEST = tl.constexpr(SMALLEST)
