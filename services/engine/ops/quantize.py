@@ -45,5 +45,7 @@ def quantize(x_NI: Tensor, form: RowScaled) -> Quantized:
 
         return kernels.quantize(x_NI, form)
     peaks_N = x_NI.abs().amax(-1).float().clamp_(min=SMALLEST)
-    values_NI = (x_NI * (form.largest / peaks_N)[:, None]).to(form.dtype)
+    # A number by a tensor torch takes as the number times the reciprocal, and rounds twice.
+    factors_N = torch.full_like(peaks_N, form.largest) / peaks_N
+    values_NI = (x_NI * factors_N[:, None]).to(form.dtype)
     return Quantized(values_NI, peaks_N / form.largest)
