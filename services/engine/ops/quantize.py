@@ -44,6 +44,11 @@ def quantize(x_NI: Tensor, form: RowScaled) -> Quantized:
         from services.engine.ops.kernels import quantize as kernels
 
         return kernels.quantize(x_NI, form)
+    return by_torch(x_NI, form)
+
+
+def by_torch(x_NI: Tensor, form: RowScaled) -> Quantized:
+    """`quantize` on any device and in any thread, where a kernel of ours wants the thread's device to be that of x."""
     peaks_N = x_NI.abs().amax(-1).float().clamp_(min=SMALLEST)
     # A number by a tensor torch takes as the number times the reciprocal, and rounds twice.
     factors_N = torch.full_like(peaks_N, form.largest) / peaks_N

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from holdfast.errors import ConfigurationError
 from services.engine.ops.linear import counters_for
-from services.engine.ops.quantize import Activations, Quantized, RowScaled, quantize
+from services.engine.ops.quantize import Activations, Quantized, RowScaled, by_torch, quantize
 from services.engine.ops.scaled import COLUMNS, ROWS, packed, scaled_linear
 from services.engine.quant import Buffers
+
+_ROWS_AT_ONCE = 1024
 
 
 class Fp8:
@@ -29,7 +31,12 @@ class Fp8:
                 f"quantization: a GPU multiplies fp8 in tiles of {ROWS} outputs and {COLUMNS} inputs, and a matrix of this model "
                 f"has {outputs} outputs and {inputs} inputs; keep such as they are, with a rule `glob=none` before the others"
             )
-        values_OI, scales_O = quantize(weight_OI, self.takes)
+        # Some rows at a time: all of them in float32 would take twice the memory of the matrix.
+        values_OI = torch.empty_like(weight_OI, dtype=self.takes.dtype)
+        scales_O = torch.empty(outputs, device=weight_OI.device)
+        for start in range(0, outputs, _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            values_OI[rows], scales_O[rows] = by_torch(weight_OI[rows], self.takes)
         return packed(values_OI, dtype=weight_OI.dtype), scales_O, *counters_for(values_OI)
 
     def apply(

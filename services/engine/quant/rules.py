@@ -47,7 +47,8 @@ class Rules:
     def __init__(self, text: str = UNQUANTIZED) -> None:
         """Raises `ConfigurationError` for a rule that cannot be read."""
         self._rules = [_rule(each.strip()) for each in text.split(",")]
-        self._unused = list(self._rules)
+        # Asked by threads that load layers side by side: to a set they may add.
+        self._used: set[_Rule] = set()
         self._names: set[str] = set()
 
     @property
@@ -73,10 +74,10 @@ class Rules:
 
     def finish(self) -> None:
         """Once all matrices are there: raises `ConfigurationError` if a rule decided about none of them."""
-        if self._unused:
+        if unused := [rule for rule in self._rules if rule not in self._used]:
             known = sorted({re.sub(r"\.\d+(?=\.)", ".*", name) for name in self._names})
             raise ConfigurationError(
-                f"quantization: the rule {self._unused[0].text!r} decides about no matrix: none is named so, or an "
+                f"quantization: the rule {unused[0].text!r} decides about no matrix: none is named so, or an "
                 f"earlier rule decides already; they are named {', '.join(known)}"
             )
 
@@ -84,8 +85,7 @@ class Rules:
         self._names.add(name)
         for rule in self._rules:
             if rule.matches(name):
-                if rule in self._unused:
-                    self._unused.remove(rule)
+                self._used.add(rule)
                 return rule.format
         return UNQUANTIZED
 
