@@ -114,19 +114,19 @@ class Mixture:
         drawn = (torch.randn(shape, device="cuda", dtype=dtype) * shape[-1] ** -0.5 for shape in shapes)
         return cls(*drawn, top_k)
 
-    def routed(self, x_NI: Tensor) -> tuple[Tensor, Tensor]:
-        # In float32: a rounding must not decide between two experts.
-        return moe.route(x_NI.float() @ self.router_EI.float().T, top_k=self.top_k, normalize=True)
+    def logits(self, x_NI: Tensor) -> Tensor:
+        """In float32: a rounding must not decide between two experts."""
+        return x_NI.float() @ self.router_EI.float().T
 
     def mixed(self, x_NI: Tensor, *, first: int = 0, last: int | None = None, add: Tensor | None = None) -> Tensor:
         """As the layer computes it, by the experts from `first` to before `last`."""
         stacks = self.gate_up_EOI[first:last], self.down_EIF[first:last]
         experts = Experts.of(*stacks, first=first, total=len(self.gate_up_EOI))
-        return moe.mix(x_NI, *self.routed(x_NI), experts, add=add)
+        return moe.mixture(x_NI, self.logits(x_NI), experts, top_k=self.top_k, normalize=True, add=add)
 
     def defined(self, x_NI: Tensor) -> Tensor:
         """In float64, an expert after the other."""
-        weights_NA, experts_NA = self.routed(x_NI)
+        weights_NA, experts_NA = moe.route(self.logits(x_NI), top_k=self.top_k, normalize=True)
         out = torch.zeros(x_NI.shape, dtype=torch.float64, device="cuda")
         for expert in range(len(self.gate_up_EOI)):
             rows, choices = (experts_NA == expert).nonzero(as_tuple=True)
@@ -158,11 +158,13 @@ def test_mixtures(dtype: torch.dtype, shape: tuple[int, int, int, int], num_toke
 
 def test_routes_are_those_of_the_specification() -> None:
     """On a real router's width."""
+    from services.engine.ops.kernels.route import route
+
     logits = torch.randn(3000, 128, device="cuda")
-    weights, experts = moe.route(logits, top_k=8, normalize=True)
-    expected, where = moe.route(logits.cpu(), top_k=8, normalize=True)
-    assert torch.equal(experts.cpu().long(), where)
-    torch.testing.assert_close(weights.cpu(), expected)
+    weights, experts = route(logits, top_k=8, normalize=True)
+    expected, where = moe.route(logits, top_k=8, normalize=True)
+    assert torch.equal(experts.long(), where)
+    torch.testing.assert_close(weights, expected)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 32, 256])

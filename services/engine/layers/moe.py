@@ -36,8 +36,9 @@ class MoE:
 
     def __call__(self, x_NI: Activations, *, add: Tensor | None = None) -> Tensor:
         assert isinstance(x_NI, Tensor)
-        weights_NA, experts_NA = moe.route(self._router(x_NI), top_k=self._spec.top_k, normalize=self._spec.normalize)
-        return self._shard.all_reduce(moe.mix(x_NI, weights_NA, experts_NA, self._experts, add=self._shard.once(add)))
+        spec, add = self._spec, self._shard.once(add)
+        out = moe.mixture(x_NI, self._router(x_NI), self._experts, top_k=spec.top_k, normalize=spec.normalize, add=add)
+        return self._shard.all_reduce(out)
 
 
 def _load(weights: Weights, spec: MoESpec, *, hidden: int, first: int, count: int) -> moe.Experts:

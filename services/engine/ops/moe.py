@@ -38,13 +38,21 @@ class Experts:
         return cls(gate_up, down, first, count, total)
 
 
+def mixture(
+    x_NI: Tensor, logits_NE: Tensor, experts: Experts, *, top_k: int, normalize: bool, add: Tensor | None = None
+) -> Tensor:
+    """What the experts answer that a router's logits name: `mix` by `route`."""
+    if x_NI.is_cuda:
+        from services.engine.ops.kernels import moe
+
+        return moe.mixture(x_NI, logits_NE, experts, top_k=top_k, normalize=normalize, add=add)
+    weights_NA, experts_NA = route(logits_NE, top_k=top_k, normalize=normalize)
+    return mix(x_NI, weights_NA, experts_NA, experts, add=add)
+
+
 def route(logits_NE: Tensor, *, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
     """The likeliest experts of each token and their weights, both [N, top_k]: softmax over all experts in float32,
     made to add up to one again if `normalize`."""
-    if logits_NE.is_cuda:
-        from services.engine.ops.kernels import route as kernel
-
-        return kernel.route(logits_NE, top_k=top_k, normalize=normalize)
     weights, experts = logits_NE.float().softmax(-1).topk(top_k, dim=-1)
     if normalize:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -58,10 +66,6 @@ def mix(x_NI: Tensor, weights_NA: Tensor, experts_NA: Tensor, experts: Experts, 
 
     An answer is that of a gated MLP in the dtype of x; weighing and adding up are in float32.
     """
-    if x_NI.is_cuda:
-        from services.engine.ops.kernels import moe
-
-        return moe.mix(x_NI, weights_NA, experts_NA, experts, add=add)
     order = experts_NA.flatten().argsort(stable=True)
     tokens, weights = order // experts_NA.shape[1], weights_NA.flatten()[order, None]
     counts = torch.bincount(experts_NA.flatten(), minlength=experts.total).tolist()

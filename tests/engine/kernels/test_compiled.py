@@ -118,9 +118,8 @@ def launch_experts(num_tokens: int, *, num_experts: int, top_k: int, hidden: int
 
     stacks = (empty(num_experts, 2 * intermediate, hidden),), (empty(num_experts, hidden, intermediate),)
     experts = Experts(*stacks, first=0, count=num_experts, total=num_experts)
-    weights_NA, experts_NA = route.route(empty(num_tokens, num_experts), top_k=top_k, normalize=True)
     x = empty(num_tokens, hidden)
-    moe.mix(x, weights_NA, experts_NA, experts, add=x)
+    moe.mixture(x, empty(num_tokens, num_experts), experts, top_k=top_k, normalize=True, add=x)
 
 
 @pytest.mark.timeout(300)
@@ -138,7 +137,7 @@ def test_experts_are_launched_without_their_content(
         launch_experts(num_tokens, **shape)
     compiled = [described(kernel) for kernel in kernels]
     products = [each for each in compiled if each.name in ("_experts_gated", "_experts_down", "_experts_product")]
-    assert len(compiled) == (3 if num_tokens == 1 else 5) and len(products) == 2
+    assert len(compiled) == (2 if num_tokens == 1 else 5) and len(products) == 2
     assert [each for each in compiled if each.spilled_bytes] == []
     assert [each.name for each in compiled if "ld.global.b8" in each.ptx] == []
     assert [each.name for each in compiled if each.ptx.count("griddepcontrol.wait") != 1] == []

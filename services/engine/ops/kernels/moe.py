@@ -6,26 +6,23 @@ from torch import Tensor
 
 from services.engine.ops.kernels import grouped, pairs
 from services.engine.ops.kernels.grouping import group
+from services.engine.ops.kernels.route import route
 from services.engine.ops.moe import Experts
 
 
-def mix(
-    x_NI: Tensor,
-    weights_NA: Tensor,
-    experts_NA: Tensor,
-    experts: Experts,
-    *,
-    add: Tensor | None,
+def mixture(
+    x_NI: Tensor, logits_NE: Tensor, experts: Experts, *, top_k: int, normalize: bool, add: Tensor | None
 ) -> Tensor:
-    """As `ops.moe.mix`, of dense stacks. An expert's answer is not rounded where pairs are few, and to the dtype of x
+    """As `ops.moe.mixture`, of dense stacks. An expert's answer is not rounded where pairs are few, and to the dtype of x
     otherwise; the sum with `add` is, once."""
     (gate_up_EOI,), (down_EIF,) = experts.gate_up, experts.down
-    first, count, num_pairs = experts.first, experts.count, experts_NA.numel()
+    first, count, num_pairs = experts.first, experts.count, len(x_NI) * top_k
     if is_few(num_pairs, experts.total):
-        h_PF = pairs.gated(x_NI, gate_up_EOI, experts_NA, first=first)
-        return pairs.down(h_PF, down_EIF, weights_NA, experts_NA, first=first, add=add)
+        h_PF, choices = pairs.gated(x_NI, logits_NE, gate_up_EOI, top_k=top_k, first=first)
+        return pairs.down(h_PF, choices, down_EIF, first=first, normalize=normalize, add=add)
+    weights_NA, experts_NA = route(logits_NE, top_k=top_k, normalize=normalize)
     groups = group(experts_NA, first=first, count=count, rows=tile_rows(num_pairs, experts.total))
-    h_PF = grouped.gated(x_NI, gate_up_EOI, groups, top_k=experts_NA.shape[1])
+    h_PF = grouped.gated(x_NI, gate_up_EOI, groups, top_k=top_k)
     answers_PI = grouped.down(h_PF, down_EIF, groups)
     return grouped.weighed(answers_PI, weights_NA, experts_NA, first=first, count=count, add=add)
 
