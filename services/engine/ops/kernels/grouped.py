@@ -106,33 +106,55 @@ def _experts_product(
     OVERLAP: tl.constexpr,
 ):
     tile = tl.program_id(1)
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
-    FEATURES: tl.constexpr = ROWS // 2 if GATED else ROWS
-    first = tl.program_id(0) * FEATURES
-    if GATED:
-        # Eight rows of gate, then the same eight of up: the matrix units leave both in one thread.
-        feature = first + row // 16 * 8 + row % 8
-        # Rows behind the last are computed from that one, and not stored.
-        row = tl.minimum(feature, O - 1) + row // 8 % 2 * O
-        matrix = 2 * O * I
-    else:
-        row = tl.minimum(first + row, O - 1)
-        matrix = O * I
     wait(OVERLAP)
     begin = tl.load(tiles + num_tiles + tile)
     end = tl.load(tiles + 2 * num_tiles + tile)
     if begin >= end:
         return
-    expert = tl.load(tiles + tile).to(tl.int64)
+    matrix = weight + tl.load(tiles + tile).to(tl.int64) * ((2 if GATED else 1) * O * I)
+    if M >= 64 and end - begin <= M // 2:
+        # An expert's last pairs: half of the arithmetic for at most half of a tile.
+        _multiply(x, matrix, out, order, begin, end, O, I, A, M // 2, ROWS, COLUMNS, GATED, EVEN, PRECISION, STAGES)
+    else:
+        _multiply(x, matrix, out, order, begin, end, O, I, A, M, ROWS, COLUMNS, GATED, EVEN, PRECISION, STAGES)
+
+
+@triton.jit
+def _multiply(
+    x,
+    matrix,
+    out,
+    order,
+    begin,
+    end,
+    O: tl.constexpr,
+    I: tl.constexpr,
+    A: tl.constexpr,
+    M: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GATED: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One tile of the pairs of an expert with one tile of its matrix."""
+    FEATURES: tl.constexpr = ROWS // 2 if GATED else ROWS
+    first = tl.program_id(0) * FEATURES
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
     place = begin + tl.arange(0, M)
     inside = place < end
     pair = tl.load(order + place, mask=inside, other=0)
+    # Rows behind the matrix's last are computed from that one, and not stored.
     if GATED:
+        # Eight rows of gate, then the same eight of up: the matrix units leave both in one thread.
+        row = tl.minimum(first + row // 16 * 8 + row % 8, O - 1) + row // 8 % 2 * O
         source, target = pair // A, place
     else:
+        row = tl.minimum(first + row, O - 1)
         source, target = place, pair
-    weights = weight + expert * matrix + row[:, None] * I + column[None, :]
+    weights = matrix + row[:, None] * I + column[None, :]
     values = x + source.to(tl.int64)[None, :] * I + column[:, None]
     total = tl.zeros((ROWS, M), tl.float32)
     for start in tl.range(0, I, COLUMNS, num_stages=STAGES):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from services.engine.ops.kernels.overlap import overlapped, wait
 
-_CHUNK = 2048
+_CHUNK = 8192
 """Pairs a program looks at at a time."""
 
 
@@ -49,7 +49,7 @@ def group(experts_NA: Tensor, *, first: int, count: int, rows: int) -> Groups:
         first,
         CHUNK=chunk,
         ROWS=rows,
-        num_warps=max(1, chunk // 256),
+        num_warps=min(16, max(1, chunk // 256)),
         **overlapped(experts_NA),
     )
     return Groups(order_P, tiles_3T, rows)
