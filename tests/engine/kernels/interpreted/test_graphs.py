@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
@@ -11,6 +12,7 @@ from typing import TypeVar
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from services.engine.batch import Step, Work
 from services.engine.graphs import Graphs, Replay
@@ -30,6 +32,22 @@ pytestmark = [
 
 T = TypeVar("T")
 NUM_SLOTS = 4
+MIXTURE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "vocab_size": 30,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "num_experts": 12,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 8,
+    "norm_topk_prob": True,
+}
+"""A small one: three pairs of a token and an expert are few, six are not."""
 
 
 class Again:
@@ -115,6 +133,39 @@ def test_replayed_steps_say_what_operations_say(stories260k: Path, request: pyte
     engine, replayed = captured(stories260k, **options)
     assert engine.run(*requests()) == expected
     assert {form.split("(")[0] for form in replayed} == {"Decodes", "Tokens"}
+
+
+def test_replayed_steps_send_tokens_to_their_experts(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """A mixture's steps are captured like any other: alone each token's experts are taken pair by pair, together they are
+    sorted, and every token is that of the reference."""
+    (tmp_path / "config.json").write_text(json.dumps(MIXTURE))
+    save_file(mixture(), tmp_path / "model.safetensors")
+    options = {"lookahead": 2, "max_step_tokens": 20, "num_blocks": 30}
+
+    def requests() -> list[Sequence]:
+        return [asked([3, 9, 4], 3), asked([5], 6)]
+
+    expected = Engine(tmp_path, max_sequences=NUM_SLOTS, **options).run(*requests())
+    request.getfixturevalue("kernels")
+    engine, replayed = captured(tmp_path, **options)
+    assert engine.run(*requests()) == expected
+    assert {"Decodes(size=1)", "Decodes(size=2)"} < set(replayed)
+    assert len({token for answer in expected for token in answer}) > 3
+
+
+def mixture() -> dict[str, torch.Tensor]:
+    """The tensors of `MIXTURE`, whose best tokens are clear ones."""
+    shapes = {"model.embed_tokens.weight": (30, 16), "model.norm.weight": (16,), "lm_head.weight": (30, 16)}
+    layer = "model.layers.0"
+    shapes |= {f"{layer}.self_attn.{name}.weight": (16, 16) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    shapes |= {f"{layer}.self_attn.{name}_norm.weight": (8,) for name in "qk"}
+    shapes |= {f"{layer}.{name}_layernorm.weight": (16,) for name in ("input", "post_attention")}
+    shapes |= {f"{layer}.mlp.gate.weight": (12, 16)}
+    for expert in range(12):
+        shapes |= {f"{layer}.mlp.experts.{expert}.{name}_proj.weight": (8, 16) for name in ("gate", "up")}
+        shapes |= {f"{layer}.mlp.experts.{expert}.down_proj.weight": (16, 8)}
+    draw = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
 
 
 def test_forms_grow_up_to_the_largest_step() -> None:
