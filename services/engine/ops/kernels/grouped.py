@@ -107,11 +107,13 @@ def _experts_product(
 ):
     tile = tl.program_id(1)
     wait(OVERLAP)
+    # All three at once: the way to memory is as long as what a program does by itself.
+    expert = tl.load(tiles + tile).to(tl.int64)
     begin = tl.load(tiles + num_tiles + tile)
     end = tl.load(tiles + 2 * num_tiles + tile)
     if begin >= end:
         return
-    matrix = weight + tl.load(tiles + tile).to(tl.int64) * ((2 if GATED else 1) * O * I)
+    matrix = weight + expert * ((2 if GATED else 1) * O * I)
     if M >= 64 and end - begin <= M // 2:
         # An expert's last pairs: half of the arithmetic for at most half of a tile.
         _multiply(x, matrix, out, order, begin, end, O, I, A, M // 2, ROWS, COLUMNS, GATED, EVEN, PRECISION, STAGES)
