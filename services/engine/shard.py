@@ -34,6 +34,11 @@ class Part:
     of: int
 
     @property
+    def is_whole(self) -> bool:
+        """Whether they are all there are."""
+        return self.count == self.of
+
+    @property
     def others(self) -> tuple[int, ...]:
         """The places that are not among them."""
         return (*range(self.start), *range(self.start + self.count, self.of))

@@ -14,6 +14,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -103,6 +104,7 @@ class Checkpoint(Weights):
         self._folder = folder
         self._files = files
         self._untaken = set(files)
+        self._left: set[str] = set()
         self._lock = threading.Lock()  # layers are read side by side
 
     @property
@@ -115,7 +117,7 @@ class Checkpoint(Weights):
 
     def leave(self, prefix: str) -> None:
         with self._lock:
-            self._untaken -= {name for name in self._untaken if name.startswith(f"{prefix}.")}
+            self._left.add(prefix)
 
     def fill(self, name: str, out: Tensor) -> None:
         out.copy_(self._read(name, tuple(out.shape)))
@@ -131,9 +133,7 @@ class Checkpoint(Weights):
                 f"{self._folder}: the tensor {name} has shape {whole.get_shape()}, but the config makes it {_whole(shape)}"
             )
         # Of a whole tensor no copy is made.
-        tensor: Tensor = (
-            whole[_index(shape)] if any(isinstance(size, Part) for size in shape) else file.get_tensor(name)  # type: ignore[no-untyped-call]
-        )
+        tensor: Tensor = whole[_index(shape)] if _is_part(shape) else file.get_tensor(name)  # type: ignore[no-untyped-call]
         if not tensor.is_floating_point():
             raise ConfigurationError(f"{self._folder}: the tensor {name} holds {tensor.dtype}; it must be unquantized")
         with self._lock:
@@ -143,9 +143,12 @@ class Checkpoint(Weights):
     def finish(self, *, ignored: Iterable[str] = ()) -> None:
         """Raises `ConfigurationError` if the folder holds tensors that the model did not take, other than those that
         match one of the globs in `ignored`."""
-        left = sorted(name for name in self._untaken if not any(fnmatch.fnmatch(name, glob) for glob in ignored))
-        if left:
-            raise ConfigurationError(f"{self._folder} holds tensors that the model has no place for: {_listed(left)}")
+        ours = (name for name in self._untaken if self._left.isdisjoint(_prefixes(name)))
+        unknown = sorted(name for name in ours if not any(fnmatch.fnmatch(name, glob) for glob in ignored))
+        if unknown:
+            raise ConfigurationError(
+                f"{self._folder} holds tensors that the model has no place for: {_listed(unknown)}"
+            )
 
     def _neighbours(self, name: str) -> str:
         """What the folder has where the missing tensor would be, since a missing one is mostly a misnamed one."""
@@ -205,7 +208,7 @@ class Dummy(Weights):
     def take(self, name: str, *shape: int | Part) -> Tensor:
         out = torch.empty(_whole(shape), dtype=self.dtype, device=self.device)
         self.fill(name, out)
-        return out[_index(shape)].clone() if any(isinstance(size, Part) for size in shape) else out
+        return out[_index(shape)].clone() if _is_part(shape) else out
 
     def leave(self, prefix: str) -> None:
         pass
@@ -221,6 +224,15 @@ class Dummy(Weights):
             piece = self._pool[start:][: len(left)]
             left[: len(piece)] = piece
             left, start = left[len(piece) :], 0
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """`a`, `a.b`, `a.b.c` of `a.b.c`."""
+    return accumulate(name.split("."), "{}.{}".format)
+
+
+def _is_part(shape: tuple[int | Part, ...]) -> bool:
+    return any(isinstance(size, Part) and not size.is_whole for size in shape)
 
 
 def _whole(shape: tuple[int | Part, ...]) -> list[int]:
