@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -24,6 +25,7 @@ from tests.engine.ranks.processes import gone, ranks_of
 from tests.engine.records import answers, publish
 from tests.engine.slots import sequence
 from tests.engine.test_end_to_end import BOS, engine, published, story
+from tests.engine.test_offload import metric, store_address
 
 __all__ = ["published"]  # a fixture
 
@@ -52,23 +54,35 @@ def step(number: int, *, block: int = 0) -> Step:
 async def test_the_published_text_is_what_two_ranks_say(
     bus: MemoryBus, stories260k: Path, published: list[int]
 ) -> None:
-    """Beside a choice that is drawn as one rank draws it. The ranks end with the engine."""
+    """Beside a choice that is drawn, as one rank draws it. What they computed of a prompt two other ranks find in the
+    store, but not one alone. Ranks end with their engine."""
     drawn = pb.SamplingParams(temperature=1.0, top_p=0.9, seed=7, logprobs=2)
-    async with answers(bus) as heard:
-        async with engine(bus, stories260k, tensor_parallel=2):
+    prompt_ids = [BOS, *published[:100]]
+    async with store_address() as address, answers(bus) as heard:
+        settings: dict[str, Any] = {"kvstore": address, "metrics_address": "127.0.0.1:0", "tensor_parallel": 2}
+        async with engine(bus, stories260k, **settings) as addresses:
             ranks = ranks_of()
             await publish(bus, story("a", [BOS], max_tokens=len(published)))
-            await publish(bus, story("b", [BOS, *published[:100]], max_tokens=40))
+            await publish(bus, story("b", prompt_ids, max_tokens=40))
             await publish(bus, story("c", [BOS], max_tokens=20, sampling=drawn))
             await heard.finished("a", "b", "c")
+            while await metric(addresses, "store_blocks_saved_total") < 12:  # those of the longest
+                pass
         assert len(ranks) == 2
         await gone(ranks)
+        async with engine(bus, stories260k, **settings):
+            await publish(bus, story("again", prompt_ids, max_tokens=40))
+            await heard.finished("again")
+        async with engine(bus, stories260k, **settings | {"tensor_parallel": 1}):
+            await publish(bus, story("alone", prompt_ids, max_tokens=40))
+            await publish(bus, story("drawn alone", [BOS], max_tokens=20, sampling=drawn))
+            await heard.finished("alone", "drawn alone")
         assert heard["a"].token_ids == published
-        assert heard["b"].token_ids == published[100:140]
-        async with engine(bus, stories260k):
-            await publish(bus, story("d", [BOS], max_tokens=20, sampling=drawn))
-            await heard.finished("d")
-        assert heard["c"].token_ids == heard["d"].token_ids
+        assert heard["c"].token_ids == heard["drawn alone"].token_ids
+        for each, num_cached in (("b", 0), ("again", 96), ("alone", 0)):
+            finish = heard[each].finish
+            assert finish is not None and finish.usage.cached_tokens == num_cached
+            assert heard[each].token_ids == published[100:140]
 
 
 async def test_a_block_is_the_parts_of_its_ranks(stories260k: Path) -> None:
@@ -100,8 +114,8 @@ async def test_a_block_is_the_parts_of_its_ranks(stories260k: Path) -> None:
     await gone(pids)
 
 
-async def test_an_error_in_a_rank_is_told_with_its_rank(stories260k: Path) -> None:
-    """The last one, in its own words."""
+async def test_an_error_in_a_rank_is_told_with_its_rank(stories260k: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The last one, in its own words; and it is in the rank's own log, under its number."""
     with pytest.RaisesGroup(InternalError, flatten_subgroups=True):
         async with group(stories260k) as ranks:
             pids = ranks_of()
@@ -109,11 +123,14 @@ async def test_an_error_in_a_rank_is_told_with_its_rank(stories260k: Path) -> No
                 ranks.collect(ranks.launch(step(1, block=10_000)))
             await asyncio.Event().wait()
     await gone(pids)
+    assert re.search(
+        r'"event": "the rank failed".*"rank": [01]|"rank": [01].*"event": "the rank failed"', capfd.readouterr().err
+    )
 
 
 async def test_what_a_rank_refuses_the_front_refuses(bus: MemoryBus, stories260k: Path) -> None:
     """As the same error, once; the ranks are gone."""
-    with pytest.raises(ConfigurationError, match="^tensor_parallel is 3, but the model's 4 key-value heads cannot be"):
-        async with engine(bus, stories260k, tensor_parallel=3):
+    with pytest.raises(ConfigurationError, match="^max_model_len is 513, but the model's context has 512 tokens$"):
+        async with engine(bus, stories260k, tensor_parallel=2, max_model_len=513):
             pass
     assert ranks_of() == []
