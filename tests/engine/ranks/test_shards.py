@@ -85,6 +85,30 @@ def test_the_story_is_the_published_one(two_ranks: Pair, stories260k: Path) -> N
     assert engine.scheduler.totals.num_preemptions > 0
 
 
+def test_keys_and_values_in_8_bits_are_split_like_others(two_ranks: Pair, stories260k: Path) -> None:
+    """Every head has scales of its own, so the parts are those of the whole."""
+    settings = {"kv_cache_dtype": "0=auto,int8"}
+    halves = two_ranks.run(stories260k, sequence([1], 64), **settings)
+    assert outputs(halves) == outputs(alone(stories260k, sequence([1], 64), **settings))
+
+
+def test_weights_in_fp8_are_split_like_others(two_ranks: Pair, stories260k: Path) -> None:
+    """Parts of rows have scales of their own, which are no coarser: two ranks are as near to what is not quantized as
+    one is, in the log-probability of the likeliest token after 63 beginnings of a story."""
+
+    def beginnings() -> list[Sequence]:
+        return [sequence([1, *whole.output_ids[:count]], 1, logprobs=1) for count in range(63)]
+
+    def error(found: list[Sequence]) -> float:
+        rows = zip(found, truth, strict=True)
+        return sum(abs(ours.output_logprobs[0].logprob - true.output_logprobs[0].logprob) for ours, true in rows)
+
+    (whole,) = alone(stories260k, sequence([1], 64))
+    truth = alone(stories260k, *beginnings())
+    halves = two_ranks.run(stories260k, *beginnings(), quantization="fp8")
+    assert 0 < error(halves) < 1.2 * error(alone(stories260k, *beginnings(), quantization="fp8"))
+
+
 def test_noise_is_the_same_model_on_two_ranks(two_ranks: Pair, saved: Callable[[str, dict[str, Any]], Path]) -> None:
     """load_format dummy: each rank has its part of the same matrices."""
     folder, dummy = saved("qwen3_moe", NATIVE["qwen3_moe"]), {"load_format": "dummy"}
