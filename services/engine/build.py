@@ -178,9 +178,10 @@ def device_of(settings: EngineSettings, shard: Shard) -> torch.device:
 def _cache(settings: EngineSettings, model: Model, device: torch.device, shard: Shard) -> KVCache:
     shape = model.kv_shape
     formats = formats_of(settings.kv_cache_dtype, num_layers=shape.layers)
-    if device.type == "cuda" and any(format.is_quantized for format in formats):
+    if device.type == "cuda" and settings.block_size != 64 and any(format.is_quantized for format in formats):
         raise ConfigurationError(
-            f"kv_cache_dtype is {settings.kv_cache_dtype}, but kernels for keys and values in 8 bits are not there yet; say auto"
+            f"block_size is {settings.block_size}; on a GPU keys and values in 8 bits (kv_cache_dtype is "
+            f"{settings.kv_cache_dtype}) lie in blocks of 64 tokens"
         )
     block_bytes = KVLayout(shape, settings.block_size, formats).block_bytes
     room = settings.cache_bytes // shard.count if device.type == "cpu" else _gpu_room(settings, model, formats, device)

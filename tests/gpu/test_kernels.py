@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from services.engine.kv_cache import KVCache, KVShape
+from services.engine.kv_format import KVFormat
 from services.engine.ops import moe
 from services.engine.ops import sampling as specified
 from services.engine.ops.activation import silu_mul
@@ -54,15 +55,21 @@ def test_products(shape: tuple[int, int], num_rows: int) -> None:
 @pytest.mark.parametrize("dtype", ERRORS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("num_decodes", [1, 7, 20, 37, 70])
-def test_attention(shape: tuple[int, int, int, int, int | None], dtype: torch.dtype, num_decodes: int) -> None:
+@pytest.mark.parametrize("format", KVFormat)
+def test_attention(
+    shape: tuple[int, int, int, int, int | None], dtype: torch.dtype, num_decodes: int, format: KVFormat
+) -> None:
     """Of a batch of decodes, as large as each of the ways to cut it, and of chunks of prompts beside them."""
     heads, kv_heads, head_dim, block_size, window = shape
     if dtype is torch.bfloat16 and head_dim < 16:
         pytest.skip("such a model is a toy, in float32")
+    if format.is_quantized:
+        block_size = 64
     draw = torch.Generator().manual_seed(num_decodes)
     counts = [1] * num_decodes + torch.randint(2, 300, (5,), generator=draw).tolist()
     lengths = [int(torch.randint(count, 1300, (), generator=draw)) for count in counts]
-    cache = KVCache(KVShape(2, kv_heads, head_dim, dtype), num_blocks=400, block_size=block_size, device="cuda")
+    kept, formats = KVShape(2, kv_heads, head_dim, dtype), (KVFormat.AUTO, format)
+    cache = KVCache(kept, num_blocks=400, block_size=block_size, device="cuda", formats=formats)
     fill(cache)
     tables = torch.randint(0, 400, (len(counts), -(-1300 // block_size)), generator=draw, dtype=torch.int32).cuda()
     batch = batch_of(tables, counts, lengths, num_decodes=num_decodes)
@@ -72,6 +79,35 @@ def test_attention(shape: tuple[int, int, int, int, int | None], dtype: torch.dt
         got = paged_attention(q, cache, 1, shared, scale=head_dim**-0.5, window=window)
     expected = definition(q, cache, tables, counts, lengths, window=window)
     torch.testing.assert_close(got.double(), expected, atol=ERRORS[dtype], rtol=ERRORS[dtype])
+
+
+@pytest.mark.parametrize("format", [KVFormat.FP8_E4M3, KVFormat.INT8])
+@pytest.mark.parametrize("dtype", ERRORS)
+def test_keys_and_values_become_8_bits(dtype: torch.dtype, format: KVFormat) -> None:
+    """As the specification makes them, but for the last place of a division; what is no number is NaN."""
+    from services.engine.ops.kernels import qkv
+    from services.engine.ops.rotary import Angles
+
+    shape = KVShape(2, 8, 128, dtype)
+    mine, expected = (
+        KVCache(shape, num_blocks=10, block_size=64, device="cuda", formats=(KVFormat.AUTO, format)) for _ in range(2)
+    )
+    projected = (
+        torch.randn(500, 32 + 16, 128, device="cuda") * torch.logspace(-6, 6, 500, device="cuda")[:, None, None]
+    ).to(dtype)
+    projected[3, 35, 7], projected[4] = torch.nan, 0
+    still = Angles(torch.ones(500, 1, 128, device="cuda"), torch.zeros(500, 1, 128, device="cuda"))
+    slots = torch.randperm(640, device="cuda")[:500]
+    qkv.prepare(projected, still, mine, 1, slots, heads=32, norm_weights=None, eps=1e-5)
+    expected.write(1, projected[:, 32:].view(500, 2, 8, 128), expected.locate(slots))
+    every = torch.arange(10, device="cuda")
+    for got, wanted in zip(mine.layers[1].read(every), expected.layers[1].read(every), strict=True):
+        assert torch.equal(got.isnan(), wanted.isnan())
+        got, wanted = got.nan_to_num().double(), wanted.nan_to_num().double()
+        largest = wanted.abs().amax(-1, keepdim=True)
+        step = wanted.abs() * 2**-3 + largest * 2**-17 if format is KVFormat.FP8_E4M3 else largest / 126
+        assert ((got - wanted).abs() <= step).all()
+        assert (got == wanted).double().mean() > 0.999
 
 
 def test_sampled_tokens_are_those_of_the_specification() -> None:

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from services.engine.kv_cache import KVCache, KVShape
+from services.engine.kv_format import KVFormat
 from services.engine.ops.kernels import (
     activation,
     decode_attention,
@@ -62,15 +63,7 @@ def launch_all(
     projected = torch.zeros(ROWS, heads + 2 * kv_heads, head_dim, dtype=dtype)
     for weights in (None, (head_norm, head_norm)):
         qkv.prepare(projected, angles, cache, 1, longs, heads=heads, norm_weights=weights, eps=1e-5)
-    q = torch.zeros(ROWS, heads, head_dim, dtype=dtype)
-    for chunk in (64, 1024):
-        work = decode_attention.plan(tables, rows[:ROWS], rows[:ROWS], chunk=chunk, most_items=99)
-        scratch = decode_attention.scratch(work, heads=heads, cache=cache)
-        decode_attention.attend(q, q, cache, 1, work, scratch, scale=0.1, window=None)
-    chunks = prefill_attention.plan(
-        tables, rows[:ROWS], rows[:ROWS], rows, rows[:ROWS], most_tokens=2048, group=heads // kv_heads, dtype=dtype
-    )
-    prefill_attention.attend(q, q, cache, 1, chunks, scale=0.1, window=None)
+    launch_attention(cache, heads=heads, chunks=(64, 1024))
     activation.silu_mul(torch.zeros(ROWS, 2 * intermediate, dtype=dtype))
     integers = torch.zeros(SLOTS, 4, dtype=torch.int64)
     sampling.sample(torch.zeros(ROWS, vocab), torch.zeros(SLOTS, 3), integers, rows[:ROWS], rows[:ROWS], tokens)
@@ -79,6 +72,20 @@ def launch_all(
         gemv.gemv(x[:1], weight, add=x[:1, :64])
     if (split := skinny.split_of(weight)) is not None:
         skinny.matmul(x, weight, split, counters=skinny.counters_of(weight))
+
+
+def launch_attention(cache: KVCache, *, heads: int, chunks: tuple[int, ...]) -> None:
+    """Of decodes, then of prompts."""
+    tables, rows = torch.zeros(SLOTS, CONTEXT // 64, dtype=torch.int32), torch.zeros(ROWS + 1, dtype=torch.int32)
+    q = torch.zeros(ROWS, heads, cache.shape.head_dim, dtype=cache.shape.dtype)
+    for chunk in chunks:
+        work = decode_attention.plan(tables, rows[:ROWS], rows[:ROWS], chunk=chunk, most_items=99)
+        scratch = decode_attention.scratch(work, heads=heads, cache=cache)
+        decode_attention.attend(q, q, cache, 1, work, scratch, scale=0.1, window=None)
+    works = (tables, rows[:ROWS], rows[:ROWS], rows, rows[:ROWS])
+    group = heads // cache.shape.kv_heads
+    prompts = prefill_attention.plan(*works, most_tokens=2048, group=group, dtype=q.dtype)
+    prefill_attention.attend(q, q, cache, 1, prompts, scale=0.1, window=None)
 
 
 @pytest.fixture(scope="module", params=[LLAMA_8B, QWEN_600M, SMOLLM], ids=["llama-8b", "qwen3-0.6b", "smollm2-135m"])
@@ -186,3 +193,42 @@ def test_rows_are_rounded_by_the_conversion_instruction(quantized: list[Compiled
     for each in rounded:
         assert "cvt.rn.satfinite.e4m3x2.f32" in each.ptx and "max.NaN.f32" in each.ptx
         assert "ld.global.v4.b32" in each.ptx and "st.global.b8" not in each.ptx
+
+
+@pytest.fixture(scope="module", params=[LLAMA_8B, SMOLLM], ids=["llama-8b", "smollm2-135m"])
+def eight_bits(request: pytest.FixtureRequest) -> dict[KVFormat, dict[str, Compiled]]:
+    """The kernels that write and read keys and values in 8 bits; of attention that of decodes and that of prompts."""
+    heads, kv_heads, head_dim = (request.param[name] for name in ("heads", "kv_heads", "head_dim"))
+    angles = Angles(torch.zeros(ROWS, 1, head_dim), torch.zeros(ROWS, 1, head_dim))
+    projected = torch.zeros(ROWS, heads + 2 * kv_heads, head_dim, dtype=torch.bfloat16)
+    slots, found = torch.zeros(ROWS, dtype=torch.int64), {}
+    for format in (KVFormat.FP8_E4M3, KVFormat.INT8):
+        shape = KVShape(2, kv_heads, head_dim, torch.bfloat16)
+        cache = KVCache(shape, num_blocks=4, block_size=64, formats=[format] * 2)
+        with offline() as kernels:
+            qkv.prepare(projected, angles, cache, 1, slots, heads=heads, norm_weights=None, eps=1e-5)
+            launch_attention(cache, heads=heads, chunks=(1024,))
+        prepare, *_, decode, prefill = (described(kernel) for kernel in kernels)
+        found[format] = {"prepare": prepare, "decode": decode, "prefill": prefill}
+    return found
+
+
+@pytest.mark.timeout(300)
+def test_8_bits_are_read_in_wide_loads_and_spill_nothing(eight_bits: dict[KVFormat, dict[str, Compiled]]) -> None:
+    """Sixteen bytes at a time, values that lie by dimension too; prompts still by wgmma."""
+    for kernels in eight_bits.values():
+        assert [each.name for each in kernels.values() if each.spilled_bytes] == []
+        assert "wgmma" in kernels["prefill"].ptx
+        for name in ("decode", "prefill"):
+            assert not re.search(r"ld\.global(\.\w+)*\.[bsu]8\b", kernels[name].ptx)
+            copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+)", kernels[name].ptx)
+            assert copies.count("0x10") >= 4
+
+
+@pytest.mark.timeout(300)
+def test_8_bits_are_widened_more_than_one_at_a_time(eight_bits: dict[KVFormat, dict[str, Compiled]]) -> None:
+    """fp8 by the instruction for pairs, int8 by byte permutes."""
+    for name in ("decode", "prefill"):
+        assert "cvt.rn.f16x2.e4m3x2" in eight_bits[KVFormat.FP8_E4M3][name].ptx
+        assert "prmt.b32" in eight_bits[KVFormat.INT8][name].ptx
+        assert "cvt.rn.f16.s16" not in eight_bits[KVFormat.INT8][name].ptx

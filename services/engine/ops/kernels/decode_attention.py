@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kv_cache import KVCache
+from services.engine.ops.kernels import kv_quant
 from services.engine.ops.kernels.overlap import overlapped, wait
 
 LOG2_E = 1.4426950408889634
@@ -112,11 +113,12 @@ def attend(
     `out_NHD`."""
     num_sequences, (_, heads, head_dim) = work.num_sequences, q_NHD.shape
     kv_heads = cache.shape.kv_heads
-    kv = cache.layers[layer].kv
+    kv, scales = cache.layers[layer].kv, cache.layers[layer].scales
     _, warps, stages = _tuning(num_sequences)
     _attend[(len(work.items_M4), kv_heads)](
         q_NHD,
         kv,
+        scales,
         out_NHD,
         work.tables,
         work.first_S1,
@@ -131,13 +133,14 @@ def attend(
         kv.stride(0),
         kv.stride(1),
         kv.stride(2),
+        None if scales is None else scales.stride(0),
         G=heads // kv_heads,
         K=kv_heads,
         D=head_dim,
         WIDTH=max(16, triton.next_power_of_2(head_dim)),
         ROWS=_rows(heads // kv_heads),
         T=cache.block_size,
-        TILE=64,
+        TILE=64 if scales is None else min(64, cache.block_size),  # in 8 bits never more than a page
         WINDOW=window or 0,
         GROUP=scratch.parts.shape[2],
         PARTS=8,
@@ -176,6 +179,7 @@ def _list(first, slots, lengths, items, B: tl.constexpr):
 def _attend(
     q,
     kv,
+    scales,
     out,
     tables,
     first,
@@ -190,6 +194,7 @@ def _attend(
     block_stride,
     v_stride,
     head_stride,
+    scale_stride,
     G: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -223,6 +228,10 @@ def _attend(
     peak = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     found = tl.zeros((ROWS, WIDTH), tl.float32)
+    if scales is not None:
+        queries, largest = kv_quant.normed(queries)
+        row_scale = largest * scale
+        unit = kv_quant.first_unit()
     if WINDOW > 0:
         start = tl.maximum(start, (tl.maximum(length - WINDOW, 0) // TILE) * TILE)
     block = tl.load(table + start // T)
@@ -231,25 +240,39 @@ def _attend(
         seen = token < end
         if WINDOW > 0:
             seen = seen & (token >= length - WINDOW)
-        if TILE <= T:
-            # Looked up one tile ahead, so that the loads need not wait for it.
-            base = block.to(tl.int64) * block_stride + head * head_stride
-            base += (tl.multiple_of(tile % T, TILE) + tl.arange(0, TILE)) * D
+        if scales is not None:
+            inside = tl.multiple_of(tile % T, TILE) + tl.arange(0, TILE)
+            keys, values, key_scales, value_scales = kv_quant.load_tile(
+                kv, scales, block, inside, seen, head, place, block_stride, v_stride, head_stride, scale_stride,
+                K, D, T, WIDTH,
+            )  # fmt: skip
             block = tl.load(table + (tile + TILE) // T, mask=tile + TILE < end, other=0)
+            peak, total, found, unit = kv_quant.take_in(
+                queries, keys, values, key_scales, value_scales, seen[None, :], peak, total, found, unit, row_scale,
+                True, PRECISION,
+            )  # fmt: skip
         else:
-            blocks = tl.load(table + token // T, mask=token < end, other=0).to(tl.int64)
-            base = blocks * block_stride + head * head_stride + (token % T) * D
-        held_here = seen[:, None] & (place < D)[None, :]
-        keys = tl.load(kv + base[:, None] + place[None, :], mask=held_here, other=0.0)
-        values = tl.load(kv + v_stride + base[:, None] + place[None, :], mask=held_here, other=0.0)
-        scores = tl.dot(queries, keys.T, input_precision=PRECISION) * scale
-        scores = tl.where(seen[None, :], scores, -1e30)
-        higher = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.where(seen[None, :], tl.exp2(scores - higher[:, None]), 0.0)
-        fade = tl.exp2(peak - higher)
-        total = total * fade + tl.sum(weights, 1)
-        found = found * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
-        peak = higher
+            if TILE <= T:
+                # Looked up one tile ahead, so that the loads need not wait for it.
+                base = block.to(tl.int64) * block_stride + head * head_stride
+                base += (tl.multiple_of(tile % T, TILE) + tl.arange(0, TILE)) * D
+                block = tl.load(table + (tile + TILE) // T, mask=tile + TILE < end, other=0)
+            else:
+                blocks = tl.load(table + token // T, mask=token < end, other=0).to(tl.int64)
+                base = blocks * block_stride + head * head_stride + (token % T) * D
+            held_here = seen[:, None] & (place < D)[None, :]
+            keys = tl.load(kv + base[:, None] + place[None, :], mask=held_here, other=0.0)
+            values = tl.load(kv + v_stride + base[:, None] + place[None, :], mask=held_here, other=0.0)
+            scores = tl.dot(queries, keys.T, input_precision=PRECISION) * scale
+            scores = tl.where(seen[None, :], scores, -1e30)
+            higher = tl.maximum(peak, tl.max(scores, 1))
+            weights = tl.where(seen[None, :], tl.exp2(scores - higher[:, None]), 0.0)
+            fade = tl.exp2(peak - higher)
+            total = total * fade + tl.sum(weights, 1)
+            found = found * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
+            peak = higher
+    if scales is not None:
+        found = found * unit
     if num_chunks == 1:
         tl.store(out + at, found / total[:, None], mask=held)
         return

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kv_cache import KVCache
+from services.engine.ops.kernels import kv_quant
 from services.engine.ops.kernels.decode_attention import LOG2_E, number_items
 
 
@@ -75,12 +76,13 @@ def attend(
     _, heads, head_dim = q_NHD.shape
     kv_heads = cache.shape.kv_heads
     group = heads // kv_heads
-    kv = cache.layers[layer].kv
+    kv, scales = cache.layers[layer].kv, cache.layers[layer].scales
     is_wide = q_NHD.dtype.itemsize > 2
     tile = min(cache.block_size, 32 if is_wide else 64)
     _attend[(len(work.tiles_M2), kv_heads)](
         q_NHD,
         kv,
+        scales,
         out_NHD,
         work.tables,
         work.rows_P,
@@ -94,6 +96,7 @@ def attend(
         kv.stride(0),
         kv.stride(1),
         kv.stride(2),
+        None if scales is None else scales.stride(0),
         q_NHD.stride(0),
         G=group,
         GROUP=triton.next_power_of_2(group),
@@ -125,6 +128,7 @@ def _list(first, tiles, B: tl.constexpr):
 def _attend(
     q,
     kv,
+    scales,
     out,
     tables,
     slots,
@@ -138,6 +142,7 @@ def _attend(
     block_stride,
     v_stride,
     head_stride,
+    scale_stride,
     token_stride,
     G: tl.constexpr,
     GROUP: tl.constexpr,
@@ -182,26 +187,56 @@ def _attend(
     key = tl.arange(0, TILE)[:, None]
     inner = kv + head * head_stride + place[None, :]
     block = tl.load(table + start // T)
+    if scales is not None:
+        queries, largest = kv_quant.normed(queries)
+        row_scale, unit = largest * scale, kv_quant.first_unit()
     for tile in range(start, whole, TILE):
-        base = inner + block.to(tl.int64) * block_stride + (tl.multiple_of(tile % T, TILE) + key) * D
-        block = tl.load(table + (tile + TILE) // T, mask=tile + TILE < whole, other=0)
-        if WIDTH == D:
-            keys, values = tl.load(base), tl.load(base + v_stride)
+        if scales is not None:
+            inside = tl.multiple_of(tile % T, TILE) + tl.arange(0, TILE)
+            keys, values, key_scales, value_scales = kv_quant.load_tile(
+                kv, scales, block, inside, None, head, place, block_stride, v_stride, head_stride, scale_stride,
+                tl.num_programs(1), D, T, WIDTH,
+            )  # fmt: skip
+            block = tl.load(table + (tile + TILE) // T, mask=tile + TILE < whole, other=0)
+            peak, total, found, unit = kv_quant.take_in(
+                queries, keys, values, key_scales, value_scales, inside, peak, total, found, unit, row_scale,
+                False, PRECISION,
+            )  # fmt: skip
         else:
-            keys = tl.load(base, mask=place[None, :] < D, other=0.0)
-            values = tl.load(base + v_stride, mask=place[None, :] < D, other=0.0)
-        peak, total, found = _take_in(queries, keys, values, keys, peak, total, found, scale, False, PRECISION)
+            base = inner + block.to(tl.int64) * block_stride + (tl.multiple_of(tile % T, TILE) + key) * D
+            block = tl.load(table + (tile + TILE) // T, mask=tile + TILE < whole, other=0)
+            if WIDTH == D:
+                keys, values = tl.load(base), tl.load(base + v_stride)
+            else:
+                keys = tl.load(base, mask=place[None, :] < D, other=0.0)
+                values = tl.load(base + v_stride, mask=place[None, :] < D, other=0.0)
+            peak, total, found = _take_in(queries, keys, values, keys, peak, total, found, scale, False, PRECISION)
     for tile in range(whole, end, TILE):
-        base = inner + tl.load(table + tile // T).to(tl.int64) * block_stride + (tile % T + key) * D
         # Beyond the sequence's end a page holds anything.
-        there = (tile + key < length) & (place[None, :] < D)
-        keys = tl.load(base, mask=there, other=0.0)
-        values = tl.load(base + v_stride, mask=there, other=0.0)
+        if scales is not None:
+            inside = tl.multiple_of(tile % T, TILE) + tl.arange(0, TILE)
+            keys, values, key_scales, value_scales = kv_quant.load_tile(
+                kv, scales, tl.load(table + tile // T), inside, tile + tl.arange(0, TILE) < length, head, place,
+                block_stride, v_stride, head_stride, scale_stride, tl.num_programs(1), D, T, WIDTH,
+            )  # fmt: skip
+        else:
+            base = inner + tl.load(table + tile // T).to(tl.int64) * block_stride + (tile % T + key) * D
+            there = (tile + key < length) & (place[None, :] < D)
+            keys = tl.load(base, mask=there, other=0.0)
+            values = tl.load(base + v_stride, mask=there, other=0.0)
         behind = position[:, None] - (tile + tl.arange(0, TILE))[None, :]
         seen = behind >= 0
         if WINDOW > 0:
             seen = seen & (behind < WINDOW)
-        peak, total, found = _take_in(queries, keys, values, seen, peak, total, found, scale, True, PRECISION)
+        if scales is not None:
+            peak, total, found, unit = kv_quant.take_in(
+                queries, keys, values, key_scales, value_scales, seen, peak, total, found, unit, row_scale,
+                True, PRECISION,
+            )  # fmt: skip
+        else:
+            peak, total, found = _take_in(queries, keys, values, seen, peak, total, found, scale, True, PRECISION)
+    if scales is not None:
+        found = found * unit
     tl.store(out + at, found / tl.where(total > 0, total, 1.0)[:, None], mask=held)
 
 

@@ -9,7 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kv_cache import KVCache
+from services.engine.ops.kernels.kv_quant import quantized, scale_of
 from services.engine.ops.kernels.overlap import overlapped, wait
+from services.engine.ops.kv_quant import PEAKS
 from services.engine.ops.rotary import Angles
 
 _HEADS = 8
@@ -32,11 +34,13 @@ def prepare(
     kv_heads = cache.shape.kv_heads
     q_NHD = torch.empty((num_tokens, heads, head_dim), dtype=qkv_NHD.dtype, device=qkv_NHD.device)
     q_weight, k_weight = norm_weights if norm_weights is not None else (qkv_NHD, qkv_NHD)
-    kv = cache.layers[layer].kv
+    kept = cache.layers[layer]
+    kv, scales = kept.kv, kept.scales
     _prepare[(num_tokens, triton.cdiv(num_all, _HEADS))](
         qkv_NHD,
         q_NHD,
         kv,
+        scales,
         angles.cos_N1D,
         angles.sin_N1D,
         q_weight,
@@ -45,12 +49,14 @@ def prepare(
         kv.stride(0),
         kv.stride(1),
         kv.stride(2),
+        None if scales is None else scales.stride(0),
         eps,
         H=heads,
         K=kv_heads,
         D=head_dim,
         HALF=triton.next_power_of_2(head_dim // 2),
         T=cache.block_size,
+        PEAK=PEAKS.get(kept.format, 0.0),
         NORM=norm_weights is not None,
         HEADS=_HEADS,
         num_warps=2,
@@ -64,6 +70,7 @@ def _prepare(
     qkv,
     q_out,
     kv,
+    scales,
     cosines,
     sines,
     q_weight,
@@ -72,12 +79,14 @@ def _prepare(
     block_stride,
     v_stride,
     head_stride,
+    scale_stride,
     eps,
     H: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
     T: tl.constexpr,
+    PEAK: tl.constexpr,
     NORM: tl.constexpr,
     HEADS: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -114,7 +123,19 @@ def _prepare(
     slot = tl.load(write_slots + token)
     kept = inside & (head >= H)
     kv_head = tl.where(turned, head - H, head - H - K)
-    start = (slot // T) * block_stride + (slot % T) * D
-    target = kv + start + tl.where(turned, 0, v_stride) + kv_head * head_stride + place
-    tl.store(target, low, mask=kept)
-    tl.store(target + D // 2, high, mask=kept)
+    if scales is None:
+        start = (slot // T) * block_stride + (slot % T) * D
+        target = kv + start + tl.where(turned, 0, v_stride) + kv_head * head_stride + place
+        tl.store(target, low, mask=kept)
+        tl.store(target + D // 2, high, mask=kept)
+    else:
+        x, y = low.to(tl.float32), high.to(tl.float32)
+        scale, is_finite = scale_of(x, y, PEAK)
+        start = (slot // T) * block_stride + tl.where(turned, 0, v_stride) + kv_head * head_stride
+        # Keys by token, values by dimension.
+        target = kv + start + tl.where(turned, (slot % T) * D + place, place * T + slot % T)
+        tl.store(target, quantized(x, scale, is_finite, kv.dtype.element_ty), mask=kept)
+        target += tl.where(turned, D // 2, D // 2 * T)
+        tl.store(target, quantized(y, scale, is_finite, kv.dtype.element_ty), mask=kept)
+        target = scales + (slot // T) * scale_stride + (tl.where(turned, 0, K) + kv_head) * T + slot % T
+        tl.store(target, tl.where(is_finite, scale, float("nan")), mask=(head >= H) & (head < H + 2 * K))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from services.engine.kv_cache import KVCache, KVShape
+from services.engine.kv_format import KVFormat
 from services.engine.ops.attention import paged_attention, plan
 from services.engine.ops.kernels import decode_attention
 from services.engine.ops.kernels.attention import PagedPlan
@@ -18,9 +19,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:Deprecati
 SHAPES = [(9, 3, 64, 32), (8, 4, 8, 16), (4, 2, 128, 64), (20, 1, 24, 16)]
 
 
-def filled_cache(kv_heads: int, head_dim: int, block_size: int) -> KVCache:
-    """A cache full of noise."""
-    cache = KVCache(KVShape(2, kv_heads, head_dim, torch.float32), num_blocks=80, block_size=block_size)
+def filled_cache(
+    kv_heads: int, head_dim: int, block_size: int, format: KVFormat = KVFormat.AUTO, dtype: torch.dtype = torch.float32
+) -> KVCache:
+    """A cache full of noise, its second layer in this format."""
+    shape, formats = KVShape(2, kv_heads, head_dim, dtype), (KVFormat.AUTO, format)
+    cache = KVCache(shape, num_blocks=80, block_size=block_size, formats=formats)
     fill(cache)
     return cache
 
@@ -33,13 +37,17 @@ def chunks(lengths: list[tuple[int, int]], *, block_size: int) -> list[Chunk]:
 
 
 def attended(
-    lengths: list[tuple[int, int]], shape: tuple[int, int, int, int], window: int | None
+    lengths: list[tuple[int, int]],
+    shape: tuple[int, int, int, int],
+    window: int | None,
+    format: KVFormat = KVFormat.AUTO,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """What the kernels and what the specification give."""
     heads, kv_heads, head_dim, block_size = shape
-    cache = filled_cache(kv_heads, head_dim, block_size)
+    cache = filled_cache(kv_heads, head_dim, block_size, format, dtype)
     batch = batch_of(*chunks(lengths, block_size=block_size), block_size=block_size)
-    q = torch.randn(len(batch.token_ids_N), heads, head_dim, generator=torch.Generator().manual_seed(1))
+    q = torch.randn(len(batch.token_ids_N), heads, head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
     mine = PagedPlan(batch).attend(q, cache, 1, scale=0.2, window=window)
     return mine, paged_attention(q, cache, 1, plan(batch, cache), scale=0.2, window=window)
 
@@ -58,6 +66,68 @@ def test_chunks_of_prompts_see_what_lies_before_them(shape: tuple[int, int, int,
     """Whole prompts and later chunks, beside a decode."""
     mine, expected = attended([(50, 1), (0, 40), (193, 7), (0, 130), (31, 2)], shape, window)
     torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
+
+
+EIGHT_BITS = [KVFormat.FP8_E4M3, KVFormat.INT8]
+DECODES = [(0, 1), (62, 1), (63, 1), (64, 1), (199, 1), (129, 1)]
+CHUNKS = [(50, 1), (0, 70), (126, 7), (31, 2)]
+
+
+@pytest.mark.parametrize(("shape", "window"), [((9, 3, 64, 64), None), ((5, 1, 24, 32), 40)])
+@pytest.mark.parametrize("format", EIGHT_BITS)
+@pytest.mark.parametrize("lengths", [DECODES, CHUNKS], ids=["decodes", "chunks"])
+def test_in_8_bits_they_see_the_same(
+    lengths: list[tuple[int, int]], format: KVFormat, shape: tuple[int, int, int, int], window: int | None
+) -> None:
+    """Computed in float32, the kernels differ from the specification by rounding alone."""
+    mine, expected = attended(lengths, shape, window, format)
+    torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("format", EIGHT_BITS)
+@pytest.mark.parametrize("lengths", [DECODES, CHUNKS], ids=["decodes", "chunks"])
+def test_in_8_bits_16_are_enough_to_multiply(
+    lengths: list[tuple[int, int]], format: KVFormat, dtype: torch.dtype
+) -> None:
+    """Products are of float16, whatever the model's dtype: the result is within its rounding, or bfloat16's."""
+    mine, expected = attended(lengths, (8, 2, 64, 64), None, format, dtype)
+    torch.testing.assert_close(mine, expected, atol=4 * torch.finfo(dtype).eps, rtol=0)
+
+
+@pytest.mark.parametrize("format", EIGHT_BITS)
+@pytest.mark.parametrize("size", [1e-12, 1e6])
+def test_keys_and_values_of_any_size_fit_16_bits(format: KVFormat, size: float) -> None:
+    """Queries, keys and values far outside of float16, and values that differ a thousand times from one token to
+    another: what counts is their proportion."""
+    slots = torch.randperm(80 * 64)
+    kv_N2KD = torch.randn(80 * 64, 2, 2, 64) * torch.logspace(-1.5, 1.5, 80 * 64)[:, None, None, None]
+    kv_N2KD[:, 0] /= size  # so that scores stay what they are
+    kv_N2KD[:, 1] *= size
+    halves, floats = (filled_cache(2, 64, 64, format, dtype) for dtype in (torch.bfloat16, torch.float32))
+    for cache in (halves, floats):
+        cache.write(1, kv_N2KD, cache.locate(slots))
+    batch = batch_of(*chunks([(300, 1), (70, 20)], block_size=64), block_size=64)
+    q = (torch.randn(21, 8, 64) * size).bfloat16()
+    mine = PagedPlan(batch).attend(q, halves, 1, scale=0.02, window=None).float()
+    expected = paged_attention(q.float(), floats, 1, plan(batch, floats), scale=0.02)
+    assert ((mine - expected).norm(dim=-1) <= 0.01 * expected.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("format", EIGHT_BITS)
+@pytest.mark.parametrize("part", [0, 1], ids=["key", "value"])
+def test_what_is_no_number_spoils_those_alone_that_see_it(format: KVFormat, part: int) -> None:
+    """The sequences that a NaN key or value is of, and not the one behind whose end it lies."""
+    cache = filled_cache(2, 64, 64, format)
+    lengths = [(69, 1), (9, 1), (0, 66)]
+    works = chunks(lengths, block_size=64)
+    spoiled = torch.randn(3, 2, 2, 64)
+    spoiled[:, part] = torch.nan
+    at = [works[0].table[0] * 64 + 5, works[1].table[0] * 64 + 10, works[2].table[0] * 64 + 30]
+    cache.write(1, spoiled, cache.locate(torch.tensor(at)))
+    batch = batch_of(*works, block_size=64)
+    out = PagedPlan(batch).attend(torch.randn(68, 8, 64), cache, 1, scale=0.2, window=None)
+    assert out[0].isnan().all() and out[1].isfinite().all() and out[32:].isnan().all()
 
 
 def test_a_plan_lists_every_chunk_once() -> None:

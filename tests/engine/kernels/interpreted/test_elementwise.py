@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from services.engine.kv_cache import KVCache, KVShape
+from services.engine.kv_format import KVFormat
 from services.engine.ops import qkv as specified
 from services.engine.ops.activation import silu_mul
 from services.engine.ops.attention import AttentionPlan
 from services.engine.ops.kernels import activation, gemv, norm, qkv, rotary, skinny, step
+from services.engine.ops.kv_quant import PEAKS
 from services.engine.ops.norm import rms_norm
-from services.engine.ops.rotary import angles
+from services.engine.ops.rotary import Angles, angles
 from tests.engine.batches import Chunk, batch_of
 
 
@@ -37,17 +39,27 @@ def test_angles_are_the_angles() -> None:
         torch.testing.assert_close(mine, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("with_norms", [True, False])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 8), (4, 1, 24)])
+EVERY_SHAPE = [(9, 3, 64), (4, 4, 8), (4, 1, 24)]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "with_norms", "format"),
+    [
+        *((*shape, with_norms, KVFormat.AUTO) for shape in EVERY_SHAPE for with_norms in (True, False)),
+        (9, 3, 64, True, KVFormat.INT8),
+        (4, 1, 24, False, KVFormat.FP8_E4M3),
+    ],
+)
 def test_queries_keys_and_values_come_to_their_places(
-    heads: int, kv_heads: int, head_dim: int, with_norms: bool
+    heads: int, kv_heads: int, head_dim: int, with_norms: bool, format: KVFormat
 ) -> None:
     """Queries are returned; keys and values lie where the specification puts them, and nothing else is touched."""
     batch = batch_of(Chunk([0], 37, [4, 1, 0]), Chunk([0] * 20, 3, [5, 2]), block_size=16)
     angles_ = angles(batch.positions_N, torch.rand(head_dim // 2), 1.0)
     projected = torch.randn(21, heads + 2 * kv_heads, head_dim)
     weights = (torch.randn(head_dim), torch.randn(head_dim)) if with_norms else None
-    caches = [KVCache(KVShape(2, kv_heads, head_dim, torch.float32), num_blocks=6, block_size=16) for _ in range(2)]
+    shape, formats = KVShape(2, kv_heads, head_dim, torch.float32), (KVFormat.AUTO, format)
+    caches = [KVCache(shape, num_blocks=6, block_size=16, formats=formats) for _ in range(2)]
     plans = [AttentionPlan(batch, cache) for cache in caches]
     mine = qkv.prepare(
         projected.clone(), angles_, caches[0], 1, plans[0].write_slots_N, heads=heads, norm_weights=weights, eps=1e-6
@@ -59,6 +71,26 @@ def test_queries_keys_and_values_come_to_their_places(
     for layer in range(2):
         for kept, specified_ in zip(*(cache.layers[layer].read(torch.arange(7)) for cache in caches), strict=True):
             torch.testing.assert_close(kept, specified_)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("format", [KVFormat.FP8_E4M3, KVFormat.INT8])
+def test_keys_and_values_become_the_8_bits_of_the_specification(format: KVFormat) -> None:
+    """Bit for bit: of tokens of any size, zeros, halves that round to even, and what is no number."""
+    batch = batch_of(Chunk([0] * 40, 3, [5, 2, 0]), block_size=16)
+    still = Angles(torch.ones(40, 1, 16), torch.zeros(40, 1, 16))
+    projected = torch.randn(40, 2 + 2 * 2, 16) * torch.logspace(-38, 30, 40)[:, None, None]
+    projected[20] = torch.arange(6 * 16).view(6, 16) - 48.5
+    projected[20, :, 0] = PEAKS[format]
+    projected[21], projected[22, 3, 9], projected[23, 4, 2] = 0, torch.nan, -torch.inf
+    caches = [
+        KVCache(KVShape(1, 2, 16, torch.float32), num_blocks=6, block_size=16, formats=[format]) for _ in range(2)
+    ]
+    plans = [AttentionPlan(batch, cache) for cache in caches]
+    same = {"heads": 2, "norm_weights": None, "eps": 1e-6}
+    qkv.prepare(projected.clone(), still, caches[0], 0, plans[0].write_slots_N, **same)
+    specified.prepare(projected.clone(), still, caches[1], 0, plans[1], **same)
+    assert torch.equal(caches[0].data, caches[1].data)
 
 
 def test_one_row_times_a_matrix() -> None:

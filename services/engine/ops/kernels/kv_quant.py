@@ -1,0 +1,124 @@
+"""Keys and values in 8 bits, as kernels make and read them (`ops.kv_quant` is the specification).
+
+What is multiplied is widened to 16 bits and not scaled: every 8-bit number is one of float16, which has both more places
+than bfloat16 and an instruction that widens fp8. Its range is small, so queries are divided by the largest of their row,
+and weights are counted in a unit that follows the largest scale of a value so far, as the softmax follows its peak.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from services.engine.ops.kv_quant import SMALLEST
+
+_SMALLEST = tl.constexpr(SMALLEST)
+_IS_COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
+_ROUNDING = tl.constexpr(1.5 * 2**23)
+"""Added to a number of few places, it leaves no room for a fraction."""
+
+
+@triton.jit
+def scale_of(x, y, PEAK: tl.constexpr):
+    """The scales of rows that come in two halves, and whether all of a row is finite; both [rows, 1]."""
+    x, y = tl.abs(x), tl.abs(y)
+    is_finite = tl.min(((x < float("inf")) & (y < float("inf"))).to(tl.int32), 1) > 0
+    return tl.maximum(tl.max(tl.maximum(x, y), 1), _SMALLEST)[:, None] / PEAK, is_finite[:, None]
+
+
+@triton.jit
+def quantized(x, scale, is_finite, DTYPE: tl.constexpr):
+    """float32 numbers as the nearest 8-bit ones, 0 where not all of a row is finite."""
+    x = tl.where(is_finite, x / scale, 0.0)
+    if DTYPE == tl.int8:
+        x = (x + _ROUNDING) - _ROUNDING
+    return x.to(DTYPE)
+
+
+@triton.jit
+def normed(queries):
+    """The queries divided by the largest of each row, in what they are multiplied in, and those divisors."""
+    WIDE: tl.constexpr = tl.float32 if queries.dtype == tl.float32 else tl.float16
+    queries = queries.to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(queries), 1), _SMALLEST)
+    return (queries / largest[:, None]).to(WIDE), largest
+
+
+@triton.jit
+def first_unit():
+    """Of weights, before there are any: smaller than any scale makes it."""
+    return 1e-37
+
+
+@triton.jit
+def widened(x, DTYPE: tl.constexpr):
+    """8-bit numbers in what they are multiplied in, exactly."""
+    if x.dtype == tl.int8 and DTYPE == tl.float16 and _IS_COMPILED:
+        # Converted one by one they would take longer than to read. Four at a time: 0x6400 is 1024 in float16, whose last
+        # eight places count ones; the byte less its sign bit's place, and 1152 = 1024 + 128 taken away, it is the number.
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 biased, of_1024, of_1152;
+            xor.b32 biased, $2, 0x80808080;
+            mov.b32 of_1024, 0x64646464;
+            mov.b32 of_1152, 0x64806480;
+            prmt.b32 $0, biased, of_1024, 0x4140;
+            prmt.b32 $1, biased, of_1024, 0x4342;
+            sub.rn.f16x2 $0, $0, of_1152;
+            sub.rn.f16x2 $1, $1, of_1152; }""",
+            "=r,=r,r",
+            [x],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+    return x.to(DTYPE)
+
+
+@triton.jit
+def load_tile(
+    kv, scales, block, inside, seen, head, place, block_stride, v_stride, head_stride, scale_stride,
+    K: tl.constexpr, D: tl.constexpr, T: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of the tokens `inside` a page, both [tokens, dims], and their scales: 0 where they are not `seen`
+    (None: all are). What a page holds behind a sequence's end are numbers at least, so values need no mask."""
+    of_keys = kv + block.to(tl.int64) * block_stride + head * head_stride + inside[:, None] * D + place[None, :]
+    # Tokens lie side by side, so that two of them come as one operand of the matrix units.
+    of_values = kv + block.to(tl.int64) * block_stride + head * head_stride + v_stride
+    of_values = of_values + place[None, :] * T + inside[:, None]
+    if WIDTH == D:
+        keys, values = tl.load(of_keys), tl.load(of_values)
+    else:
+        keys = tl.load(of_keys, mask=place[None, :] < D, other=0.0)
+        values = tl.load(of_values, mask=place[None, :] < D, other=0.0)
+    of_scales = scales + block.to(tl.int64) * scale_stride + head * T + inside
+    if seen is None:
+        key_scales, value_scales = tl.load(of_scales), tl.load(of_scales + K * T)
+    else:
+        key_scales = tl.load(of_scales, mask=seen, other=0.0)
+        value_scales = tl.load(of_scales + K * T, mask=seen, other=0.0)
+    return keys, values, key_scales, value_scales
+
+
+@triton.jit
+def take_in(
+    queries, keys, values, key_scales, value_scales, seen, peak, total, found, unit, scale,
+    SOME_HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One more tile of keys and values: the highest score of each row so far, the sum of its weights, what it found by
+    them, and in which unit. `scale` is of a row; `seen` is looked at where some keys are hidden, whose scales are 0."""
+    scores = tl.dot(queries, widened(keys, queries.dtype).T, input_precision=PRECISION)
+    scores = scores * scale[:, None] * key_scales[None, :]
+    if SOME_HIDDEN:
+        scores = tl.where(seen, scores, -1e30)
+    higher = tl.maximum(peak, tl.max(scores, 1))
+    weights = tl.exp2(scores - higher[:, None])
+    if SOME_HIDDEN:
+        weights = tl.where(seen, weights, 0.0)
+    fade = tl.exp2(peak - higher)
+    total = total * fade + tl.sum(weights, 1)
+    # At most 2^15 of them, which float16 holds, and a billionth of that with all its places.
+    larger = tl.maximum(unit, tl.max(value_scales, 0) * 2**-15)
+    weights = weights * (value_scales / larger)[None, :]
+    found = found * (fade * (unit / larger))[:, None]
+    found = tl.dot(weights.to(queries.dtype), widened(values, queries.dtype), found, input_precision=PRECISION)
+    return higher, total, found, larger
