@@ -70,12 +70,12 @@ class Subject:
 
 def subject(name: str, folder: Path, settings: str, *, window: int) -> Subject:
     """The engine of these settings, with a cache for one window."""
-    given = dict(each.split("=", 1) for each in settings.split())
-    block_size = int(given.get("block_size", 64))
-    num_blocks = max(2, -(-window // block_size))
-    checked = EngineSettings.model_validate(
-        {"model": str(folder), "block_size": block_size, "cache_blocks": num_blocks, "max_sequences": 1, **given}
-    )
+    given: dict[str, object] = {"block_size": 64, "max_sequences": 1, "max_step_tokens": window}
+    for each in settings.split():
+        key, value = each.split("=", 1)
+        given[key] = int(value) if value.isdecimal() else value
+    blocks = max(2, -(-window // int(str(given["block_size"]))))
+    checked = EngineSettings.model_validate({"model": str(folder), "cache_blocks": blocks, **given})
     return Subject(name, build(checked, folder))
 
 

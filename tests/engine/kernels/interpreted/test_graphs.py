@@ -8,7 +8,7 @@ from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -87,9 +87,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overlap, "_is_able", lambda _: False)
 
 
-def captured(folder: Path, **options: int) -> tuple[Engine, list[str]]:
+def captured(folder: Path, **options: Any) -> tuple[Engine, list[str]]:
     """An engine whose steps are replayed, and what each step was replayed as."""
-    engine = Engine(folder, max_sequences=NUM_SLOTS, max_model_len=64, **options)  # type: ignore[arg-type]
+    engine = Engine(folder, max_sequences=NUM_SLOTS, max_model_len=64, **options)
     model, cache = engine.model, engine.cache
     assert isinstance(model, Decoder)
     state = DeviceState(num_slots=NUM_SLOTS, max_len=64, block_size=cache.block_size)
@@ -124,14 +124,19 @@ def requests() -> list[Sequence]:
     ]
 
 
-def test_replayed_steps_say_what_operations_say(stories260k: Path, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    ("rules", "some"), [("auto", slice(5)), ("0=auto,-1=int8,fp8_e4m3", slice(1, 3))], ids=["auto", "8 bits"]
+)
+def test_replayed_steps_say_what_operations_say(
+    rules: str, some: slice, stories260k: Path, request: pytest.FixtureRequest
+) -> None:
     """Decodes, chunks beside them, chunks that sample nothing, and steps too large to be captured: in float32 every token is
     that of the reference."""
-    options = {"lookahead": 2, "max_step_tokens": 20, "num_blocks": 30}
-    expected = Engine(stories260k, max_sequences=NUM_SLOTS, **options).run(*requests())
+    options: dict[str, Any] = {"lookahead": 2, "max_step_tokens": 20, "num_blocks": 30, "kv_cache_dtype": rules}
+    expected = Engine(stories260k, max_sequences=NUM_SLOTS, **options).run(*requests()[some])
     request.getfixturevalue("kernels")
     engine, replayed = captured(stories260k, **options)
-    assert engine.run(*requests()) == expected
+    assert engine.run(*requests()[some]) == expected
     assert {form.split("(")[0] for form in replayed} == {"Decodes", "Tokens"}
 
 
