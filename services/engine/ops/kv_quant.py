@@ -34,5 +34,5 @@ def quantize(x_D: Tensor, format: KVFormat) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(values_D: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the values stand for."""
-    return (values_D.float() * scales[..., None]).to(dtype)
+    """What the values stand for; dense, however they lie."""
+    return values_D.to(torch.float32, memory_format=torch.contiguous_format).mul_(scales[..., None]).to(dtype)

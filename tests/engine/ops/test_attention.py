@@ -101,6 +101,17 @@ def test_it_computes_what_the_definition_says(
         torch.testing.assert_close(out.double(), definition(q_NHD, cache, layer, chunks, **options), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("format", KVFormat)
+@pytest.mark.parametrize("lengths", [[(0, 3)], [(1, 3)], [(20, 3)], [(2, 1)]])
+def test_heads_of_a_token_lie_side_by_side(lengths: list[tuple[int, int]], format: KVFormat) -> None:
+    """As the product behind attention takes them, whether a chunk begins a sequence, stays in its block or does not."""
+    cache = filled_cache(format=format)
+    batch = batch_of(*chunks_of(lengths, cache=cache), block_size=cache.block_size)
+    q_NHD = torch.randn((len(batch.token_ids_N), KV_HEADS * GROUP, HEAD_DIM))
+    out = paged_attention(q_NHD, cache, 1, plan(batch, cache), scale=0.3)
+    assert out.view(len(out), -1).shape[1] == KV_HEADS * GROUP * HEAD_DIM
+
+
 def test_decode_rows_of_unlike_length_do_not_pad_one_another_without_bound() -> None:
     """A row of 2 blocks and one of 90 are gathered apart, so that padding at most doubles what is read."""
     cache = filled_cache(num_blocks=128)

@@ -35,6 +35,7 @@ def test_each_token_and_head_has_its_own_scale(format: KVFormat) -> None:
     assert scales.shape == x.shape[:-1] and scales.dtype is torch.float32
     assert torch.equal(values.float().abs().amax(-1), torch.full(scales.shape, PEAKS[format]))
     alone, alone_scales = quantize(x[2, 1, 0], format)
+    assert dequantize(values.mT, scales[..., :1].expand(5, 2, 16), torch.float32).is_contiguous()
     assert torch.equal(alone.float(), values[2, 1, 0].float()) and torch.equal(alone_scales, scales[2, 1, 0])
 
 
