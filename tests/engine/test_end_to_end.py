@@ -158,6 +158,27 @@ async def test_steps_planned_ahead_give_the_same(
         assert made.steps.load.num_preemptions > 0
 
 
+async def test_weights_in_fp8_give_the_same_however_they_are_scheduled(
+    bus: MemoryBus, stories260k: Path, published: list[int]
+) -> None:
+    """Alone, beside others, in chunks, from the cache and after preemption an answer is one and the same."""
+    prompt_ids = [BOS, *published[:40]]
+    async with answers(bus) as heard, engine(bus, stories260k, quantization="fp8"):
+        await publish(bus, story("alone", prompt_ids, max_tokens=60))
+        await heard.finished("alone")
+        await publish(bus, story("cached", prompt_ids, max_tokens=60))
+        await heard.finished("cached")
+    small = {"cache_blocks": 16, "max_model_len": 200, "max_step_tokens": 7, "quantization": "fp8"}
+    async with answers(bus) as heard_again, engine(bus, stories260k, **small):
+        ids = [f"r{number}" for number in range(4)]
+        for number, request_id in enumerate(ids):
+            await publish(bus, story(request_id, prompt_ids, max_tokens=60), partition=number)
+        await heard_again.finished(*ids)
+        for found in (heard["cached"], *(heard_again[request_id] for request_id in ids)):
+            assert found.token_ids == heard["alone"].token_ids
+    assert heard["alone"].token_ids != published[40:100]
+
+
 async def test_several_choices_of_one_request(bus: MemoryBus, stories260k: Path, published: list[int]) -> None:
     """Greedy choices are alike; drawn ones differ, and come again the same for the same seed."""
     drawn = pb.SamplingParams(temperature=1.0, seed=7)

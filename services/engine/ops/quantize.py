@@ -50,7 +50,7 @@ def quantize(x_NI: Tensor, form: RowScaled) -> Quantized:
 def by_torch(x_NI: Tensor, form: RowScaled) -> Quantized:
     """`quantize` on any device and in any thread, where a kernel of ours wants the thread's device to be that of x."""
     peaks_N = x_NI.abs().amax(-1).float().clamp_(min=SMALLEST)
-    # A number by a tensor torch takes as the number times the reciprocal, and rounds twice.
-    factors_N = torch.full_like(peaks_N, form.largest) / peaks_N
-    values_NI = (x_NI * factors_N[:, None]).to(form.dtype)
-    return Quantized(values_NI, peaks_N / form.largest)
+    # As a tensor: where one of the two is a number torch multiplies with a reciprocal, and rounds twice.
+    largest_N = torch.full_like(peaks_N, form.largest)
+    values_NI = (x_NI * (largest_N / peaks_N)[:, None]).to(form.dtype)
+    return Quantized(values_NI, peaks_N / largest_N)
