@@ -26,12 +26,12 @@ PROGRESS_SECONDS = 5.0
 """How often a long load says how far it is."""
 
 
-def build_layers(build: Callable[[int], T], count: int) -> list[T]:
+def build_layers(build: Callable[[int], T], count: int, *, device: torch.device | None = None) -> list[T]:
     """What `build` makes of 0 to count - 1, in this order. Where it raises, that of the first layer that failed is raised,
-    and layers that are not begun are left."""
+    and layers that are not begun are left. `device`: which of several GPUs is meant where none is named."""
     threads = torch.get_num_threads()
     workers = min(MOST_THREADS, len(os.sched_getaffinity(0)), count)
-    pool = ThreadPoolExecutor(workers, "load", initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(workers, "load", initializer=_begin, initargs=(device,))
     try:
         layers = [pool.submit(build, index) for index in range(count)]
         _tell_progress(layers)
@@ -39,6 +39,13 @@ def build_layers(build: Callable[[int], T], count: int) -> list[T]:
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # which is the process's
+
+
+def _begin(device: torch.device | None) -> None:
+    """What each thread has for itself."""
+    torch.set_num_threads(1)
+    if device is not None and device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def _tell_progress(layers: list[Future[T]]) -> None:

@@ -113,9 +113,9 @@ class Shard:
         dist.all_reduce(numbers, op=dist.ReduceOp.MIN)
         return int(numbers)
 
-    @contextmanager
-    def joined(self, port: int, device: torch.device) -> Iterator[None]:
-        """Joins the others, who meet at the `TCPStore` on this port of the machine; returns when all are there."""
+    def join(self, port: int, device: torch.device) -> None:
+        """Joins the others, who meet at the `TCPStore` on this port of the machine; returns when all are there. There is no
+        way to leave but the process's end: NCCL would wait for others that may be gone, and for steps that are captured."""
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are on one machine, whose name may mean nothing
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast wants a fabric manager that virtual machines lack
         dist.init_process_group(
@@ -125,8 +125,6 @@ class Shard:
             world_size=self.count,
             device_id=device if device.type == "cuda" else None,
         )
-        yield
-        dist.destroy_process_group()  # not after an error: the others may not come, and NCCL would wait for them
 
 
 @contextmanager

@@ -66,7 +66,9 @@ class Decoder:
         self._embedding = Embedding(weights, "model.embed_tokens", vocab_size=spec.vocab_size, size=spec.hidden)
         self._rotary = Rotary(spec.rotary, device=weights.device)
         self._layers = build_layers(
-            lambda index: Layer(weights.under(f"model.layers.{index}"), spec, layer=index), spec.layers
+            lambda index: Layer(weights.under(f"model.layers.{index}"), spec, layer=index),
+            spec.layers,
+            device=weights.device,
         )
         self._norm = RMSNorm(weights, "model.norm", size=spec.hidden, eps=spec.norm_eps)
         if spec.tied:

@@ -62,20 +62,23 @@ def run(shard: Shard, settings: EngineSettings, folder: Path, links: Links, *, s
     try:
         _live(shard, settings, folder, links)
     except ConfigurationError as error:
-        _leave(links, Refused(str(error)), code=2)
+        _report(links, Refused(str(error)))
     except BaseException as error:
         log.exception("the rank failed")
-        _leave(links, Failed(f"{type(error).__name__}: {error}"), code=1)
+        _report(links, Failed(f"{type(error).__name__}: {error}"))
+    else:
+        _leave(code=0)
+    _leave(code=1)
 
 
 def _live(shard: Shard, settings: EngineSettings, folder: Path, links: Links) -> None:
     device = device_of(settings, shard)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with shard.joined(links.port, device):
-        computer = build(settings, folder, shard)
-        links.reports.send(Ready(computer.facts))
-        _obey(shard, computer, links)
+    shard.join(links.port, device)
+    computer = build(settings, folder, shard)
+    links.reports.send(Ready(computer.facts))
+    _obey(shard, computer, links)
 
 
 def _obey(shard: Shard, computer: Computer, links: Links) -> None:
@@ -101,10 +104,13 @@ def _obey(shard: Shard, computer: Computer, links: Links) -> None:
                 return
 
 
-def _leave(links: Links, last: Report, *, code: int) -> None:
-    """At once: libraries that wait for the other ranks when they are taken down would wait for ever."""
+def _report(links: Links, last: Report) -> None:
     with contextlib.suppress(OSError):  # the front may be gone
         links.reports.send(last)
+
+
+def _leave(*, code: int) -> None:
+    """Ends the process, and takes nothing down (see `Shard.join`)."""
     logging.shutdown()
     os._exit(code)
 

@@ -62,12 +62,12 @@ def pair() -> Iterator[Pair]:
 def _rank(rank: int, port: int, front: Connection) -> None:
     torch.set_num_threads(1)
     shard = Shard(rank, 2)
-    with shard.joined(port, torch.device("cpu")):
-        while True:
-            folder, sequences, settings = front.recv()
-            try:
-                Engine(folder, shard=shard, **settings).run(*sequences)
-                front.send(sequences)
-            except Exception as error:  # noqa: BLE001 - the test must hear of it
-                traceback.print_exc()
-                front.send(error)
+    shard.join(port, torch.device("cpu"))
+    while True:
+        folder, sequences, settings = front.recv()
+        try:
+            Engine(folder, shard=shard, **settings).run(*sequences)
+            front.send(sequences)
+        except Exception as error:  # noqa: BLE001 - the test must hear of it
+            traceback.print_exc()
+            front.send(error)
