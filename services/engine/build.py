@@ -110,6 +110,7 @@ async def build_apart(settings: EngineSettings, folder: Path) -> Computer:
 def build(settings: EngineSettings, folder: Path, shard: Shard = ALONE) -> Computer:
     """Loads the model of a folder, or a rank's part of it, and sets up everything around it. Sets the number of threads
     that torch uses in this process. Raises `ConfigurationError` where the settings do not fit the model or the machine."""
+    assert settings.tensor_parallel == shard.count, "the other ranks are processes of their own"
     device = device_of(settings, shard)
     torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) // shard.count))
     # Kernels are compiled once for a machine, and lie where models do: in a container, on what outlives it.
