@@ -86,7 +86,7 @@ async def test_the_published_text_is_what_two_ranks_say(
 
 
 async def test_a_block_is_the_parts_of_its_ranks(stories260k: Path) -> None:
-    """What was written is read again, and what a step computed moves to another block. Then a rank is killed while its
+    """What was written is read again, and what a step computed moves to another block; steps may be launched ahead. Then a rank is killed while its
     part of a step is waited for: it is named, and nothing of the others is left."""
     with pytest.RaisesGroup(
         pytest.RaisesExc(InternalError, match=r"rank 1 \(pid \d+\) was killed by SIGKILL"), flatten_subgroups=True
@@ -103,10 +103,13 @@ async def test_a_block_is_the_parts_of_its_ranks(stories260k: Path) -> None:
             ranks.write_block(4, computed)
             assert ranks.read_block(4) == computed != content
             decode = Step(2, (Work(0, 2, 1, True),), grown=(Growth(0, 0, (4,)),))
-            assert ranks.collect(ranks.launch(decode)).token_ids == first.token_ids
+            ahead = [ranks.launch(each) for each in (decode, Step(3, (Work(0, 3, 1, True),)), step(4))]
+            results = [ranks.collect(launched) for launched in ahead]
+            assert [result.step.number for result in results] == [2, 3, 4]
+            assert results[0].token_ids == results[2].token_ids == first.token_ids
             pids = ranks_of()
             os.kill(pids[1], signal.SIGSTOP)
-            collecting = asyncio.create_task(asyncio.to_thread(ranks.collect, ranks.launch(step(3))))
+            collecting = asyncio.create_task(asyncio.to_thread(ranks.collect, ranks.launch(step(5))))
             os.kill(pids[1], signal.SIGKILL)
             with pytest.raises(InternalError, match=rf"^rank 1 \(pid {pids[1]}\) was killed by SIGKILL$"):
                 await asyncio.shield(collecting)
