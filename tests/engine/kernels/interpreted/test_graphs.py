@@ -18,7 +18,7 @@ from services.engine.batch import Step, Work
 from services.engine.graphs import Graphs, Replay
 from services.engine.model_runner import Eager, ModelRunner
 from services.engine.models.decoder import Decoder
-from services.engine.ops.kernels import overlap
+from services.engine.ops.kernels import activation, norm, overlap, quantize, scaled
 from services.engine.packets import Decodes, Tokens, decode_sizes, token_counts
 from services.engine.sampler import Sampled, Sampler
 from services.engine.sequence import SamplingParams, Sequence, StopRules
@@ -48,6 +48,17 @@ MIXTURE = {
     "norm_topk_prob": True,
 }
 """A small one: three pairs of a token and an expert are few, six are not."""
+
+TILED = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+"""One whose matrices fall into the tiles of a GPU."""
 
 
 class Again:
@@ -169,6 +180,59 @@ def mixture() -> dict[str, torch.Tensor]:
     for expert in range(12):
         shapes |= {f"{layer}.mlp.experts.{expert}.{name}_proj.weight": (8, 16) for name in ("gate", "up")}
         shapes |= {f"{layer}.mlp.experts.{expert}.down_proj.weight": (16, 8)}
+    draw = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+
+
+def test_replayed_steps_multiply_in_fp8(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Norms and gates round what they write, the head gives float32, and every token is that of the reference."""
+    (tmp_path / "config.json").write_text(json.dumps(TILED))
+    save_file(tiled(), tmp_path / "model.safetensors")
+    options = {"lookahead": 2, "max_step_tokens": 20, "num_blocks": 30, "quantization": "lm_head=fp8,fp8"}
+
+    def requests() -> list[Sequence]:
+        return [asked([3, 9, 4], 4), asked([5], 6), asked([60, 2], 3)]
+
+    expected = Engine(tmp_path, max_sequences=NUM_SLOTS, **options).run(*requests())
+    request.getfixturevalue("kernels")
+    launched = noted_launches(request.getfixturevalue("monkeypatch"))
+    engine, replayed = captured(tmp_path, **options)
+    assert engine.run(*requests()) == expected
+    assert {form.split("(")[0] for form in replayed} == {"Decodes", "Tokens"}
+    assert launched == {"rms_norm_quantized", "silu_mul_quantized", "quantize", "matmul"}
+    assert len({token for answer in expected for token in answer}) > 3
+
+
+def noted_launches(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The names of the kernels for eight bits that are launched from now on."""
+    names: set[str] = set()
+    launches = (
+        (norm, "rms_norm_quantized"),
+        (activation, "silu_mul_quantized"),
+        (quantize, "quantize"),
+        (scaled, "matmul"),
+    )
+    for module, name in launches:
+        monkeypatch.setattr(module, name, _noting(getattr(module, name), name, names))
+    return names
+
+
+def _noting(launch: Callable[..., object], name: str, names: set[str]) -> Callable[..., object]:
+    def noting(*args: Any, **kwargs: Any) -> object:
+        names.add(name)
+        return launch(*args, **kwargs)
+
+    return noting
+
+
+def tiled() -> dict[str, torch.Tensor]:
+    """The tensors of `TILED`."""
+    layer = "model.layers.0"
+    shapes = {"model.embed_tokens.weight": (64, 64), "model.norm.weight": (64,), "lm_head.weight": (64, 64)}
+    shapes |= {f"{layer}.self_attn.{name}_proj.weight": (64, 64) for name in "qkvo"}
+    shapes |= {f"{layer}.{name}_layernorm.weight": (64,) for name in ("input", "post_attention")}
+    shapes |= {f"{layer}.mlp.{name}_proj.weight": (128, 64) for name in ("gate", "up")}
+    shapes |= {f"{layer}.mlp.down_proj.weight": (64, 128)}
     draw = torch.Generator().manual_seed(0)
     return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
 
