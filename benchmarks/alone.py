@@ -40,12 +40,13 @@ class EngineAlone:
         self.vocab_size = computer.model.vocab_size
         self.device = computer.device
         self.runner = runner
+        capacity = settings.capacity(computer.device.type)
         pool = BlockPool(
-            computer.cache.num_blocks, block_size=settings.block_size, keeps_prefixes=settings.prefix_cache
+            computer.cache.num_blocks, block_size=capacity.block_size, keeps_prefixes=settings.prefix_cache
         )
         limits = Limits(
-            max_sequences=settings.max_sequences,
-            max_step_tokens=settings.max_step_tokens,
+            max_sequences=capacity.max_sequences,
+            max_step_tokens=capacity.max_step_tokens,
             lookahead=computer.lookahead,
             itl_target=settings.itl_target_ms / 1000,
         )

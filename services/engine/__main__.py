@@ -23,7 +23,7 @@ from holdfast.telemetry import metrics_server, tracing
 from holdfast.topics import TOPICS
 from holdfast.v1 import engine_pb2
 from services.engine.blocks import BlockPool
-from services.engine.build import Facts, build_apart
+from services.engine.build import Facts, build_apart, device_of
 from services.engine.engine import Engine, running
 from services.engine.identity import fingerprint, num_parameters
 from services.engine.loop import Runner
@@ -33,7 +33,8 @@ from services.engine.offload import Cache, StoreClient
 from services.engine.ranks import group as ranks
 from services.engine.scheduler import Limits, Scheduler
 from services.engine.servicer import EngineServicer, servicer
-from services.engine.settings import EngineSettings
+from services.engine.settings import Capacity, EngineSettings
+from services.engine.shard import Shard
 from services.engine.validation import Served
 
 CALL_GRACE_SECONDS = 1.0
@@ -62,7 +63,8 @@ async def serve(
         Unavailable: the log cannot be reached.
         InternalError: (from the block) the step thread failed, or a rank did.
     """
-    limits = _limits(settings)
+    capacity = settings.capacity(device_of(settings, Shard(count=settings.tensor_parallel)).type)
+    limits = _limits(settings, capacity)
     folder = await asyncio.to_thread(models.resolve, settings.model, weights=settings.load_format != "dummy")
     name = settings.name or f"{socket.gethostname()}-{os.getpid()}"
     registry = registry or CollectorRegistry()
@@ -90,7 +92,7 @@ async def serve(
             tracer=tracer,
         )
         implementation = EngineServicer(
-            _info(settings, folder, facts, name=name, served=served),
+            _info(settings, folder, facts, name=name, served=served, limits=limits),
             load=lambda: engine.steps.load,
             is_draining=lambda: engine.intake.is_draining,
             drain=engine.intake.drain,
@@ -113,11 +115,11 @@ async def _computing(settings: EngineSettings, folder: Path) -> AsyncIterator[tu
             yield group.facts, group, group
 
 
-def _limits(settings: EngineSettings) -> Limits:
+def _limits(settings: EngineSettings, capacity: Capacity) -> Limits:
     try:
         return Limits(
-            max_sequences=settings.max_sequences,
-            max_step_tokens=settings.max_step_tokens,
+            max_sequences=capacity.max_sequences,
+            max_step_tokens=capacity.max_step_tokens,
             itl_target=settings.itl_target_ms / 1000,
         )
     except ValueError as error:
@@ -158,21 +160,21 @@ def _served(settings: EngineSettings, folder: Path, facts: Facts) -> Served:
 def _pool(settings: EngineSettings, facts: Facts, namespace: bytes) -> BlockPool:
     return BlockPool(
         facts.num_blocks,
-        block_size=settings.block_size,
+        block_size=facts.layout.block_size,
         salt=namespace,
         keeps_prefixes=settings.prefix_cache,
     )
 
 
 def _info(
-    settings: EngineSettings, folder: Path, facts: Facts, *, name: str, served: Served
+    settings: EngineSettings, folder: Path, facts: Facts, *, name: str, served: Served, limits: Limits
 ) -> engine_pb2.GetInfoResponse:
     return engine_pb2.GetInfoResponse(
         engine=name,
         model=served.model,
         context_length=served.context_length,
-        max_sequences=settings.max_sequences,
-        block_size=settings.block_size,
+        max_sequences=limits.max_sequences,
+        block_size=facts.layout.block_size,
         num_blocks=facts.num_blocks,
         device=facts.device,
         dtype=str(facts.layout.shape.dtype).removeprefix("torch."),

@@ -24,7 +24,7 @@ from services.engine.model_runner import Eager, ModelRunner
 from services.engine.models import Model
 from services.engine.models.decoder import Decoder
 from services.engine.sampler import Sampler
-from services.engine.settings import EngineSettings
+from services.engine.settings import Capacity, EngineSettings
 from services.engine.shard import ALONE, Shard
 from services.engine.state import DeviceState
 
@@ -112,6 +112,7 @@ def build(settings: EngineSettings, folder: Path, shard: Shard = ALONE) -> Compu
     that torch uses in this process. Raises `ConfigurationError` where the settings do not fit the model or the machine."""
     assert settings.tensor_parallel == shard.count, "the other ranks are processes of their own"
     device = device_of(settings, shard)
+    capacity = settings.capacity(device.type)
     torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) // shard.count))
     # Kernels are compiled once for a machine, and lie where models do: in a container, on what outlives it.
     os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder() / "triton"))
@@ -127,13 +128,13 @@ def build(settings: EngineSettings, folder: Path, shard: Shard = ALONE) -> Compu
             quantization=settings.quantization,
         )
     with took.noted("cache"):
-        cache = _cache(settings, model, device, shard)
+        cache = _cache(settings, capacity, model, device, shard)
     max_model_len = _max_model_len(settings, model, cache)
     state = DeviceState(
-        num_slots=settings.max_sequences, max_len=max_model_len, block_size=settings.block_size, device=device
+        num_slots=capacity.max_sequences, max_len=max_model_len, block_size=capacity.block_size, device=device
     )
     with took.noted("steps"):
-        runner = _runner(settings, model, cache, state)
+        runner = _runner(model, cache, state, most_tokens=capacity.max_step_tokens)
     log.info(
         "model loaded",
         folder=str(folder),
@@ -151,14 +152,14 @@ def build(settings: EngineSettings, folder: Path, shard: Shard = ALONE) -> Compu
     return Computer(model, cache, runner, max_model_len, lookahead, device)
 
 
-def _runner(settings: EngineSettings, model: Model, cache: KVCache, state: DeviceState) -> ModelRunner:
+def _runner(model: Model, cache: KVCache, state: DeviceState, *, most_tokens: int) -> ModelRunner:
     sampler = Sampler(state)
     eager = Eager(model, cache, state, sampler)
     if state.device.type != "cuda" or not isinstance(model, Decoder):
         return ModelRunner(eager)
     from services.engine.graphs import Graphs  # needs Triton, which a CPU does without
 
-    return ModelRunner(eager, Graphs(model, cache, state, sampler, most_tokens=settings.max_step_tokens))
+    return ModelRunner(eager, Graphs(model, cache, state, sampler, most_tokens=most_tokens))
 
 
 def device_of(settings: EngineSettings, shard: Shard) -> torch.device:
@@ -176,7 +177,7 @@ def device_of(settings: EngineSettings, shard: Shard) -> torch.device:
     return torch.device("cuda" if shard.is_alone else f"cuda:{shard.rank}")
 
 
-def _cache(settings: EngineSettings, model: Model, device: torch.device, shard: Shard) -> KVCache:
+def _cache(settings: EngineSettings, capacity: Capacity, model: Model, device: torch.device, shard: Shard) -> KVCache:
     shape = model.kv_shape
     formats = formats_of(settings.kv_cache_dtype, num_layers=shape.layers)
     if device.type == "cuda" and settings.block_size != 64 and any(format.is_quantized for format in formats):
@@ -184,44 +185,50 @@ def _cache(settings: EngineSettings, model: Model, device: torch.device, shard: 
             f"block_size is {settings.block_size}; on a GPU keys and values in 8 bits (kv_cache_dtype is "
             f"{settings.kv_cache_dtype}) lie in blocks of 64 tokens"
         )
-    block_bytes = KVLayout(shape, settings.block_size, formats).block_bytes
-    room = settings.cache_bytes // shard.count if device.type == "cpu" else _gpu_room(settings, model, formats, device)
+    block_bytes = KVLayout(shape, capacity.block_size, formats).block_bytes
+    room = (
+        settings.cache_bytes // shard.count
+        if device.type == "cpu"
+        else _gpu_room(settings, capacity, model, formats, device)
+    )
     holds = shard.least(room // block_bytes, device)
     num_blocks = settings.cache_blocks or holds
     if num_blocks < 2 or (device.type == "cuda" and num_blocks > holds):
         raise ConfigurationError(
-            _no_room(settings, device, block_bytes=block_bytes, num_blocks=num_blocks, holds=holds)
+            _no_room(settings, capacity, device, block_bytes=block_bytes, num_blocks=num_blocks, holds=holds)
         )
     try:
-        return KVCache(shape, num_blocks=num_blocks, block_size=settings.block_size, device=device, formats=formats)
+        return KVCache(shape, num_blocks=num_blocks, block_size=capacity.block_size, device=device, formats=formats)
     except (RuntimeError, torch.OutOfMemoryError) as error:
         raise ConfigurationError(
             f"no memory for a KV cache of {num_blocks:,} blocks of {block_bytes:,} bytes; ask for less with cache_blocks"
         ) from error
 
 
-def _gpu_room(settings: EngineSettings, model: Model, formats: Seq[KVFormat], device: torch.device) -> int:
+def _gpu_room(
+    settings: EngineSettings, capacity: Capacity, model: Model, formats: Seq[KVFormat], device: torch.device
+) -> int:
     """Bytes of a GPU that a rank's cache may take."""
-    largest = memory.Largest(settings.max_step_tokens, settings.max_sequences, settings.block_size)
+    largest = memory.Largest(capacity.max_step_tokens, capacity.max_sequences, capacity.block_size)
     try:
         step = memory.step_bytes(model, largest, formats=formats, device=device)
     except torch.OutOfMemoryError as error:
         raise ConfigurationError(
-            f"no memory for a step of max_step_tokens ({settings.max_step_tokens:,}) tokens and max_sequences "
-            f"({settings.max_sequences:,}) sequences beside the weights; lower either"
+            f"no memory for a step of max_step_tokens ({capacity.max_step_tokens:,}) tokens and max_sequences "
+            f"({capacity.max_sequences:,}) sequences beside the weights; lower either"
         ) from error
     captured = 0
     if isinstance(model, Decoder):
         from services.engine.graphs import MOST_TOKENS, num_forms  # needs Triton, which a CPU does without
 
-        forms = num_forms(num_slots=settings.max_sequences, most_tokens=settings.max_step_tokens)
+        forms = num_forms(num_slots=capacity.max_sequences, most_tokens=capacity.max_step_tokens)
         captured = memory.captured_bytes(
             step=step, largest=largest, most_tokens=MOST_TOKENS, forms=forms, vocab_size=model.vocab_size
         )
     slots = memory.slot_bytes(
-        num_slots=settings.max_sequences,
+        num_slots=capacity.max_sequences,
         max_len=settings.max_model_len or model.max_positions,
-        block_size=settings.block_size,
+        block_size=capacity.block_size,
     )
     free, total = torch.cuda.mem_get_info(device)
     room = memory.room_for_cache(
@@ -231,10 +238,12 @@ def _gpu_room(settings: EngineSettings, model: Model, formats: Seq[KVFormat], de
     return room
 
 
-def _no_room(settings: EngineSettings, device: torch.device, *, block_bytes: int, num_blocks: int, holds: int) -> str:
+def _no_room(
+    settings: EngineSettings, capacity: Capacity, device: torch.device, *, block_bytes: int, num_blocks: int, holds: int
+) -> str:
     if device.type == "cpu":
         return (
-            f"a block of {settings.block_size} tokens takes {block_bytes:,} bytes; cache_bytes "
+            f"a block of {capacity.block_size} tokens takes {block_bytes:,} bytes; cache_bytes "
             f"({settings.cache_bytes:,}) must hold two at least"
         )
     return (

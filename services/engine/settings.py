@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 from holdfast.settings import Settings
 from services.engine.kv_format import rules_of
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """How much an engine takes at a time."""
+
+    max_sequences: int
+    max_step_tokens: int
+    block_size: int
+
+
+_USUAL = {"cpu": Capacity(64, 2048, 32), "cuda": Capacity(256, 8192, 64)}
+"""By type of device."""
 
 
 def _checked(rules: str) -> str:
@@ -50,15 +64,15 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     """Whose modelling code; auto takes ours where it covers the architecture."""
     max_model_len: Annotated[int, Field(ge=1)] | None = None
     """Most tokens of prompt and answer together; by default the model's context, as far as the cache can hold it."""
-    max_sequences: Annotated[int, Field(ge=1, le=4096)] = 64
-    """Most sequences in a step."""
-    max_step_tokens: Annotated[int, Field(ge=1)] = 2048
-    """Most tokens in a step, decodes and prefill chunks together."""
+    max_sequences: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Most sequences in a step; by default 64 on a CPU and 256 on a GPU."""
+    max_step_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Most tokens in a step, decodes and prefill chunks together; by default 2,048 on a CPU and 8,192 on a GPU."""
     itl_target_ms: Annotated[float, Field(gt=0)] = 200.0
     """The time between two tokens that prefill chunks should leave to running sequences. Prefill gets less of a step
     as the step's expected time nears it, but never less than one block."""
-    block_size: Literal[16, 32, 64] = 32
-    """Tokens of a KV block."""
+    block_size: Literal[16, 32, 64] | None = None
+    """Tokens of a KV block; by default 32 on a CPU and 64 on a GPU."""
     kv_cache_dtype: Annotated[str, AfterValidator(_checked)] = "auto"
     """How keys and values are kept: auto (the model's dtype), fp8_e4m3 or int8 (half of 16 bits and a little for their
     scales; on a GPU they want block_size 64). Or for each layer, the first rule that names it: LAYERS=FORMAT,... with LAYERS a
@@ -77,3 +91,12 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     """Threads of the CPU executor, in each rank; by default one for each core there is."""
     tensor_parallel: Annotated[int, Field(ge=1, le=8)] = 1
     """Over how many devices of this machine each layer is split, a process for each: GPUs, or processes alone on a CPU."""
+
+    def capacity(self, device_type: str) -> Capacity:
+        """What is said of it here, and the rest as suits such a device."""
+        usual = _USUAL[device_type]
+        return Capacity(
+            self.max_sequences or usual.max_sequences,
+            self.max_step_tokens or usual.max_step_tokens,
+            self.block_size or usual.block_size,
+        )

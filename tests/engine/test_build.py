@@ -12,7 +12,7 @@ import torch
 from holdfast.errors import ConfigurationError
 from services.engine.build import Computer, build
 from services.engine.kv_format import KVFormat
-from services.engine.settings import EngineSettings
+from services.engine.settings import Capacity, EngineSettings
 
 CONTEXT = 512
 """Of the checkpoint."""
@@ -105,3 +105,11 @@ def test_dummy_weights_need_no_files(stories260k: Path, tmp_path: Path) -> None:
     """The config is enough."""
     (tmp_path / "config.json").write_bytes((stories260k / "config.json").read_bytes())
     assert built(tmp_path, load_format="dummy").model.vocab_size == 512
+
+
+def test_what_is_not_said_suits_the_device() -> None:
+    """A GPU takes more at a time, in larger blocks; what is said stands on either."""
+    assert EngineSettings().capacity("cpu") == Capacity(64, 2048, 32)
+    assert EngineSettings().capacity("cuda") == Capacity(256, 8192, 64)
+    said = EngineSettings(max_sequences=3, max_step_tokens=100, block_size=16)
+    assert said.capacity("cuda") == said.capacity("cpu") == Capacity(3, 100, 16)
