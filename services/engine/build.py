@@ -180,9 +180,9 @@ def device_of(settings: EngineSettings, shard: Shard) -> torch.device:
 def _cache(settings: EngineSettings, capacity: Capacity, model: Model, device: torch.device, shard: Shard) -> KVCache:
     shape = model.kv_shape
     formats = formats_of(settings.kv_cache_dtype, num_layers=shape.layers)
-    if device.type == "cuda" and settings.block_size != 64 and any(format.is_quantized for format in formats):
+    if device.type == "cuda" and capacity.block_size != 64 and any(format.is_quantized for format in formats):
         raise ConfigurationError(
-            f"block_size is {settings.block_size}; on a GPU keys and values in 8 bits (kv_cache_dtype is "
+            f"block_size is {capacity.block_size}; on a GPU keys and values in 8 bits (kv_cache_dtype is "
             f"{settings.kv_cache_dtype}) lie in blocks of 64 tokens"
         )
     block_bytes = KVLayout(shape, capacity.block_size, formats).block_bytes

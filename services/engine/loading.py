@@ -7,10 +7,11 @@ Python's lock. Threads of torch's own would only get in each other's way, so eac
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import structlog
 import torch
@@ -27,17 +28,27 @@ PROGRESS_SECONDS = 5.0
 
 
 def build_layers(build: Callable[[int], T], count: int, *, device: torch.device | None = None) -> list[T]:
-    """What `build` makes of 0 to count - 1, in this order. Where it raises, that of the first layer that failed is raised,
-    and layers that are not begun are left. `device`: which of several GPUs is meant where none is named."""
+    """What `build` makes of 0 to count - 1, in this order. What it raises is raised, and layers that are not begun by then
+    are left. `device`: which of several GPUs is meant where none is named."""
+    has_failed = threading.Event()
+
+    def build_one(index: int) -> T | None:
+        if has_failed.is_set():
+            return None
+        try:
+            return build(index)
+        except BaseException:
+            has_failed.set()
+            raise
+
     threads = torch.get_num_threads()
     workers = min(MOST_THREADS, len(os.sched_getaffinity(0)), count)
-    pool = ThreadPoolExecutor(workers, "load", initializer=_begin, initargs=(device,))
     try:
-        layers = [pool.submit(build, index) for index in range(count)]
-        _tell_progress(layers)
-        return [layer.result() for layer in layers]
+        with ThreadPoolExecutor(workers, "load", initializer=_begin, initargs=(device,)) as pool:
+            layers = [pool.submit(build_one, index) for index in range(count)]
+            _tell_progress(layers)
+        return [cast(T, layer.result()) for layer in layers]  # None beside one that raises alone
     finally:
-        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # which is the process's
 
 
@@ -48,12 +59,10 @@ def _begin(device: torch.device | None) -> None:
         torch.cuda.set_device(device)
 
 
-def _tell_progress(layers: list[Future[T]]) -> None:
-    """Waits for all, or for the first that fails."""
+def _tell_progress(layers: Sequence[Future[object]]) -> None:
+    """Waits for all."""
     told = time.monotonic()
-    for done, layer in enumerate(as_completed(layers), 1):
-        if layer.exception() is not None:
-            return
+    for done, _ in enumerate(as_completed(layers), 1):
         if time.monotonic() - told > PROGRESS_SECONDS and done < len(layers):
             told = time.monotonic()
             log.info("loading", layers=f"{done} of {len(layers)}")

@@ -37,8 +37,9 @@ def test_torch_has_as_many_threads_as_before() -> None:
         torch.set_num_threads(before)
 
 
-def test_what_a_layer_raises_is_raised_and_the_rest_is_left() -> None:
+def test_what_a_layer_raises_is_raised_and_the_rest_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint of a hundred layers is not read to its end for that."""
+    monkeypatch.setattr(loading.os, "sched_getaffinity", lambda _: {0})
     built = []
 
     def build(index: int) -> None:
@@ -48,7 +49,7 @@ def test_what_a_layer_raises_is_raised_and_the_rest_is_left() -> None:
 
     with pytest.raises(ValueError, match="no such tensor"):
         build_layers(build, 1000)
-    assert len(built) < 999
+    assert built == [0, 1]
 
 
 def test_a_long_load_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
