@@ -59,7 +59,7 @@ def _begin(device: torch.device | None) -> None:
         torch.cuda.set_device(device)
 
 
-def _tell_progress(layers: Sequence[Future[object]]) -> None:
+def _tell_progress(layers: Sequence[Future[T]]) -> None:
     """Waits for all."""
     told = time.monotonic()
     for done, _ in enumerate(as_completed(layers), 1):
