@@ -30,6 +30,12 @@ _LARGE = (4096, 4, 2)
 """The same for any larger batch: it fills the GPU without being cut."""
 
 
+_PROGRAMS = 1024
+"""Programs that a launch has where there are so many items, or one for each sequence and head if these are more. There may be
+a hundred times as many items where contexts are long: most are not there, and a program that only finds this out costs as
+long as reading a few pages."""
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """What the layers of a step share: who attends to what, in chunks."""
@@ -115,7 +121,9 @@ def attend(
     kv_heads = cache.shape.kv_heads
     kv, scales = cache.layers[layer].kv, cache.layers[layer].scales
     _, warps, stages = _tuning(num_sequences)
-    _attend[(len(work.items_M4), kv_heads)](
+    most_items = len(work.items_M4)
+    programs = min(most_items, max(num_sequences, _PROGRAMS // kv_heads))
+    _attend[(programs, kv_heads)](
         q_NHD,
         kv,
         scales,
@@ -145,6 +153,7 @@ def attend(
         GROUP=scratch.parts.shape[2],
         PARTS=8,
         PRECISION="ieee" if q_NHD.dtype is torch.float32 else "tf32",
+        ONE_EACH=programs == most_items,
         num_warps=warps,
         num_stages=stages,
         **overlapped(q_NHD),
@@ -206,12 +215,64 @@ def _attend(
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
+    ONE_EACH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    """One item, or as many as fall to this program."""
     wait(OVERLAP)
     item, head = tl.program_id(0), tl.program_id(1)
-    if item >= tl.load(first + num_sequences):
-        return
+    num_items = tl.load(first + num_sequences)
+    if ONE_EACH:
+        if item >= num_items:
+            return
+        _attend_item(
+            item, head, q, kv, scales, out, tables, items, parts, sums, counters, scale, chunk, table_stride,
+            block_stride, v_stride, head_stride, scale_stride, G, K, D, WIDTH, ROWS, T, TILE, WINDOW, GROUP, PARTS,
+            PRECISION,
+        )  # fmt: skip
+    else:
+        while item < num_items:
+            _attend_item(
+                item, head, q, kv, scales, out, tables, items, parts, sums, counters, scale, chunk, table_stride,
+                block_stride, v_stride, head_stride, scale_stride, G, K, D, WIDTH, ROWS, T, TILE, WINDOW, GROUP, PARTS,
+                PRECISION,
+            )  # fmt: skip
+            item += tl.num_programs(0)
+
+
+@triton.jit
+def _attend_item(
+    item,
+    head,
+    q,
+    kv,
+    scales,
+    out,
+    tables,
+    items,
+    parts,
+    sums,
+    counters,
+    scale,
+    chunk,
+    table_stride,
+    block_stride,
+    v_stride,
+    head_stride,
+    scale_stride,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    T: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What one chunk gives the heads that share a kv head."""
     sequence, slot = tl.load(items + item * 4), tl.load(items + item * 4 + 1)
     length, number = tl.load(items + item * 4 + 2), tl.load(items + item * 4 + 3)
     num_chunks = tl.cdiv(length, chunk)
@@ -275,20 +336,18 @@ def _attend(
         found = found * unit
     if num_chunks == 1:
         tl.store(out + at, found / total[:, None], mask=held)
-        return
-
-    # Several chunks: each leaves its part, and the last one to do so adds them up.
-    part = (item.to(tl.int64) * K + head) * GROUP + row
-    share = tl.where(total > 0, total, 1.0)
-    tl.store(parts + part[:, None] * D + place[None, :], found / share[:, None], mask=held)
-    tl.store(sums + part, tl.where(total > 0, peak + tl.log2(share), -1e30), mask=row < G)
-    tl.debug_barrier()
-    counter = counters + sequence * K + head
-    if tl.atomic_add(counter, 1, sem="acq_rel") < num_chunks - 1:
-        return
-    tl.store(counter, 0)
-    to = out + (sequence.to(tl.int64) * K + head) * G * D
-    _add_up(to, parts, sums, item - number, item - number + num_chunks, head, K, G, D, WIDTH, GROUP, PARTS)
+    else:
+        # Each chunk leaves its part, and the last one to do so adds them up.
+        part = (item.to(tl.int64) * K + head) * GROUP + row
+        share = tl.where(total > 0, total, 1.0)
+        tl.store(parts + part[:, None] * D + place[None, :], found / share[:, None], mask=held)
+        tl.store(sums + part, tl.where(total > 0, peak + tl.log2(share), -1e30), mask=row < G)
+        tl.debug_barrier()
+        counter = counters + sequence * K + head
+        if tl.atomic_add(counter, 1, sem="acq_rel") == num_chunks - 1:
+            tl.store(counter, 0)
+            to = out + (sequence.to(tl.int64) * K + head) * G * D
+            _add_up(to, parts, sums, item - number, item - number + num_chunks, head, K, G, D, WIDTH, GROUP, PARTS)
 
 
 @triton.jit

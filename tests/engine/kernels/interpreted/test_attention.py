@@ -68,6 +68,13 @@ def test_chunks_of_prompts_see_what_lies_before_them(shape: tuple[int, int, int,
     torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_program_takes_items_as_long_as_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where contexts may be long, a launch has fewer programs than there could be items: none is left."""
+    monkeypatch.setattr(decode_attention, "_PROGRAMS", 4)
+    mine, expected = attended([(700, 1), (199, 1), (0, 1), (450, 1)], (9, 3, 64, 64), None)
+    torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
+
+
 EIGHT_BITS = [KVFormat.FP8_E4M3, KVFormat.INT8]
 DECODES = [(0, 1), (62, 1), (63, 1), (64, 1), (199, 1), (129, 1)]
 CHUNKS = [(50, 1), (0, 70), (126, 7), (31, 2)]
