@@ -231,13 +231,13 @@ def _attend(
             PRECISION,
         )  # fmt: skip
     else:
-        while item < num_items:
+        # What does not change from item to item is computed again: kept, it would not fit into the registers.
+        for at in tl.range(item, num_items, tl.num_programs(0), disable_licm=True):
             _attend_item(
-                item, head, q, kv, scales, out, tables, items, parts, sums, counters, scale, chunk, table_stride,
+                tl.cast(at, tl.int32), head, q, kv, scales, out, tables, items, parts, sums, counters, scale, chunk, table_stride,
                 block_stride, v_stride, head_stride, scale_stride, G, K, D, WIDTH, ROWS, T, TILE, WINDOW, GROUP, PARTS,
                 PRECISION,
             )  # fmt: skip
-            item += tl.num_programs(0)
 
 
 @triton.jit
