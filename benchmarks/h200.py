@@ -1,6 +1,7 @@
 """The engine beside vLLM on one GPU, in one sitting: both compute the same workloads of `offline` on the same shapes.
 
     python -m benchmarks.h200 configs/Meta-Llama-3.1-8B configs/Qwen3-0.6B --vllm vllm_bench.py --out results/h200.json
+    python -m benchmarks.h200 configs/Meta-Llama-3.1-8B --schemes fp8 --vllm vllm_bench.py --out results/h200-fp8.json
 
 A shape is a folder with a config.json; weights are random. `--vllm` is a script that runs vLLM on a folder and prints its
 figures; without it only ours are measured. Each engine has the GPU to itself, in a process of its own, one after the
@@ -17,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,31 @@ import torch
 from benchmarks.offline import CONTEXT, OUTPUT
 from benchmarks.report import Cell, Report
 from services.engine.models.spec import ModelSpec, MoESpec, read_config
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """In what matrices and keys and values are kept, and how each engine is told so."""
+
+    name: str
+    ours: tuple[str, ...] = ()
+    """Settings."""
+    theirs: tuple[str, ...] = ()
+    """Options of the script."""
+    matrix_bytes: float = 2
+    """Of a value of a layer's matrices. Experts and the head have 2."""
+    kv_bytes: float = 2
+    """Of a value, scales apart."""
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("bf16"),
+        Scheme("fp8", ("quantization=fp8", "kv_cache_dtype=fp8_e4m3"), ("--quant", "fp8", "--kv", "fp8"), 1, 1),
+        Scheme("fp8-weights", ("quantization=fp8",), ("--quant", "fp8"), matrix_bytes=1),
+    )
+}
 
 Figures = dict[str, float]
 """By measure: `batch N` in milliseconds a token, `prefill` and `mixed` in tokens a second."""
@@ -37,10 +65,11 @@ THEIRS = {
 }
 
 
-def ours(folder: Path, *, work: str, batches: str) -> Figures:
+def ours(folder: Path, scheme: Scheme, *, work: str, batches: str) -> Figures:
     """Of our engine."""
     tables = {
-        table["title"][0]: table["rows"] for table in _tables("offline", folder, "--work", work, "--batches", batches)
+        table["title"][0]: table["rows"]
+        for table in _tables("offline", folder, scheme, "--work", work, "--batches", batches)
     }
     figures = {f"batch {batch}": milliseconds for batch, milliseconds, _ in tables.get("B", [])}
     return figures | {
@@ -48,25 +77,26 @@ def ours(folder: Path, *, work: str, batches: str) -> Figures:
     }
 
 
-def _tables(benchmark: str, folder: Path, *options: str) -> list[dict[str, Any]]:
+def _tables(benchmark: str, folder: Path, scheme: Scheme, *options: str) -> list[dict[str, Any]]:
     """What another benchmark reports of a shape, in a process that has the GPU to itself."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "report.json"
         shape = [str(folder), "--load-format", "dummy", "--device", "cuda", "--dtype", "bfloat16"]
-        command = ["-m", f"benchmarks.{benchmark}", *shape, *options, "--out", str(out)]
+        told = [word for setting in scheme.ours for word in ("--set", setting)]
+        command = ["-m", f"benchmarks.{benchmark}", *shape, *told, *options, "--out", str(out)]
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
         tables: list[dict[str, Any]] = json.loads(out.read_text())["tables"]
         return tables
 
 
-def attribution(folder: Path, *, batches: str) -> list[dict[str, Any]]:
+def attribution(folder: Path, scheme: Scheme, *, batches: str) -> list[dict[str, Any]]:
     """The tables of `benchmarks.attribution`, of our engine."""
-    return _tables("attribution", folder, "--batches", batches)
+    return _tables("attribution", folder, scheme, "--batches", batches)
 
 
-def theirs(script: Path, folder: Path, *, work: str, batches: str) -> Figures:
+def theirs(script: Path, folder: Path, scheme: Scheme, *, work: str, batches: str) -> Figures:
     """Of vLLM. What it does not print is not there."""
-    command = [sys.executable, str(script), str(folder), "--work", work, "--batches", batches]
+    command = [sys.executable, str(script), str(folder), *scheme.theirs, "--work", work, "--batches", batches]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         figures: Figures = {}
@@ -82,19 +112,18 @@ def read_line(line: str) -> Figures:
     return {name: float(found[1]) for name in ("prefill", "mixed") if (found := THEIRS[name].search(line))}
 
 
-def floor(folder: Path, batch: int, *, bandwidth: float) -> float:
+def floor(folder: Path, batch: int, scheme: Scheme = SCHEMES["bf16"], *, bandwidth: float) -> float:
     """Milliseconds that the bytes of one decode step take at so many bytes a second: all weights but the embedding once,
     of experts those that are expected to be wanted; keys and values of the mean context."""
     spec = ModelSpec.from_config(read_config(folder))
-    attention = spec.hidden * spec.head_dim * (2 * spec.heads + 2 * spec.kv_heads)
-    mlp = 3 * spec.hidden * spec.intermediate
-    mlps: float = spec.layers * mlp
+    attention = spec.layers * spec.hidden * spec.head_dim * (2 * spec.heads + 2 * spec.kv_heads)
+    mixtures = len(spec.moe.layers) if spec.moe is not None else 0
+    matrices = attention + (spec.layers - mixtures) * 3 * spec.hidden * spec.intermediate
+    others: float = spec.vocab_size * spec.hidden
     if (moe := spec.moe) is not None:
-        mixture = spec.hidden * (moe.num_experts + 3 * moe.intermediate * wanted_experts(moe, batch))
-        mlps += len(moe.layers) * (mixture - mlp)
-    weights = spec.layers * attention + mlps + spec.vocab_size * spec.hidden
+        others += mixtures * spec.hidden * (moe.num_experts + 3 * moe.intermediate * wanted_experts(moe, batch))
     cached = batch * (CONTEXT + OUTPUT // 2) * spec.layers * 2 * spec.kv_heads * spec.head_dim
-    return 2 * (weights + cached) / bandwidth * 1e3
+    return (scheme.matrix_bytes * matrices + 2 * others + scheme.kv_bytes * cached) / bandwidth * 1e3
 
 
 def wanted_experts(moe: MoESpec, batch: int) -> float:
@@ -103,18 +132,25 @@ def wanted_experts(moe: MoESpec, batch: int) -> float:
     return moe.num_experts * (1 - (1 - moe.top_k / moe.num_experts) ** batch)
 
 
-def compare(report: Report, folder: Path, mine: Figures, other: Figures, *, bandwidth: float) -> None:
+def compare(report: Report, folder: Path, scheme: Scheme, mine: Figures, other: Figures, *, bandwidth: float) -> None:
     """Adds the table of one shape."""
     rows: list[list[Cell]] = []
     for measure, figure in mine.items():
         is_time = measure.startswith("batch")
-        lowest = floor(folder, int(measure.split()[1]), bandwidth=bandwidth) if is_time else None
+        lowest = floor(folder, int(measure.split()[1]), scheme, bandwidth=bandwidth) if is_time else None
         against = other.get(measure)
         ratio = None if against is None else against / figure if is_time else figure / against
         share = None if lowest is None else 100 * lowest / figure
         rows.append([measure + (", ms a token" if is_time else ", tok/s"), figure, against, ratio, lowest, share])
     columns = ["", "Holdfast", "vLLM", "times as fast", "floor", "% of the floor's speed"]
-    report.table(f"{folder.name}, bfloat16", columns, rows)
+    report.table(f"{folder.name}, {scheme.name}", columns, rows)
+
+
+def _schemes(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in SCHEMES]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)!r} is none of {', '.join(SCHEMES)}")
+    return names
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -122,6 +158,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="with a config.json each")
     parser.add_argument("--vllm", type=Path, help="the script that measures vLLM")
+    parser.add_argument(
+        "--schemes",
+        type=_schemes,
+        default=["bf16"],
+        help=f"one or more of {','.join(SCHEMES)}; each engine in the same",
+    )
     parser.add_argument("--work", default="CBA", help="which workloads of `offline`")
     parser.add_argument("--batches", default="1,32,128,256", help="of B")
     parser.add_argument("--profile", action="store_true", help="add where the time of our decode steps goes")
@@ -131,15 +173,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available():
         sys.exit("h200: PyTorch sees no GPU here")
     report = Report(
-        "h200", settings={"work": options.work, "batches": options.batches, "vllm": options.vllm is not None}
+        "h200",
+        settings={
+            "work": options.work,
+            "batches": options.batches,
+            "schemes": options.schemes,
+            "vllm": options.vllm is not None,
+        },
     )
-    for folder in options.folders:
-        mine = ours(folder, work=options.work, batches=options.batches)
-        other = theirs(options.vllm, folder, work=options.work, batches=options.batches) if options.vllm else {}
-        compare(report, folder, mine, other, bandwidth=options.bandwidth)
+    for folder, scheme in product(options.folders, [SCHEMES[name] for name in options.schemes]):
+        mine = ours(folder, scheme, work=options.work, batches=options.batches)
+        other = theirs(options.vllm, folder, scheme, work=options.work, batches=options.batches) if options.vllm else {}
+        compare(report, folder, scheme, mine, other, bandwidth=options.bandwidth)
         if options.profile:
-            for table in attribution(folder, batches=options.batches):
-                report.table(f"{folder.name}: {table['title']}", table["columns"], table["rows"])
+            for table in attribution(folder, scheme, batches=options.batches):
+                report.table(f"{folder.name}, {scheme.name}: {table['title']}", table["columns"], table["rows"])
         if options.out is not None:
             report.save(options.out)
 
