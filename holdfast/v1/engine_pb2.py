@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18holdfast/v1/engine.proto\x12\x0bholdfast.v1\x1a\x1egoogle/protobuf/duration.proto\"\x10\n\x0eGetInfoRequest\"\xbe\x01\n\x0fGetInfoResponse\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x15\n\rmax_sequences\x18\x04 \x01(\r\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x12\n\nnum_blocks\x18\x06 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x16\n\x0enum_parameters\x18\t \x01(\x04\"\x10\n\x0eGetLoadRequest\"\x8a\x02\n\x0fGetLoadResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x03 \x01(\r\x12\x19\n\x11num_active_blocks\x18\x04 \x01(\r\x12\x19\n\x11num_cached_blocks\x18\x05 \x01(\r\x12\x1c\n\x14num_generated_tokens\x18\x06 \x01(\x04\x12\x1a\n\x12num_prefill_tokens\x18\x07 \x01(\x04\x12\x19\n\x11num_cached_tokens\x18\x08 \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\t \x01(\x04\x12\x10\n\x08\x64raining\x18\n \x01(\x08\":\n\x0c\x44rainRequest\x12*\n\x07timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x0f\n\rDrainResponse2\xdb\x01\n\rEngineService\x12\x44\n\x07GetInfo\x12\x1b.holdfast.v1.GetInfoRequest\x1a\x1c.holdfast.v1.GetInfoResponse\x12\x44\n\x07GetLoad\x12\x1b.holdfast.v1.GetLoadRequest\x1a\x1c.holdfast.v1.GetLoadResponse\x12>\n\x05\x44rain\x12\x19.holdfast.v1.DrainRequest\x1a\x1a.holdfast.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18holdfast/v1/engine.proto\x12\x0bholdfast.v1\x1a\x1egoogle/protobuf/duration.proto\"\x10\n\x0eGetInfoRequest\"\x85\x02\n\x0fGetInfoResponse\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x15\n\rmax_sequences\x18\x04 \x01(\r\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x12\n\nnum_blocks\x18\x06 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x16\n\x0enum_parameters\x18\t \x01(\x04\x12\x16\n\x0ekv_cache_dtype\x18\n \x01(\t\x12\x14\n\x0cquantization\x18\x0b \x01(\t\x12\x17\n\x0ftensor_parallel\x18\x0c \x01(\r\"\x10\n\x0eGetLoadRequest\"\x8a\x02\n\x0fGetLoadResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x03 \x01(\r\x12\x19\n\x11num_active_blocks\x18\x04 \x01(\r\x12\x19\n\x11num_cached_blocks\x18\x05 \x01(\r\x12\x1c\n\x14num_generated_tokens\x18\x06 \x01(\x04\x12\x1a\n\x12num_prefill_tokens\x18\x07 \x01(\x04\x12\x19\n\x11num_cached_tokens\x18\x08 \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\t \x01(\x04\x12\x10\n\x08\x64raining\x18\n \x01(\x08\":\n\x0c\x44rainRequest\x12*\n\x07timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x0f\n\rDrainResponse2\xdb\x01\n\rEngineService\x12\x44\n\x07GetInfo\x12\x1b.holdfast.v1.GetInfoRequest\x1a\x1c.holdfast.v1.GetInfoResponse\x12\x44\n\x07GetLoad\x12\x1b.holdfast.v1.GetLoadRequest\x1a\x1c.holdfast.v1.GetLoadResponse\x12>\n\x05\x44rain\x12\x19.holdfast.v1.DrainRequest\x1a\x1a.holdfast.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,15 +35,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETINFOREQUEST']._serialized_start=73
   _globals['_GETINFOREQUEST']._serialized_end=89
   _globals['_GETINFORESPONSE']._serialized_start=92
-  _globals['_GETINFORESPONSE']._serialized_end=282
-  _globals['_GETLOADREQUEST']._serialized_start=284
-  _globals['_GETLOADREQUEST']._serialized_end=300
-  _globals['_GETLOADRESPONSE']._serialized_start=303
-  _globals['_GETLOADRESPONSE']._serialized_end=569
-  _globals['_DRAINREQUEST']._serialized_start=571
-  _globals['_DRAINREQUEST']._serialized_end=629
-  _globals['_DRAINRESPONSE']._serialized_start=631
-  _globals['_DRAINRESPONSE']._serialized_end=646
-  _globals['_ENGINESERVICE']._serialized_start=649
-  _globals['_ENGINESERVICE']._serialized_end=868
+  _globals['_GETINFORESPONSE']._serialized_end=353
+  _globals['_GETLOADREQUEST']._serialized_start=355
+  _globals['_GETLOADREQUEST']._serialized_end=371
+  _globals['_GETLOADRESPONSE']._serialized_start=374
+  _globals['_GETLOADRESPONSE']._serialized_end=640
+  _globals['_DRAINREQUEST']._serialized_start=642
+  _globals['_DRAINREQUEST']._serialized_end=700
+  _globals['_DRAINRESPONSE']._serialized_start=702
+  _globals['_DRAINRESPONSE']._serialized_end=717
+  _globals['_ENGINESERVICE']._serialized_start=720
+  _globals['_ENGINESERVICE']._serialized_end=939
 # @@protoc_insertion_point(module_scope)

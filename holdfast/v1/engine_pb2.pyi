@@ -49,6 +49,9 @@ class GetInfoResponse(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     NUM_PARAMETERS_FIELD_NUMBER: _builtins.int
+    KV_CACHE_DTYPE_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
+    TENSOR_PARALLEL_FIELD_NUMBER: _builtins.int
     engine: _builtins.str
     """Its name, unique in the mesh."""
     model: _builtins.str
@@ -67,6 +70,12 @@ class GetInfoResponse(_message.Message):
     """Of weights and activations: "float32", "bfloat16", ..."""
     num_parameters: _builtins.int
     """Parameters of the model, as numbers held."""
+    kv_cache_dtype: _builtins.str
+    """How keys and values are kept, as the setting says it: "auto" (in dtype), "int8", or rules by layer."""
+    quantization: _builtins.str
+    """How weight matrices are kept, as the setting says it: "none" (in dtype), "fp8", or rules by name."""
+    tensor_parallel: _builtins.int
+    """How many ranks compute the model together."""
     def __init__(
         self,
         *,
@@ -79,10 +88,13 @@ class GetInfoResponse(_message.Message):
         device: _builtins.str = ...,
         dtype: _builtins.str = ...,
         num_parameters: _builtins.int = ...,
+        kv_cache_dtype: _builtins.str = ...,
+        quantization: _builtins.str = ...,
+        tensor_parallel: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "context_length", b"context_length", "device", b"device", "dtype", b"dtype", "engine", b"engine", "max_sequences", b"max_sequences", "model", b"model", "num_blocks", b"num_blocks", "num_parameters", b"num_parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "context_length", b"context_length", "device", b"device", "dtype", b"dtype", "engine", b"engine", "kv_cache_dtype", b"kv_cache_dtype", "max_sequences", b"max_sequences", "model", b"model", "num_blocks", b"num_blocks", "num_parameters", b"num_parameters", "quantization", b"quantization", "tensor_parallel", b"tensor_parallel"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -179,6 +179,9 @@ def _info(
         device=facts.device,
         dtype=str(facts.layout.shape.dtype).removeprefix("torch."),
         num_parameters=num_parameters(folder),
+        kv_cache_dtype=settings.kv_cache_dtype,
+        quantization=settings.quantization,
+        tensor_parallel=settings.tensor_parallel,
     )
 
 

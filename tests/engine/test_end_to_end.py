@@ -215,6 +215,7 @@ async def test_an_engine_says_what_it_runs(bus: MemoryBus, stories260k: Path) ->
         assert (info.engine, info.model, info.device, info.dtype) == ("one", "stories", "cpu", "float32")
         assert (info.context_length, info.max_sequences, info.block_size) == (512, 4, 16)
         assert 250_000 < info.num_parameters < 300_000
+        assert (info.kv_cache_dtype, info.quantization, info.tensor_parallel) == ("auto", "none", 1)
         now = await stub.GetLoad(engine_pb2.GetLoadRequest())
         assert now.num_free_blocks == info.num_blocks > 0
         assert not now.draining
