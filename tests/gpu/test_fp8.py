@@ -15,8 +15,9 @@ from torch import Tensor
 from services.engine.kv_cache import KVCache
 from services.engine.models import load
 from services.engine.ops.activation import silu_mul, silu_mul_quantized
+from services.engine.ops.forms import Quantized
 from services.engine.ops.norm import rms_norm, rms_norm_quantized
-from services.engine.ops.quantize import Quantized, by_torch, quantize
+from services.engine.ops.quantize import by_torch, quantize
 from services.engine.quant.fp8 import Fp8
 from tests.engine.batches import Chunk, batch_of
 from tests.gpu.test_engine import answers

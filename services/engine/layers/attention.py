@@ -11,7 +11,7 @@ from services.engine.layers.linear import Linear
 from services.engine.layers.norm import RMSNorm
 from services.engine.ops import qkv
 from services.engine.ops.attention import AttentionPlan, paged_attention
-from services.engine.ops.quantize import Activations, RowScaled
+from services.engine.ops.forms import Activations, Form
 from services.engine.ops.rotary import Angles
 from services.engine.weights import Weights
 
@@ -44,7 +44,7 @@ class Attention:
             self._norm_weights = (q_norm.weight, k_norm.weight)
 
     @property
-    def takes(self) -> RowScaled | None:
+    def takes(self) -> Form:
         return self._qkv.takes
 
     def __call__(

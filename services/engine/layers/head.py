@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from services.engine.layers.linear import Linear
+from services.engine.ops.forms import Activations, Form
 from services.engine.ops.linear import products
-from services.engine.ops.quantize import Activations, RowScaled
 from services.engine.shard import Part, Shard
 
 _CANDIDATES = 16
@@ -33,8 +33,8 @@ class Head:
         self._shard = shard
 
     @property
-    def takes(self) -> RowScaled | None:
-        return self._linear.takes
+    def takes(self) -> Form:
+        return self._linear.takes if self._weight_VI is None else None
 
     def __call__(self, x_RI: Activations, out_RV: Tensor | None = None) -> Tensor:
         """The logits in float32, [R, V], of the whole vocabulary; in `out_RV` where there is one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from services.engine.ops.quantize import Activations, RowScaled
+from services.engine.ops.forms import Activations, Form
 from services.engine.quant import Format
 from services.engine.shard import Part
 from services.engine.weights import Weights
@@ -21,7 +21,7 @@ class Linear:
         self._dtype = weight_OI.dtype
 
     @property
-    def takes(self) -> RowScaled | None:
+    def takes(self) -> Form:
         """The form of activations that what stands before may hand over; None for plain ones alone."""
         return self._format.takes
 
@@ -42,6 +42,10 @@ class Linear:
         """The product, plus `add` where there is one: in the dtype of the weight as it was given, or another one where the
         format can."""
         return self._format.apply(x, self._buffers, bias_O=self._bias_O, add=add, dtype=dtype or self._dtype)
+
+    def gated(self, x: Activations, form: Form) -> Activations:
+        """silu(gate) * up, where the product is gate and then up, in this form if it is rows in eight bits."""
+        return self._format.gated(x, self._buffers, bias_O=self._bias_O, dtype=self._dtype, form=form)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from services.engine.layers.linear import Linear
-from services.engine.ops.activation import silu_mul, silu_mul_quantized
-from services.engine.ops.quantize import Activations, RowScaled
+from services.engine.ops.forms import Activations, Form
 from services.engine.weights import Weights
 
 
@@ -29,10 +28,9 @@ class GatedMLP:
         self._down = Linear.load(weights, down, inputs=part, outputs=(hidden,), bias=bias)
 
     @property
-    def takes(self) -> RowScaled | None:
+    def takes(self) -> Form:
         return self._gate_up.takes
 
     def __call__(self, x_NI: Activations, *, add: Tensor | None = None) -> Tensor:
-        gate_up, form = self._gate_up(x_NI), self._down.takes
-        gated = silu_mul(gate_up) if form is None else silu_mul_quantized(gate_up, form)
+        gated = self._gate_up.gated(x_NI, self._down.takes)
         return self._shard.all_reduce(self._down(gated, add=self._shard.once(add)))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from services.engine.layers.linear import Linear
 from services.engine.ops import moe
-from services.engine.ops.quantize import Activations, RowScaled
+from services.engine.ops.forms import Activations, Form
 from services.engine.weights import Weights
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class MoE:
         assert 0 <= first < first + count <= spec.num_experts
         self._experts = _load(weights, spec, hidden=hidden, first=first, count=count)
 
-    takes: RowScaled | None = None
+    takes: Form = None
     """The router sees activations as they are."""
 
     def __call__(self, x_NI: Activations, *, add: Tensor | None = None) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from services.engine.ops.forms import Activations, Form, RowScaled, Unnormed
 from services.engine.ops.norm import rms_norm, rms_norm_quantized
-from services.engine.ops.quantize import Activations, RowScaled
 from services.engine.weights import Weights
 
 
@@ -16,8 +16,10 @@ class RMSNorm:
         self.weight = weights.take(f"{name}.weight", size)
         self._eps = eps
 
-    def __call__(self, x: Tensor, form: RowScaled | None = None) -> Activations:
+    def __call__(self, x: Tensor, form: Form = None) -> Activations:
         """The scaled rows, in this form where one is asked for."""
-        if form is None:
-            return rms_norm(x, self.weight, self._eps)
-        return rms_norm_quantized(x, self.weight, self._eps, form)
+        if isinstance(form, RowScaled):
+            return rms_norm_quantized(x, self.weight, self._eps, form)
+        if form is Unnormed and x.is_cuda and x.shape[0] == 1:
+            return Unnormed(x, self.weight, self._eps)
+        return rms_norm(x, self.weight, self._eps)

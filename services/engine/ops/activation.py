@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.engine.ops.quantize import Quantized, RowScaled, quantize
+from services.engine.ops.forms import Quantized, RowScaled
+from services.engine.ops.quantize import quantize
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from services.engine.ops.activation import silu_mul
+from services.engine.ops.forms import Unnormed
+from services.engine.ops.norm import rms_norm
+
 # Outputs from which on a float32 matrix is packed.
 _WIDE = 8192
 
@@ -32,7 +36,7 @@ def counters_for(weight_OI: Tensor) -> tuple[Tensor, ...]:
 
 
 def linear(
-    x: Tensor,
+    x: Tensor | Unnormed,
     weight_OI: Tensor,
     *counters: Tensor,
     bias_O: Tensor | None = None,
@@ -40,6 +44,12 @@ def linear(
 ) -> Tensor:
     """x @ weight.T + bias + add, the weight as `packed` and the counters as `counters_for` returned them; without these a
     GPU is slower where rows are few. The result may take the place of `add`."""
+    if isinstance(x, Unnormed):
+        from services.engine.ops.kernels import gemv
+
+        if gemv.is_supported(weight_OI):
+            return gemv.gemv(x, weight_OI, bias_O=bias_O, add=add)
+        x = rms_norm(*x)
     if weight_OI.is_mkldnn:
         # The overloads by name: choosing among them costs 14 us a call.
         pointwise = torch.ops.mkldnn._linear_pointwise
@@ -57,6 +67,17 @@ def linear(
             return add.addmm_(x, weight_OI.t())
     out = F.linear(x, weight_OI, bias_O)
     return out if add is None else out.add_(add)
+
+
+def gated_linear(x: Tensor | Unnormed, weight_OI: Tensor, *counters: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """silu(gate) * up, [N, O / 2], where `linear` gives gate and then up."""
+    row = x.x_1I if isinstance(x, Unnormed) else x
+    if row.is_cuda and row.shape[0] == 1:
+        from services.engine.ops.kernels import gemv
+
+        if gemv.is_supported(weight_OI, gated=True):
+            return gemv.gemv(x, weight_OI, bias_O=bias_O, gated=True)
+    return silu_mul(linear(x, weight_OI, *counters, bias_O=bias_O))
 
 
 def products(x: Tensor, weight_OI: Tensor, *, out: Tensor | None = None) -> Tensor:

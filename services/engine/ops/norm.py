@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.engine.ops.quantize import Quantized, RowScaled, quantize
+from services.engine.ops.forms import Quantized, RowScaled
+from services.engine.ops.quantize import quantize
 
 # Up to so many rows, torch's eight kernels for the norm cost more on a CPU than the work they do.
 _FEW_ROWS = 32

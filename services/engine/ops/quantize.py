@@ -5,37 +5,13 @@ Shapes: N rows, I features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from services.engine.ops.forms import Quantized, RowScaled
+
 SMALLEST = 2.0**-100
 """The least that counts as a row's largest value, so that a row of zeros can be divided by it."""
-
-
-@dataclass(frozen=True, slots=True)
-class RowScaled:
-    """A row is scaled so that its largest value becomes the largest of `dtype`, and then rounded."""
-
-    dtype: torch.dtype
-
-    @property
-    def largest(self) -> float:
-        return torch.finfo(self.dtype).max
-
-
-class Quantized(NamedTuple):
-    """Rows as values_NI * scales_N[:, None]. A row that held a value which is not finite holds one still."""
-
-    values_NI: Tensor
-    scales_N: Tensor
-    """float32."""
-
-
-Activations = Tensor | Quantized
-"""What a matrix is multiplied with."""
 
 
 def quantize(x_NI: Tensor, form: RowScaled) -> Quantized:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from services.engine.ops import linear
-from services.engine.ops.quantize import Quantized
+from services.engine.ops.forms import Quantized
 
 ROWS, COLUMNS = 64, 64
 """A matrix must fall into tiles of that to be multiplied on a GPU."""

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from services.engine.ops.quantize import Activations, RowScaled
+from services.engine.ops.forms import Activations, Form
 
 Buffers = tuple[Tensor, ...]
 """What a format made of a weight. Only that format reads it."""
@@ -27,8 +27,8 @@ class Format(Protocol):
     """One way to keep a weight matrix."""
 
     @property
-    def takes(self) -> RowScaled | None:
-        """What it makes of activations before it multiplies them; None where it multiplies them as they are."""
+    def takes(self) -> Form:
+        """What it takes beside plain activations; of rows in eight bits it makes them itself where they are not."""
         ...
 
     def pack(self, weight_OI: Tensor) -> Buffers:
@@ -41,4 +41,11 @@ class Format(Protocol):
     ) -> Tensor:
         """x @ weight.T + bias + add, [N, O], in `dtype`; x is [N, I], as it was or in the form that the format takes. The
         result may take the place of `add`."""
+        ...
+
+    def gated(
+        self, x: Activations, buffers: Buffers, *, bias_O: Tensor | None, dtype: torch.dtype, form: Form
+    ) -> Activations:
+        """silu(gate) * up, [N, O / 2], where `apply` would give gate and then up; in this form if it is rows in eight
+        bits."""
         ...

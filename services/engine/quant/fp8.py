@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import ConfigurationError
+from services.engine.ops.activation import silu_mul, silu_mul_quantized
+from services.engine.ops.forms import Activations, Form, Quantized, RowScaled, Unnormed
 from services.engine.ops.linear import counters_for
-from services.engine.ops.quantize import Activations, Quantized, RowScaled, by_torch, quantize
+from services.engine.ops.quantize import by_torch, quantize
 from services.engine.ops.scaled import COLUMNS, ROWS, packed, scaled_linear
 from services.engine.quant import Buffers
 
@@ -42,5 +44,12 @@ class Fp8:
     def apply(
         self, x: Activations, buffers: Buffers, *, bias_O: Tensor | None, add: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
+        assert not isinstance(x, Unnormed)
         rows = x if isinstance(x, Quantized) else quantize(x, self.takes)
         return scaled_linear(rows, *buffers, bias_O=bias_O, add=add, dtype=dtype)
+
+    def gated(
+        self, x: Activations, buffers: Buffers, *, bias_O: Tensor | None, dtype: torch.dtype, form: Form
+    ) -> Activations:
+        gate_up = self.apply(x, buffers, bias_O=bias_O, add=None, dtype=dtype)
+        return silu_mul_quantized(gate_up, form) if isinstance(form, RowScaled) else silu_mul(gate_up)

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from services.engine.kv_cache import KVCache, KVShape
 from services.engine.kv_format import KVFormat
+from services.engine.ops.forms import Quantized, RowScaled, Unnormed
 from services.engine.ops.kernels import (
     activation,
     decode_attention,
@@ -31,7 +32,6 @@ from services.engine.ops.kernels import (
     step,
 )
 from services.engine.ops.moe import Experts
-from services.engine.ops.quantize import Quantized, RowScaled
 from services.engine.ops.rotary import Angles
 from tests.engine.kernels.offline import Compiled, described, offline
 
@@ -70,6 +70,8 @@ def launch_all(
     weight = torch.zeros(64, hidden, dtype=dtype)
     if gemv.is_supported(weight):
         gemv.gemv(x[:1], weight, add=x[:1, :64])
+        gemv.gemv(Unnormed(x[:1], x[0], 1e-5), weight)
+        gemv.gemv(Unnormed(x[:1], x[0], 1e-5), weight, gated=True)
     if (split := skinny.split_of(weight)) is not None:
         skinny.matmul(x, weight, split, counters=skinny.counters_of(weight))
 

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from services.engine.layers.linear import Linear
 from services.engine.ops.activation import silu_mul, silu_mul_quantized
+from services.engine.ops.forms import Quantized
 from services.engine.ops.norm import rms_norm, rms_norm_quantized
-from services.engine.ops.quantize import Quantized, quantize
+from services.engine.ops.quantize import quantize
 from services.engine.quant.fp8 import Fp8
 
 FORM = Fp8.takes

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from services.engine.ops.forms import Quantized, RowScaled
 from services.engine.ops.kernels import quantize
 from services.engine.ops.kernels.overlap import overlapped, wait
-from services.engine.ops.quantize import Quantized, RowScaled
 
 _BLOCK = 1024
 

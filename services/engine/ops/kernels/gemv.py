@@ -7,14 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from services.engine.ops.forms import Unnormed
 from services.engine.ops.kernels.overlap import overlapped, wait
 
 
-def is_supported(weight_OI: Tensor) -> bool:
-    """Whether the matrix falls into whole tiles."""
+def is_supported(weight_OI: Tensor, *, gated: bool = False) -> bool:
+    """Whether the matrix, or gate and up, fall into whole tiles."""
     outputs, inputs = weight_OI.shape
     rows, columns, _ = _tile(outputs, inputs)
-    return weight_OI.dtype.itemsize == 2 and outputs % rows == 0 and inputs % columns == 0
+    per_program = rows if not gated else 2 * (rows // 2)
+    return weight_OI.dtype.itemsize == 2 and outputs % per_program == 0 and inputs % columns == 0
 
 
 def _tile(outputs: int, inputs: int) -> tuple[int, int, int]:
@@ -27,16 +29,21 @@ def _tile(outputs: int, inputs: int) -> tuple[int, int, int]:
 
 
 def gemv(
-    x_1I: Tensor,
+    x: Tensor | Unnormed,
     weight_OI: Tensor,
     *,
     bias_O: Tensor | None = None,
     add: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    gated: bool = False,
 ) -> Tensor:
-    """x @ weight.T + bias + add, [1, O], in the dtype of x or another one."""
+    """x @ weight.T + bias + add, [1, O], in the dtype of x or another one; or, of that, silu of the first half times the
+    second. Where x is to be normed, the product is with what the norm gives before that is rounded."""
+    x_1I, norm_I, eps = x if isinstance(x, Unnormed) else (x, x, 0.0)
     outputs, inputs = weight_OI.shape
     rows, columns, warps = _tile(outputs, inputs)
+    if gated:
+        rows, outputs = rows // 2, outputs // 2
     out = torch.empty((1, outputs), dtype=dtype or x_1I.dtype, device=x_1I.device)
     _gemv[(outputs // rows,)](
         x_1I,
@@ -44,11 +51,16 @@ def gemv(
         out,
         x_1I if bias_O is None else bias_O,
         x_1I if add is None else add,
+        norm_I,
+        eps,
         I=inputs,
+        O=outputs,
         ROWS=rows,
         COLUMNS=columns,
         BIAS=bias_O is not None,
         ADD=add is not None,
+        NORM=isinstance(x, Unnormed),
+        GATED=gated,
         num_warps=warps,
         **overlapped(x_1I),
     )
@@ -62,25 +74,56 @@ def _gemv(
     out,
     bias,
     add,
+    norm,
+    eps,
     I: tl.constexpr,
+    O: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
+    NORM: tl.constexpr,
+    GATED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     at = weight + row.to(tl.int64)[:, None] * I + column[None, :]
     first = tl.load(at)  # on its way while the kernel before ends
+    if GATED:
+        first_up = tl.load(at + O * I)
+    if NORM:
+        first_norm = tl.load(norm + column)
     wait(OVERLAP)
-    total = first.to(tl.float32) * tl.load(x + column).to(tl.float32)[None, :]
+    values = tl.load(x + column).to(tl.float32)
+    if NORM:
+        # The root of the mean square is known at the end, and divides a sum as well as what is added up.
+        squares = values * values
+        values *= first_norm.to(tl.float32)
+    total = first.to(tl.float32) * values[None, :]
+    if GATED:
+        total_up = first_up.to(tl.float32) * values[None, :]
     for start in tl.range(COLUMNS, I, COLUMNS, num_stages=4):
         values = tl.load(x + start + column).to(tl.float32)
+        if NORM:
+            squares += values * values
+            values *= tl.load(norm + start + column).to(tl.float32)
         total += tl.load(at + start).to(tl.float32) * values[None, :]
+        if GATED:
+            total_up += tl.load(at + O * I + start).to(tl.float32) * values[None, :]
     found = tl.sum(total, 1)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(squares, 0) / I + eps)
+        found *= scale
     if BIAS:
         found += tl.load(bias + row).to(tl.float32)
+    if GATED:
+        up = tl.sum(total_up, 1)
+        if NORM:
+            up *= scale
+        if BIAS:
+            up += tl.load(bias + O + row).to(tl.float32)
+        found = found * tl.sigmoid(found) * up
     if ADD:
         found += tl.load(add + row).to(tl.float32)
     tl.store(out + row, found)

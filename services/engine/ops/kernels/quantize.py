@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from services.engine.ops.forms import Quantized, RowScaled
 from services.engine.ops.kernels.overlap import overlapped, wait
-from services.engine.ops.quantize import SMALLEST, Quantized, RowScaled
+from services.engine.ops.quantize import SMALLEST
 
 MOST_COLUMNS = 16384
 """A program holds a row of so many at once."""

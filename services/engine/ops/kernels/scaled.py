@@ -15,8 +15,8 @@ import torch
 import triton
 from torch import Tensor
 
+from services.engine.ops.forms import Quantized
 from services.engine.ops.kernels import skinny
-from services.engine.ops.quantize import Quantized
 
 MOST_ROWS = 256
 """Of x. A step of Llama-3.1-8B on an H200 takes 3.48 ms of products with 256 rows, and 3.82 by torch's own kernel."""

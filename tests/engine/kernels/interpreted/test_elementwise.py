@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from services.engine.kv_cache import KVCache, KVShape
 from services.engine.kv_format import KVFormat
 from services.engine.ops import qkv as specified
 from services.engine.ops.activation import silu_mul
 from services.engine.ops.attention import AttentionPlan
+from services.engine.ops.forms import Unnormed
 from services.engine.ops.kernels import activation, gemv, norm, qkv, rotary, skinny, step
 from services.engine.ops.kv_quant import PEAKS
 from services.engine.ops.norm import rms_norm
@@ -118,6 +120,28 @@ def test_a_few_rows_times_a_matrix(outputs: int, num_rows: int) -> None:
     torch.testing.assert_close(got, (expected + bias + add).half(), atol=1e-2, rtol=1e-2)
     assert not counters.any()
     assert skinny.split_of(weight[:, :500]) is None and skinny.split_of(weight[:100]) is None
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(4, 1024), (4, 2048), (2080, 2048)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_one_row_is_normed_and_gated_while_it_is_multiplied(outputs: int, inputs: int, with_bias: bool) -> None:
+    """In one pass and in several: what norm, product and gate give one after the other, but for what these round."""
+    x, norm_weight = 3 * torch.randn(1, inputs).half(), torch.randn(inputs).half()
+    weight = (torch.randn(outputs, inputs) * 0.05).half()
+    bias = torch.randn(outputs).half() if with_bias else None
+    row = Unnormed(x, norm_weight, 1e-5)
+    normed = F.rms_norm(x.double(), (inputs,), norm_weight.double(), 1e-5)
+    expected = F.linear(normed, weight.double(), None if bias is None else bias.double())
+    got = gemv.gemv(row, weight, bias_O=bias, dtype=torch.float32)
+    torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=1e-4)
+    gate, up = expected.chunk(2, -1)
+    assert gemv.is_supported(weight, gated=True)
+    got = gemv.gemv(row, weight, bias_O=bias, dtype=torch.float32, gated=True)
+    torch.testing.assert_close(got.double(), F.silu(gate) * up, atol=1e-4, rtol=1e-4)
+    plain = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    got = gemv.gemv(x, weight, bias_O=bias, dtype=torch.float32, gated=True)
+    gate, up = plain.chunk(2, -1)
+    torch.testing.assert_close(got.double(), F.silu(gate) * up, atol=1e-3, rtol=1e-3)
 
 
 def test_a_step_is_laid_out_from_slots_and_positions() -> None:

@@ -18,7 +18,7 @@ from services.engine.batch import Step, Work
 from services.engine.graphs import Graphs, Replay
 from services.engine.model_runner import Eager, ModelRunner
 from services.engine.models.decoder import Decoder
-from services.engine.ops.kernels import activation, norm, overlap, quantize, scaled
+from services.engine.ops.kernels import activation, gemv, norm, overlap, quantize, scaled
 from services.engine.packets import Decodes, Tokens, decode_sizes, token_counts
 from services.engine.sampler import Sampled, Sampler
 from services.engine.sequence import SamplingParams, Sequence, StopRules
@@ -90,12 +90,18 @@ def _overwrite(target: object, source: object) -> None:
             _overwrite(getattr(target, field.name), getattr(source, field.name))
 
 
+def _mm(a: torch.Tensor, b: torch.Tensor, *, out_dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Of a GPU's products those that only it gives in another dtype."""
+    return torch.matmul(a.to(out_dtype), b.to(out_dtype), out=out)
+
+
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor is taken for one of a GPU, whose kernels are interpreted."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
     monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda _: False))
     monkeypatch.setattr(overlap, "_is_able", lambda _: False)
+    monkeypatch.setattr(torch, "mm", _mm)
 
 
 def captured(folder: Path, **options: Any) -> tuple[Engine, list[str]]:
@@ -203,6 +209,32 @@ def test_replayed_steps_multiply_in_fp8(tmp_path: Path, request: pytest.FixtureR
     assert len({token for answer in expected for token in answer}) > 3
 
 
+def test_a_single_row_is_normed_and_gated_where_it_is_multiplied(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """In 16 bits, on matrices wide enough for the kernel of one row: the tokens are those of the reference."""
+    (tmp_path / "config.json").write_text(json.dumps(TILED | {"hidden_size": 1024, "head_dim": 16}))
+    tensors = {name: x / 16 if x.ndim == 2 else x for name, x in tiled(hidden=1024).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    options = {"lookahead": 2, "max_step_tokens": 20, "num_blocks": 30, "dtype": "float16"}
+    expected = Engine(tmp_path, max_sequences=NUM_SLOTS, **options).run(asked([3, 9, 4], 3))
+    request.getfixturevalue("kernels")
+    launched: set[str] = set()
+    request.getfixturevalue("monkeypatch").setattr(gemv, "gemv", _noting_rows(gemv.gemv, launched))
+    engine, _ = captured(tmp_path, **options)
+    assert engine.run(asked([3, 9, 4], 3)) == expected
+    assert launched == {"Unnormed", "Unnormed gated", "Tensor"}
+    assert len(set(expected[0])) > 1
+
+
+def _noting_rows(launch: Callable[..., object], names: set[str]) -> Callable[..., object]:
+    def noting(x: object, *args: Any, gated: bool = False, **kwargs: Any) -> object:
+        names.add(type(x).__name__ + " gated" * gated)
+        return launch(x, *args, gated=gated, **kwargs)
+
+    return noting
+
+
 def noted_launches(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The names of the kernels for eight bits that are launched from now on."""
     names: set[str] = set()
@@ -225,14 +257,15 @@ def _noting(launch: Callable[..., object], name: str, names: set[str]) -> Callab
     return noting
 
 
-def tiled() -> dict[str, torch.Tensor]:
-    """The tensors of `TILED`."""
+def tiled(hidden: int = 64) -> dict[str, torch.Tensor]:
+    """The tensors of `TILED`, or of one that is wider."""
     layer = "model.layers.0"
-    shapes = {"model.embed_tokens.weight": (64, 64), "model.norm.weight": (64,), "lm_head.weight": (64, 64)}
-    shapes |= {f"{layer}.self_attn.{name}_proj.weight": (64, 64) for name in "qkvo"}
-    shapes |= {f"{layer}.{name}_layernorm.weight": (64,) for name in ("input", "post_attention")}
-    shapes |= {f"{layer}.mlp.{name}_proj.weight": (128, 64) for name in ("gate", "up")}
-    shapes |= {f"{layer}.mlp.down_proj.weight": (64, 128)}
+    shapes = {"model.embed_tokens.weight": (64, hidden), "model.norm.weight": (hidden,), "lm_head.weight": (64, hidden)}
+    shapes |= {f"{layer}.self_attn.{name}_proj.weight": (64, hidden) for name in "qkv"}
+    shapes |= {f"{layer}.self_attn.o_proj.weight": (hidden, 64)}
+    shapes |= {f"{layer}.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    shapes |= {f"{layer}.mlp.{name}_proj.weight": (128, hidden) for name in ("gate", "up")}
+    shapes |= {f"{layer}.mlp.down_proj.weight": (hidden, 128)}
     draw = torch.Generator().manual_seed(0)
     return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from services.engine.ops.forms import Quantized, RowScaled
 from services.engine.ops.kernels import activation, norm, quantize, scaled, skinny
-from services.engine.ops.quantize import Quantized, RowScaled
 from services.engine.ops.quantize import quantize as specified
 
 E4M3 = RowScaled(torch.float8_e4m3fn)
