@@ -140,6 +140,7 @@ def _namespace(settings: EngineSettings, folder: Path, facts: Facts) -> bytes:
     computed = (
         weights,
         settings.quantization,
+        settings.deterministic,
         facts.layout,
         settings.tensor_parallel,
         facts.device,

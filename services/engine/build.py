@@ -23,10 +23,11 @@ from services.engine.kv_format import KVFormat, formats_of
 from services.engine.model_runner import Eager, ModelRunner
 from services.engine.models import Model
 from services.engine.models.decoder import Decoder
-from services.engine.sampler import Sampler
+from services.engine.sampler import RowByRow, Sampler
 from services.engine.settings import Capacity, EngineSettings
 from services.engine.shard import ALONE, Shard
-from services.engine.state import DeviceState
+from services.engine.state import DeviceState, Wants
+from services.engine.token_by_token import TokenByToken
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -112,6 +113,8 @@ def build(settings: EngineSettings, folder: Path, shard: Shard = ALONE) -> Compu
     that torch uses in this process. Raises `ConfigurationError` where the settings do not fit the model or the machine."""
     assert settings.tensor_parallel == shard.count, "the other ranks are processes of their own"
     device = device_of(settings, shard)
+    if settings.deterministic:
+        _check_deterministic(settings, device)
     capacity = settings.capacity(device.type)
     torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) // shard.count))
     # Kernels are compiled once for a machine, and lie where models do: in a container, on what outlives it.
@@ -126,6 +129,7 @@ def build(settings: EngineSettings, folder: Path, shard: Shard = ALONE) -> Compu
             load_format=settings.load_format,
             shard=shard,
             quantization=settings.quantization,
+            invariant=settings.deterministic and device.type == "cuda",
         )
     with took.noted("cache"):
         cache = _cache(settings, capacity, model, device, shard)
@@ -134,7 +138,9 @@ def build(settings: EngineSettings, folder: Path, shard: Shard = ALONE) -> Compu
         num_slots=capacity.max_sequences, max_len=max_model_len, block_size=capacity.block_size, device=device
     )
     with took.noted("steps"):
-        runner = _runner(model, cache, state, most_tokens=capacity.max_step_tokens)
+        runner = _runner(
+            model, cache, state, most_tokens=capacity.max_step_tokens, deterministic=settings.deterministic
+        )
     log.info(
         "model loaded",
         folder=str(folder),
@@ -152,14 +158,35 @@ def build(settings: EngineSettings, folder: Path, shard: Shard = ALONE) -> Compu
     return Computer(model, cache, runner, max_model_len, lookahead, device)
 
 
-def _runner(model: Model, cache: KVCache, state: DeviceState, *, most_tokens: int) -> ModelRunner:
-    sampler = Sampler(state)
+def _runner(model: Model, cache: KVCache, state: DeviceState, *, most_tokens: int, deterministic: bool) -> ModelRunner:
+    sampler = RowByRow(state) if deterministic else Sampler(state)
     eager = Eager(model, cache, state, sampler)
-    if state.device.type != "cuda" or not isinstance(model, Decoder):
+    if state.device.type != "cuda":
+        return ModelRunner(TokenByToken(eager) if deterministic else eager)
+    if not isinstance(model, Decoder):
         return ModelRunner(eager)
-    from services.engine.graphs import Graphs  # needs Triton, which a CPU does without
+    from services.engine.graphs import CAPTURED_WANTS, Graphs  # needs Triton, which a CPU does without
 
-    return ModelRunner(eager, Graphs(model, cache, state, sampler, most_tokens=most_tokens))
+    # The captured sampler rounds differently from the other, and which it is depends on what others want.
+    wants = Wants(0) if deterministic else CAPTURED_WANTS
+    return ModelRunner(eager, Graphs(model, cache, state, sampler, most_tokens=most_tokens, captured_wants=wants))
+
+
+def _check_deterministic(settings: EngineSettings, device: torch.device) -> None:
+    """Raises `ConfigurationError` for what cannot be deterministic, or is not proven to be."""
+    if settings.tensor_parallel > 1:
+        raise ConfigurationError(
+            f"deterministic: not with tensor_parallel {settings.tensor_parallel}, for sums over ranks are added up in an order "
+            "that follows from their size; say 1"
+        )
+    if device.type == "cpu":
+        return
+    for name, plain in (("quantization", "none"), ("kv_cache_dtype", "auto")):
+        if getattr(settings, name) != plain:
+            raise ConfigurationError(
+                f"deterministic: not with {name} {getattr(settings, name)} on a GPU, whose kernels for 8 bits round by what "
+                f"stands beside a token; say {plain}"
+            )
 
 
 def device_of(settings: EngineSettings, shard: Shard) -> torch.device:

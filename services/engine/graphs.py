@@ -76,13 +76,16 @@ class Graphs:
         sampler: Sampler,
         *,
         most_tokens: int,
+        captured_wants: Wants = CAPTURED_WANTS,
         capture: Capture | None = None,
     ) -> None:
-        """`most_tokens`: of a step, as the scheduler makes them."""
+        """`most_tokens`: of a step, as the scheduler makes them. A row that wants more than `captured_wants` is left to the
+        sampler, and those beside it too."""
         self._model = model
         self._cache = cache
         self._state = state
         self._sampler = sampler
+        self._captured_wants = captured_wants
         self._capture = capture or CudaCapture()
         # Logits are the largest of what a step leaves: those of many rows share their place.
         self._logits_RV = torch.empty((state.num_slots, model.vocab_size), dtype=torch.float32, device=state.device)
@@ -110,7 +113,7 @@ class Graphs:
         if not sampling:
             return None
         slots = [work.slot for work in sampling]
-        if state.sampling.wanted_by(slots) & ~CAPTURED_WANTS:
+        if state.sampling.wanted_by(slots) & ~self._captured_wants:
             return self._sample(captured.logits_RV[: len(slots)], slots, [work.end for work in sampling])
         captured.sampler.replay()
         sampled = captured.sampled

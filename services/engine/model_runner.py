@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,14 @@ from services.engine.state import DeviceState
 
 if TYPE_CHECKING:
     from services.engine.graphs import Graphs
+
+
+class Executor(Protocol):
+    """One way to compute any step."""
+
+    def run(self, step: Step) -> Sampled | None:
+        """What the step sampled; None where none of its works does."""
+        ...
 
 
 class Eager:
@@ -62,15 +70,16 @@ class Launched:
 class ModelRunner:
     """Computes steps in the order of their launches, for one thread."""
 
-    def __init__(self, eager: Eager, graphs: Graphs | None = None) -> None:
-        self._eager = eager
+    def __init__(self, executor: Executor, graphs: Graphs | None = None) -> None:
+        """`graphs` runs what it takes, the executor all else."""
+        self._executor = executor
         self._graphs = graphs
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
         """Starts a step."""
         graphs = self._graphs
-        sampled = graphs.run(step) if graphs is not None and graphs.takes(step) else self._eager.run(step)
+        sampled = graphs.run(step) if graphs is not None and graphs.takes(step) else self._executor.run(step)
         if sampled is None or sampled.token_ids_R.device.type == "cpu":
             return Launched(step, sampled, None)
         sampled = _on_host(sampled)

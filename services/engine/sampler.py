@@ -16,8 +16,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from services.engine.ops import sampling
@@ -105,6 +107,47 @@ class Sampler:
 
     def _rows_wanting(self, want: Wants, selection: Selection) -> list[int]:
         return [row for row, slot in enumerate(selection.slots) if want in self._state.sampling.wants(slot)]
+
+
+class RowByRow(Sampler):
+    """Samples each row by itself wherever a row wants more than its likeliest token: how a GPU adds up the probabilities
+    of a row follows from how many rows there are. The likeliest token does not."""
+
+    def __call__(self, logits_RV: Tensor, selection: Selection) -> Sampled:
+        if not self._state.sampling.wanted_by(selection.slots):
+            return super().__call__(logits_RV, selection)
+        found = []
+        for row in range(len(selection)):
+            one = selection.take([row], torch.tensor([row], device=logits_RV.device))
+            found.append(super().__call__(logits_RV[row : row + 1], one))
+        whole = joined(found)
+        assert whole is not None
+        return whole
+
+
+def joined(parts: Seq[Sampled]) -> Sampled | None:
+    """What several samplers found, one after the other; None where there is none."""
+    if not parts:
+        return None
+    firsts = [0, *accumulate(len(part.token_ids_R) for part in parts)]
+    reports = [(first, part.reported) for first, part in zip(firsts, parts, strict=False) if part.reported is not None]
+    return Sampled(
+        torch.cat([part.token_ids_R for part in parts]),
+        torch.cat([part.peaks_R for part in parts]),
+        _joined_reports(reports) if reports else None,
+    )
+
+
+def _joined_reports(parts: Seq[tuple[int, Reported]]) -> Reported:
+    """Each with the row that its first one is. What a row does not want is filled up with zeros."""
+    most = max(part.top_PC.shape[1] for _, part in parts)
+    return Reported(
+        [first + row for first, part in parts for row in part.rows],
+        [count for _, part in parts for count in part.counts],
+        torch.cat([part.chosen_P for _, part in parts]),
+        torch.cat([F.pad(part.top_PC, (0, most - part.top_PC.shape[1])) for _, part in parts]),
+        torch.cat([F.pad(part.top_ids_PC, (0, most - part.top_ids_PC.shape[1])) for _, part in parts]),
+    )
 
 
 def _penalize(logits_V: Tensor, state: DeviceState, slot: int, position: int) -> None:

@@ -89,6 +89,9 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     """`host:port` of a KV store for prefixes that this engine no longer holds; empty for none."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """Threads of the CPU executor, in each rank; by default one for each core there is."""
+    deterministic: bool = False
+    """Whether a request's tokens, greedy or seeded, must not depend on what else the engine computes. On a GPU that takes one
+    kernel for every number of rows, and bfloat16, float16 or float32 throughout; on a CPU tokens are computed one by one."""
     tensor_parallel: Annotated[int, Field(ge=1, le=8)] = 1
     """Over how many devices of this machine each layer is split, a process for each: GPUs, or processes alone on a CPU."""
 

@@ -56,6 +56,11 @@ class Weights(ABC):
         """How the matrices of these names, side by side, are to be kept. Raises `ConfigurationError` if not alike."""
         return self._rules.format(*names)
 
+    @property
+    def invariant(self) -> bool:
+        """Whether what a token gives must not depend on the tokens beside it, on a GPU."""
+        return self._rules.invariant
+
     def unquantized(self, *names: str, why: str) -> None:
         """Raises `ConfigurationError` if these matrices are to be kept otherwise than as they are."""
         self._rules.refuse(*names, why=why)
@@ -82,6 +87,10 @@ class _Under(Weights):
 
     def format(self, *names: str) -> Format:
         return self._weights.format(*(f"{self._prefix}.{name}" for name in names))
+
+    @property
+    def invariant(self) -> bool:
+        return self._weights.invariant
 
     def unquantized(self, *names: str, why: str) -> None:
         self._weights.unquantized(*(f"{self._prefix}.{name}" for name in names), why=why)

@@ -55,4 +55,4 @@ def _load(weights: Weights, spec: MoESpec, *, hidden: int, first: int, count: in
         expert.fill(gate, gate_up_EOI[index, :size])
         expert.fill(up, gate_up_EOI[index, size:])
         expert.fill(down, down_EIF[index])
-    return moe.Experts.of(gate_up_EOI, down_EIF, first=first, total=spec.num_experts)
+    return moe.Experts.of(gate_up_EOI, down_EIF, first=first, total=spec.num_experts, invariant=weights.invariant)

@@ -48,12 +48,13 @@ def load(
     device: torch.device | str = "cpu",
     load_format: Literal["safetensors", "dummy"] = "safetensors",
     quantization: str = UNQUANTIZED,
+    invariant: bool = False,
     shard: Shard = ALONE,
 ) -> Model:
     """The model of a folder, or a rank's part of it. `auto` takes the native code where it covers the model, `dtype` None
-    what the config says; `quantization`: as `quant.rules` says. Raises `ConfigurationError` for whatever cannot be
-    served."""
-    config, rules = read_config(folder), Rules(quantization)
+    what the config says; `quantization`: as `quant.rules` says. `invariant`: of the native code on a GPU, what a
+    token gives does not depend on the tokens beside it. Raises `ConfigurationError` for whatever cannot be served."""
+    config, rules = read_config(folder), Rules(quantization, invariant=invariant)
     if method := (config.get("quantization_config") or {}).get("quant_method"):
         raise ConfigurationError(f"{folder} is quantized ({method}); only unquantized weights can be served yet")
     dtype, device = dtype or dtype_of(config), torch.device(device)
@@ -68,6 +69,11 @@ def load(
         raise ConfigurationError(
             f"tensor_parallel is {shard.count}, but transformers computes this model, whose code cannot be split over "
             f"ranks; only {', '.join(sorted(FAMILIES))} can, natively"
+        )
+    if spec is None and invariant:
+        raise ConfigurationError(
+            "deterministic: transformers computes this model, whose products on a GPU depend on how many there are; only "
+            f"{', '.join(sorted(FAMILIES))} are deterministic there, natively"
         )
     if spec is None:
         if rules.quantizes:

@@ -63,6 +63,7 @@ class Decoder:
         self.kv_shape = KVShape(spec.layers, kv_heads.count, spec.head_dim, weights.dtype)
         self.vocab_size = spec.vocab_size
         self.max_positions = spec.max_positions
+        self._invariant = weights.invariant
         self._embedding = Embedding(weights, "model.embed_tokens", vocab_size=spec.vocab_size, size=spec.hidden)
         self._rotary = Rotary(spec.rotary, device=weights.device)
         self._layers = build_layers(
@@ -87,7 +88,7 @@ class Decoder:
     def forward(self, batch: Batch, cache: KVCache, out_RV: Tensor | None = None) -> Tensor:
         """The float32 logits of the rows to sample, [R, V], in `out_RV` where there is one. Writes the keys and values of
         the batch's tokens."""
-        plan = attention.plan(batch, cache)
+        plan = attention.plan(batch, cache, invariant=self._invariant)
         angles = self._rotary(batch.positions_N)
         x_NI = self._embedding(batch.token_ids_N)
         for layer in self._layers:

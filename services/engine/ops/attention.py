@@ -39,7 +39,8 @@ _TILE = 256
 class AttentionPlan:
     """What every layer of one step shares. Valid for one batch and one cache, on which the layers of one window agree."""
 
-    def __init__(self, batch: Batch, cache: KVCache) -> None:
+    def __init__(self, batch: Batch, cache: KVCache, *, invariant: bool) -> None:
+        self._invariant = invariant
         self.write_slots_N = batch.write_slots_N
         self._batch = batch
         self._cache = cache
@@ -55,7 +56,7 @@ class AttentionPlan:
         """What the kernels of a GPU share."""
         from services.engine.ops.kernels.attention import PagedPlan
 
-        return PagedPlan(self._batch)
+        return PagedPlan(self._batch, invariant=self._invariant)
 
     def groups(self, window: int | None) -> list[Group]:
         """The groups for layers of this window; the same list at every call."""
@@ -162,9 +163,10 @@ class Group:
         return seen & (keys_C > last - self._window) if self._window is not None else seen
 
 
-def plan(batch: Batch, cache: KVCache) -> AttentionPlan:
-    """What all layers share in the step that computes `batch`."""
-    return AttentionPlan(batch, cache)
+def plan(batch: Batch, cache: KVCache, *, invariant: bool = False) -> AttentionPlan:
+    """What all layers share in the step that computes `batch`. `invariant`: on a GPU a token gathers the same bits whether it
+    decodes or stands in a chunk, and whatever stands beside it."""
+    return AttentionPlan(batch, cache, invariant=invariant)
 
 
 def paged_attention(

@@ -25,15 +25,25 @@ class Experts:
     count: int
     total: int
     """How many the layer has, those that others hold among them."""
+    invariant: bool = False
+    """Whether a GPU must give a token the same bits whatever tokens stand beside it."""
 
     @classmethod
-    def of(cls, gate_up_EOI: Tensor, down_EIF: Tensor, *, first: int = 0, total: int | None = None) -> Experts:
+    def of(
+        cls,
+        gate_up_EOI: Tensor,
+        down_EIF: Tensor,
+        *,
+        first: int = 0,
+        total: int | None = None,
+        invariant: bool = False,
+    ) -> Experts:
         """The experts of these matrices, which are not to be used otherwise any more. `total`: by default no others
         follow."""
         count = len(gate_up_EOI)
         total = first + count if total is None else total
         if gate_up_EOI.is_cuda:
-            return cls((gate_up_EOI,), (down_EIF,), first, count, total)
+            return cls((gate_up_EOI,), (down_EIF,), first, count, total, invariant)
         gate_up, down = (tuple(packed(matrix) for matrix in stack) for stack in (gate_up_EOI, down_EIF))
         return cls(gate_up, down, first, count, total)
 

@@ -19,6 +19,7 @@ from fnmatch import fnmatchcase
 from holdfast.errors import ConfigurationError
 from services.engine.quant import Format
 from services.engine.quant.fp8 import Fp8
+from services.engine.quant.invariant import Invariant
 from services.engine.quant.unquantized import Unquantized
 
 UNQUANTIZED = "none"
@@ -44,8 +45,10 @@ class _Rule:
 class Rules:
     """Ordered rules, and which of them have decided."""
 
-    def __init__(self, text: str = UNQUANTIZED) -> None:
-        """Raises `ConfigurationError` for a rule that cannot be read."""
+    def __init__(self, text: str = UNQUANTIZED, *, invariant: bool = False) -> None:
+        """`invariant`: what is kept as it is, is multiplied so that a row does not depend on those beside it. Raises
+        `ConfigurationError` for a rule that cannot be read."""
+        self.invariant = invariant
         self._rules = [_rule(each.strip()) for each in text.split(",")]
         # Asked by threads that load layers side by side: to a set they may add.
         self._used: set[_Rule] = set()
@@ -64,7 +67,8 @@ class Rules:
             raise ConfigurationError(
                 f"quantization: {', '.join(names)} are kept as one matrix; the rules must give all of them the same format"
             )
-        return _FORMATS[found.pop()]
+        name = found.pop()
+        return Invariant() if self.invariant and name == UNQUANTIZED else _FORMATS[name]
 
     def refuse(self, *names: str, why: str) -> None:
         """Raises `ConfigurationError` where a rule quantizes one of these matrices, which cannot be."""

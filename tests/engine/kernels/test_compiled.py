@@ -18,6 +18,7 @@ from services.engine.ops.kernels import (
     gemv,
     grouped,
     grouping,
+    invariant,
     moe,
     norm,
     pairs,
@@ -117,6 +118,30 @@ def test_prompts_and_few_rows_use_hopper_s_matrix_units(compiled: list[Compiled]
 def test_pages_are_read_in_wide_loads(compiled: list[Compiled]) -> None:
     """No kernel loads byte by byte what lies side by side."""
     assert [each.name for each in compiled if "ld.global.b8" in each.ptx] == []
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("model", [LLAMA_8B, SMOLLM], ids=["llama-8b", "smollm2-135m"])
+def test_deterministic_products_and_attention_use_the_matrix_units(model: dict[str, int]) -> None:
+    """By wgmma, in wide loads, without a spill and within the shared memory that there is."""
+    heads, kv_heads, head_dim, hidden = (model[name] for name in ("heads", "kv_heads", "head_dim", "hidden"))
+    cache = KVCache(KVShape(2, kv_heads, head_dim, torch.bfloat16), num_blocks=4, block_size=64)
+    x, weight = torch.zeros(ROWS, hidden, dtype=torch.bfloat16), torch.zeros(64, hidden, dtype=torch.bfloat16)
+    rows, tables = torch.zeros(ROWS + 1, dtype=torch.int32), torch.zeros(SLOTS, CONTEXT // 64, dtype=torch.int32)
+    q = torch.zeros(ROWS, heads, head_dim, dtype=torch.bfloat16)
+    with offline() as kernels:
+        invariant.matmul(x, weight, add=x[:, :64])
+        invariant.matmul(x, weight, dtype=torch.float32)
+        works = prefill_attention.plan(
+            tables, rows[:ROWS], rows[:ROWS], rows, rows[:ROWS],
+            most_tokens=2048, group=heads // kv_heads, dtype=q.dtype,
+        )  # fmt: skip
+        prefill_attention.attend(q, q, cache, 1, works, scale=0.1, window=None, alike=True)
+    found = [each for each in map(described, kernels) if each.name in ("_matmul_invariant", "_attend")]
+    assert len(found) == 3
+    for each in found:
+        assert "wgmma" in each.ptx and "ld.global.b8" not in each.ptx
+        assert each.spilled_bytes == 0 and each.shared_bytes <= 227 << 10
 
 
 def launch_experts(num_tokens: int, *, num_experts: int, top_k: int, hidden: int, intermediate: int) -> None:

@@ -51,12 +51,31 @@ class Works:
             sum(batch.query_lens[split:]),
         )
 
+    @classmethod
+    def as_chunks(cls, batch: Batch) -> Works:
+        """Of any step, its decodes as chunks of one token."""
+        starts, nobody = batch.query_starts, batch.table_rows_S[:0]
+        if batch.works is not None and not batch.works.most_prefill:
+            starts = torch.arange(batch.num_decodes + 1, dtype=torch.int32, device=nobody.device)
+        return cls(
+            nobody,
+            batch.kv_lengths_S[:0],
+            batch.table_rows_S,
+            batch.kv_lengths_S,
+            starts.diff(),
+            starts,
+            len(batch.token_ids_N),
+        )
+
 
 class PagedPlan:
     """What the layers of one step share."""
 
-    def __init__(self, batch: Batch) -> None:
-        self._works = batch.works or Works.of(batch)
+    def __init__(self, batch: Batch, *, invariant: bool = False) -> None:
+        """`invariant`: all works go through one kernel, which takes keys in the same tiles in the same order for every
+        token, and treats all of them alike."""
+        self._invariant = invariant
+        self._works = Works.as_chunks(batch) if invariant else batch.works or Works.of(batch)
         self._tables = batch.block_tables
         self._decodes: tuple[decode_attention.Work, decode_attention.Scratch] | None = None
         self._prefill: prefill_attention.Work | None = None
@@ -70,7 +89,9 @@ class PagedPlan:
         if self._decodes is not None:
             decode_attention.attend(q_NHD, self._out_NHD, cache, layer, *self._decodes, scale=scale, window=window)
         if self._prefill is not None:
-            prefill_attention.attend(q_NHD, self._out_NHD, cache, layer, self._prefill, scale=scale, window=window)
+            prefill_attention.attend(
+                q_NHD, self._out_NHD, cache, layer, self._prefill, scale=scale, window=window, alike=self._invariant
+            )
         return self._out_NHD
 
     def _begin(self, q_NHD: Tensor, cache: KVCache) -> None:

@@ -9,6 +9,9 @@ from services.engine.ops.kernels.grouping import group
 from services.engine.ops.kernels.route import route
 from services.engine.ops.moe import Experts
 
+INVARIANT_ROWS = 32
+"""Pairs of a tile where their number must not decide. Those of larger tiles are halved for an expert's last pairs."""
+
 
 def mixture(
     x_NI: Tensor, logits_NE: Tensor, experts: Experts, *, top_k: int, normalize: bool, add: Tensor | None
@@ -17,11 +20,12 @@ def mixture(
     otherwise; the sum with `add` is, once."""
     (gate_up_EOI,), (down_EIF,) = experts.gate_up, experts.down
     first, count, num_pairs = experts.first, experts.count, len(x_NI) * top_k
-    if is_few(num_pairs, experts.total):
+    if not experts.invariant and is_few(num_pairs, experts.total):
         h_PF, choices = pairs.gated(x_NI, logits_NE, gate_up_EOI, top_k=top_k, first=first)
         return pairs.down(h_PF, choices, down_EIF, first=first, normalize=normalize, add=add)
     weights_NA, experts_NA = route(logits_NE, top_k=top_k, normalize=normalize)
-    groups = group(experts_NA, first=first, count=count, rows=tile_rows(num_pairs, experts.total))
+    rows = INVARIANT_ROWS if experts.invariant else tile_rows(num_pairs, experts.total)
+    groups = group(experts_NA, first=first, count=count, rows=rows)
     h_PF = grouped.gated(x_NI, gate_up_EOI, groups, top_k=top_k)
     answers_PI = grouped.down(h_PF, down_EIF, groups)
     return grouped.weighed(answers_PI, weights_NA, experts_NA, first=first, count=count, add=add)

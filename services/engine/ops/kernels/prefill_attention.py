@@ -70,9 +70,19 @@ def _rows(dtype: torch.dtype) -> int:
 
 
 def attend(
-    q_NHD: Tensor, out_NHD: Tensor, cache: KVCache, layer: int, work: Work, *, scale: float, window: int | None
+    q_NHD: Tensor,
+    out_NHD: Tensor,
+    cache: KVCache,
+    layer: int,
+    work: Work,
+    *,
+    scale: float,
+    window: int | None,
+    alike: bool = False,
 ) -> None:
-    """As `ops.attention.paged_attention` for these works; writes their rows of `out_NHD`."""
+    """As `ops.attention.paged_attention` for these works; writes their rows of `out_NHD`. `alike`: tiles of keys that all
+    rows see as a whole go the way of the others, so that a compiler's choices for the one way or the other - which product
+    is added without being rounded, for one - cannot tell rows apart."""
     _, heads, head_dim = q_NHD.shape
     kv_heads = cache.shape.kv_heads
     group = heads // kv_heads
@@ -106,6 +116,7 @@ def attend(
         T=cache.block_size,
         TILE=tile,
         WINDOW=window or 0,
+        ALIKE=alike,
         PRECISION="ieee" if is_wide else "tf32",
         num_warps=4,
         num_stages=2 if is_wide else 3,
@@ -152,6 +163,7 @@ def _attend(
     T: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
+    ALIKE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     ROWS: tl.constexpr = TOKENS * GROUP
@@ -180,6 +192,8 @@ def _attend(
     if WINDOW > 0:
         start = (tl.maximum(lowest - WINDOW + 1, 0) // TILE) * TILE
         whole = start
+    elif ALIKE:
+        whole = 0
     else:
         whole = ((lowest + 1) // TILE) * TILE
     # Tiles that every row sees as a whole, then those at the edges. Where a tile lies is looked up one tile ahead, so that

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,15 +14,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from services.engine import models
 from services.engine.batch import Step, Work
-from services.engine.graphs import Graphs, Replay
+from services.engine.graphs import CAPTURED_WANTS, Graphs, Replay
 from services.engine.model_runner import Eager, ModelRunner
 from services.engine.models.decoder import Decoder
 from services.engine.ops.kernels import activation, gemv, norm, overlap, quantize, scaled
 from services.engine.packets import Decodes, Tokens, decode_sizes, token_counts
-from services.engine.sampler import Sampled, Sampler
+from services.engine.sampler import RowByRow, Sampled, Sampler
 from services.engine.sequence import SamplingParams, Sequence, StopRules
-from services.engine.state import DeviceState
+from services.engine.state import DeviceState, Wants
 from tests.engine.test_model_runner import Engine
 
 pytestmark = [
@@ -104,15 +105,18 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "mm", _mm)
 
 
-def captured(folder: Path, **options: Any) -> tuple[Engine, list[str]]:
+def captured(folder: Path, *, deterministic: bool = False, **options: Any) -> tuple[Engine, list[str]]:
     """An engine whose steps are replayed, and what each step was replayed as."""
     engine = Engine(folder, max_sequences=NUM_SLOTS, max_model_len=64, **options)
     model, cache = engine.model, engine.cache
+    if deterministic:
+        model = models.load(folder, dtype=cache.shape.dtype, invariant=True)
     assert isinstance(model, Decoder)
     state = DeviceState(num_slots=NUM_SLOTS, max_len=64, block_size=cache.block_size)
-    sampler = Sampler(state)
+    sampler = RowByRow(state) if deterministic else Sampler(state)
     replayed: list[str] = []
-    graphs = Graphs(model, cache, state, sampler, most_tokens=16, capture=capture)
+    wants = Wants(0) if deterministic else CAPTURED_WANTS
+    graphs = Graphs(model, cache, state, sampler, most_tokens=16, captured_wants=wants, capture=capture)
     run, fitting = graphs.run, graphs._fitting
 
     def noted(step: Step) -> Sampled | None:
@@ -233,6 +237,50 @@ def _noting_rows(launch: Callable[..., object], names: set[str]) -> Callable[...
         return launch(x, *args, gated=gated, **kwargs)
 
     return noting
+
+
+def test_deterministic_steps_round_alike_whatever_is_computed_beside(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """In float16, as chunks of a replayed step or of one that is not, or thrown out: tokens and log-probabilities
+    are those of sequences that ran alone, to the last bit."""
+    (tmp_path / "config.json").write_text(json.dumps(TILED))
+    save_file(tiled(), tmp_path / "model.safetensors")
+    request.getfixturevalue("kernels")
+    options: dict[str, Any] = {"lookahead": 2, "dtype": "float16", "deterministic": True, "max_step_tokens": 20}
+    expected, found = (
+        [with_logprobs(asked([(7 * i) % 60 for i in range(30)], 13)), with_logprobs(asked([5] * 12, 8, temperature=0.9))]
+        for _ in range(2)
+    )
+    alone, _ = captured(tmp_path, num_blocks=30, prefix_cache=False, **options)
+    for each in expected:
+        alone.run(each)
+    together, replayed = captured(tmp_path, num_blocks=4, **options)
+    together.run(*found)
+    assert [told(each) for each in found] == [told(each) for each in expected]
+    assert {form.split("(")[0] for form in replayed} == {"Decodes", "Tokens"}
+    assert together.scheduler.totals.num_preemptions > 0
+
+
+def with_logprobs(each: Sequence) -> Sequence:
+    return replace(each, sampling=replace(each.sampling, logprobs=2))
+
+
+def told(each: Sequence) -> tuple[object, ...]:
+    return each.output_ids, each.output_logprobs
+
+
+def test_deterministic_steps_take_experts_in_one_way(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """In float32, alone, where pairs are few, and together, where they are sorted by expert: a token hears the same."""
+    (tmp_path / "config.json").write_text(json.dumps(MIXTURE))
+    save_file(mixture(), tmp_path / "model.safetensors")
+    request.getfixturevalue("kernels")
+    engine, _ = captured(tmp_path, deterministic=True, max_step_tokens=20, num_blocks=30, prefix_cache=False)
+    alone, together = ([with_logprobs(asked(ids, 3)) for ids in ([3, 9, 4], [5], [7, 7])] for _ in range(2))
+    for each in alone:
+        engine.run(each)
+    engine.run(*together)
+    assert [told(each) for each in together] == [told(each) for each in alone]
 
 
 def noted_launches(monkeypatch: pytest.MonkeyPatch) -> set[str]:
