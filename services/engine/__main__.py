@@ -135,10 +135,13 @@ def _kafka(settings: EngineSettings) -> Any:
 
 
 def _namespace(settings: EngineSettings, folder: Path, facts: Facts) -> bytes:
-    """Names all that the keys and values of a token depend on beside the tokens up to it, and how they lie in a block."""
-    weights = "dummy" if settings.load_format == "dummy" else fingerprint(folder).hex()
+    """Names all that the keys and values of a token depend on beside the tokens up to it, and how they lie in a block. Only
+    a store that others use too makes it worth while to read all the weights."""
+    is_shared = bool(settings.kvstore) and settings.load_format != "dummy"
     computed = (
-        weights,
+        settings.load_format,
+        fingerprint(folder, weights=is_shared),
+        facts.implementation,
         settings.quantization,
         settings.deterministic,
         facts.layout,

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import structlog
 import torch
@@ -51,6 +52,8 @@ class Facts:
     """How many steps to launch before the result of the oldest is waited for, that one apart."""
     device: str
     """Its type."""
+    implementation: Literal["native", "transformers"]
+    """Whose modelling code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,7 @@ class Computer:
             max_model_len=self.max_model_len,
             lookahead=self.lookahead,
             device=self.device.type,
+            implementation="native" if isinstance(self.model, Decoder) else "transformers",
         )
 
 
@@ -218,7 +222,8 @@ def _cache(settings: EngineSettings, capacity: Capacity, model: Model, device: t
         if device.type == "cpu"
         else _gpu_room(settings, capacity, model, formats, device)
     )
-    holds = shard.least(room // block_bytes, device)
+    # One block more is made than there are; a GPU has no room to spare for it.
+    holds = shard.least(room // block_bytes, device) - (device.type == "cuda")
     num_blocks = settings.cache_blocks or holds
     if num_blocks < 2 or (device.type == "cuda" and num_blocks > holds):
         raise ConfigurationError(
@@ -246,11 +251,21 @@ def _gpu_room(
         ) from error
     captured = 0
     if isinstance(model, Decoder):
-        from services.engine.graphs import MOST_TOKENS, num_forms  # needs Triton, which a CPU does without
+        from services.engine import graphs  # needs Triton, which a CPU does without
 
-        forms = num_forms(num_slots=capacity.max_sequences, most_tokens=capacity.max_step_tokens)
+        most = {"num_slots": capacity.max_sequences, "most_tokens": capacity.max_step_tokens}
         captured = memory.captured_bytes(
-            step=step, largest=largest, most_tokens=MOST_TOKENS, forms=forms, vocab_size=model.vocab_size
+            step=step,
+            largest=largest,
+            most_tokens=graphs.MOST_TOKENS,
+            forms=graphs.num_forms(**most),
+            logits_rows=graphs.logits_rows(**most),
+            vocab_size=model.vocab_size,
+        ) + 2 * graphs.scratch_bytes(  # of captured steps, and of one that is not
+            num_slots=capacity.max_sequences,
+            max_len=settings.max_model_len or model.max_positions,
+            heads=model.spec.heads,
+            head_dim=model.spec.head_dim,
         )
     slots = memory.slot_bytes(
         num_slots=capacity.max_sequences,

@@ -20,7 +20,7 @@ from torch import Tensor
 from services.engine.batch import Step
 from services.engine.kv_cache import KVCache
 from services.engine.models.decoder import Decoder
-from services.engine.ops.kernels import sampling
+from services.engine.ops.kernels import decode_attention, sampling
 from services.engine.packets import Decodes, Form, Tokens, decode_sizes, token_counts
 from services.engine.sampler import Sampled, Sampler
 from services.engine.state import DeviceState, Selection, Wants, on_device
@@ -183,7 +183,26 @@ class CudaCapture:
 
 def num_forms(*, num_slots: int, most_tokens: int) -> int:
     """How many steps are captured."""
-    return len(decode_sizes(num_slots)) + len(token_counts(min(most_tokens, MOST_TOKENS)))
+    return len(_rows(num_slots, most_tokens))
+
+
+def logits_rows(*, num_slots: int, most_tokens: int) -> int:
+    """Rows of logits that are kept: a place for all forms of many rows, and one for each of few."""
+    return num_slots + sum(rows for rows in _rows(num_slots, most_tokens) if rows <= FEW_ROWS)
+
+
+def scratch_bytes(*, num_slots: int, max_len: int, heads: int, head_dim: int) -> int:
+    """Bytes in which decodes leave what their chunks found, at most."""
+    return max(
+        decode_attention.scratch_bytes(size, max_len=max_len, heads=heads, head_dim=head_dim)
+        for size in decode_sizes(num_slots)
+    )
+
+
+def _rows(num_slots: int, most_tokens: int) -> list[int]:
+    """How many rows each form samples."""
+    counts = token_counts(min(most_tokens, MOST_TOKENS))
+    return decode_sizes(num_slots) + [min(count, num_slots) for count in counts]
 
 
 def _is_decode(step: Step) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from hashlib import sha256
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import file_digest, sha256
 from pathlib import Path
 
-_SAMPLES = 64
-_SAMPLE_BYTES = 16 << 10
+_READERS = 8
+"""Files that are read at a time."""
 
 
 def num_parameters(folder: Path) -> int:
@@ -22,18 +23,20 @@ def num_parameters(folder: Path) -> int:
     )
 
 
-def fingerprint(folder: Path) -> bytes:
-    """Equal for equal models: of the config, and of samples from all over the weight files. Reading them whole would
-    take longer than loading does; two models that differ at all differ in most of their weights."""
+def fingerprint(folder: Path, *, weights: bool = True) -> bytes:
+    """Equal for equal models alone: of the config and, if `weights`, of every byte of the weight files. That takes a second
+    for each gigabyte or two of the largest file; a model may differ from another in a single matrix, or in its first rows."""
     digest = sha256((folder / "config.json").read_bytes())
-    for file in _weight_files(folder):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as content:
-            for index in range(_SAMPLES):
-                content.seek(index * size // _SAMPLES)
-                digest.update(content.read(_SAMPLE_BYTES))
+    files = list(_weight_files(folder)) if weights else []
+    with ThreadPoolExecutor(_READERS, "fingerprint") as readers:
+        for file, content in zip(files, readers.map(_digest, files), strict=True):
+            digest.update(file.name.encode() + content)
     return digest.digest()
+
+
+def _digest(file: Path) -> bytes:
+    with file.open("rb") as content:
+        return file_digest(content, "sha256").digest()
 
 
 def _weight_files(folder: Path) -> Iterator[Path]:

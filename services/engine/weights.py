@@ -177,9 +177,13 @@ def open_checkpoint(
         for path in _shards(folder):
             try:
                 file = stack.enter_context(safe_open(path, framework="pt"))
-                files |= dict.fromkeys(file.keys(), file)
             except (SafetensorError, OSError) as error:
                 raise ConfigurationError(f"{path} cannot be read as safetensors: {error}") from error
+            if twice := sorted(files.keys() & file.keys()):
+                raise ConfigurationError(
+                    f"{path} holds tensors that another shard of {folder} holds too: {_listed(twice)}"
+                )
+            files |= dict.fromkeys(file.keys(), file)
         yield Checkpoint(folder, files, dtype=dtype, device=device, shard=shard, rules=rules)
 
 

@@ -32,5 +32,8 @@ def test_other_weights_or_another_config_are_another_model(tmp_path: Path) -> No
     write_weights(tmp_path, "model.safetensors", bytes(range(256)) * (1 << 12))
     second = fingerprint(tmp_path)
     assert second != first
+    assert fingerprint(tmp_path, weights=False) not in (first, second)
+    write_weights(tmp_path, "model.safetensors", bytes(range(256)) * ((1 << 12) - 1) + bytes(256))
+    assert fingerprint(tmp_path) not in (first, second)  # a last row alone
     (tmp_path / "config.json").write_text('{"rope_theta": 1}')
     assert fingerprint(tmp_path) not in (first, second)

@@ -54,6 +54,19 @@ def logits(folder: Path) -> torch.Tensor:
     return Bench(load(folder)).logits([1, 5, 9, 3])
 
 
+def test_a_tensor_that_two_shards_hold_is_refused(tmp_path: Path) -> None:
+    """Nobody could say which of them is meant."""
+    for name in ("a", "b"):
+        save_file({"w": torch.zeros(2), name: torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    weight_map = {"w": "a.safetensors", "a": "a.safetensors", "b": "b.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with (
+        pytest.raises(ConfigurationError, match=r"b\.safetensors holds tensors that another shard .* holds too: w"),
+        open_checkpoint(tmp_path, dtype=torch.float32, device=torch.device("cpu")),
+    ):
+        pass
+
+
 def test_shards_hold_what_one_file_holds(tmp_path: Path) -> None:
     """A model in shards with an index computes what it computes from a single file."""
     content = tensors()

@@ -101,11 +101,13 @@ class PagedPlan:
         self._out_NHD = torch.zeros_like(q_NHD) if works.most_prefill else torch.empty_like(q_NHD)
         if num_decodes := len(works.decode_rows_D):
             longest = tables.shape[1] * cache.block_size
-            chunk = decode_attention.chunk_size(num_decodes, longest)
             # Sequences share blocks only as prefixes, so their chunks may be more than the cache holds.
-            most = num_decodes * -(-longest // chunk)
             work = decode_attention.plan(
-                tables, works.decode_rows_D, works.decode_lengths_D, chunk=chunk, most_items=most
+                tables,
+                works.decode_rows_D,
+                works.decode_lengths_D,
+                chunk=decode_attention.chunk_size(num_decodes, longest),
+                most_items=decode_attention.most_items(num_decodes, longest),
             )
             self._decodes = work, decode_attention.scratch(work, heads=heads, cache=cache)
         if works.most_prefill:

@@ -94,6 +94,16 @@ def scratch(work: Work, *, heads: int, cache: KVCache) -> Scratch:
     )
 
 
+def most_items(num_sequences: int, max_len: int) -> int:
+    """Chunks of so many sequences that are no longer than that."""
+    return num_sequences * -(-max_len // chunk_size(num_sequences, max_len))
+
+
+def scratch_bytes(num_sequences: int, *, max_len: int, heads: int, head_dim: int) -> int:
+    """Of a `Scratch` for so many sequences, at most: a group of heads is padded to less than twice its size."""
+    return 2 * most_items(num_sequences, max_len) * heads * (head_dim + 1) * 4
+
+
 def plan(tables: Tensor, slots_S: Tensor, lengths_S: Tensor, *, chunk: int, most_items: int) -> Work:
     """Lists the chunks of these sequences."""
     num_sequences, device = len(slots_S), slots_S.device
