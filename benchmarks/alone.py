@@ -13,8 +13,10 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
+from holdfast.errors import ConfigurationError
 from services.engine.blocks import BlockPool
 from services.engine.build import Computer, build_apart
+from services.engine.engine import running
 from services.engine.loop import Runner, StepLoop
 from services.engine.metrics import EngineMetrics
 from services.engine.model_runner import Launched
@@ -38,6 +40,7 @@ class EngineAlone:
 
     def __init__(self, settings: EngineSettings, computer: Computer, runner: Runner[Launched]) -> None:
         self.vocab_size = computer.model.vocab_size
+        self.max_model_len = computer.max_model_len
         self.device = computer.device
         self.runner = runner
         capacity = settings.capacity(computer.device.type)
@@ -57,20 +60,30 @@ class EngineAlone:
         self._waiting: dict[Sequence, Waiting] = {}
         self._numbers = itertools.count()
 
+    def require(self, num_tokens: int) -> None:
+        """Raises ConfigurationError where a prompt and its answer, so many tokens together, do not fit."""
+        if num_tokens > self.max_model_len:
+            raise ConfigurationError(
+                f"a prompt and its answer have {num_tokens:,} tokens here, and the engine takes {self.max_model_len:,}: ask for shorter "
+                "ones, or take a model with a longer context or a larger cache"
+            )
+
     async def first_and_last(self, prompt_ids: list[int], output_tokens: int) -> tuple[float, float]:
-        """Computes so many tokens greedily, and returns when the first and the last of them came, in seconds."""
+        """Computes so many tokens greedily, and returns when the first and the last of them came, in seconds. Raises
+        ConfigurationError where they do not fit."""
         start = time.perf_counter()
         (waiting,) = self._begin([self._sequence(prompt_ids, output_tokens)])
         last = await waiting.last
         return waiting.first - start, last - start
 
     async def answers(self, prompts: Seq[list[int]], output_tokens: Seq[int]) -> list[list[int]]:
-        """Computes so many tokens of each prompt greedily, all begun at once."""
+        """Computes so many tokens of each prompt greedily, all begun at once. Raises ConfigurationError where they do not fit."""
         sequences = [self._sequence(*each) for each in zip(prompts, output_tokens, strict=True)]
         await asyncio.gather(*[waiting.last for waiting in self._begin(sequences)])
         return [sequence.output_ids for sequence in sequences]
 
     def _sequence(self, prompt_ids: list[int], output_tokens: int) -> Sequence:
+        self.require(len(prompt_ids) + output_tokens)
         return Sequence(
             request_id=str(next(self._numbers)),
             choice=0,
@@ -106,9 +119,10 @@ async def engine_alone(
     *,
     around: Callable[[Runner[Launched]], Runner[Launched]] = lambda runner: runner,
 ) -> AsyncIterator[EngineAlone]:
-    """An engine for the model in a folder, in this process; `around` may put something between it and its runner."""
+    """An engine for the model in a folder, in this process; `around` may put something between it and its runner. Where
+    its step thread fails the block is cancelled, and an InternalError raised in a group."""
     checked = EngineSettings.model_validate({"model": str(folder), **settings})
     computer = await build_apart(checked, folder)
     engine = EngineAlone(checked, computer, around(computer.runner))
-    async with engine.steps.running():
+    async with engine.steps.running(), running(engine.steps.watch()):
         yield engine

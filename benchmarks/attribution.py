@@ -191,6 +191,7 @@ async def measure(arguments: argparse.Namespace) -> Report:
     kernels: list[list[Cell]] = []
     async with engine_alone(folder, settings, around=TimedRunner) as engine:
         assert isinstance(engine.runner, TimedRunner)
+        engine.require(arguments.context + max(8, arguments.output))
         for batch in batches:
             prompts = prompts_of([arguments.context] * batch, vocab_size=engine.vocab_size)
             await engine.answers(prompts, [8] * batch)

@@ -45,11 +45,18 @@ class Workloads:
         self._scale = scale
         self._random = random.Random(0)
 
+    def require(self, work: str, *, count: int) -> None:
+        """Raises ConfigurationError where the longest prompt and answer of these workloads do not fit the engine."""
+        longest = {
+            "A": max(map(sum, zip(*self._mixed_lengths(count), strict=True))),
+            "B": self._length(CONTEXT) + self._length(OUTPUT) + 1,
+            "C": self._length(PREFILL) + 1,
+        }
+        self._engine.require(max(longest[each] for each in work))
+
     async def mixed(self, count: int) -> None:
         """A."""
-        draw = random.Random(0)
-        inputs = [self._length(draw.randint(100, 1024)) for _ in range(count)]
-        outputs = [self._length(draw.randint(100, 1024)) for _ in range(count)]
+        inputs, outputs = self._mixed_lengths(count)
         seconds = await self._best(2, inputs, outputs)
         rates = [sum(outputs) / seconds, (sum(inputs) + sum(outputs)) / seconds]
         columns = ["requests", "output tok/s", "all tok/s", "s"]
@@ -88,6 +95,12 @@ class Workloads:
         await self._engine.answers(prompts, outputs)
         return time.perf_counter() - start
 
+    def _mixed_lengths(self, count: int) -> tuple[list[int], list[int]]:
+        """Of the prompts and the answers of A."""
+        draw = random.Random(0)
+        inputs = [self._length(draw.randint(100, 1024)) for _ in range(count)]
+        return inputs, [self._length(draw.randint(100, 1024)) for _ in range(count)]
+
     def _length(self, full: int) -> int:
         return max(1, round(full * self._scale))
 
@@ -106,6 +119,7 @@ async def measure(arguments: argparse.Namespace) -> Report:
     report = Report("offline", settings={**settings, **vars(arguments), "out": None, "model": folder.name})
     async with engine_alone(folder, settings) as engine:
         workloads = Workloads(engine, report, vocab_size=engine.vocab_size, scale=arguments.scale)
+        workloads.require(arguments.work, count=arguments.requests)
         await workloads.run([64] * 8, [8] * 8)
         if "C" in arguments.work:
             await workloads.prefill()
