@@ -10,7 +10,9 @@ Rows of a tile are the G query heads that share one kv head, padded to 16, the l
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,12 +25,18 @@ from services.engine.ops.kernels.overlap import overlapped, wait
 
 LOG2_E = 1.4426950408889634
 
-_TUNING = {8: (192, 2, 3), 16: (384, 2, 2), 32: (1280, 2, 3)}
-"""For batches of at most so many sequences: most tokens of a chunk, warps and stages (measured on an H200)."""
 
-_LARGE = (4096, 4, 2)
-"""The same for any larger batch: it fills the GPU without being cut."""
+class Tuning(NamedTuple):
+    """How a batch is cut, and how a program runs."""
 
+    chunk: int
+    """Most tokens of a chunk."""
+    warps: int
+    stages: int
+
+
+TUNING = {8: Tuning(192, 2, 3), 16: Tuning(384, 2, 2), 32: Tuning(1280, 2, 3), sys.maxsize: Tuning(4096, 4, 2)}
+"""For batches of at most so many sequences (measured on an H200). A large one fills the GPU without being cut."""
 
 _PROGRAMS = 1024
 """Programs that a launch has where there are so many items, or one for each sequence and head if these are more. There may be
@@ -70,12 +78,12 @@ class Scratch:
 def chunk_size(num_sequences: int, max_len: int) -> int:
     """Most tokens of a chunk: few enough that a small batch fills the GPU, many enough that adding up the longest
     sequence's takes no longer than they do."""
-    chunk, _, _ = _tuning(num_sequences)
-    return max(chunk, triton.next_power_of_2(max_len // 256))
+    return max(tuning(num_sequences).chunk, triton.next_power_of_2(max_len // 256))
 
 
-def _tuning(num_sequences: int) -> tuple[int, int, int]:
-    return next((tuning for most, tuning in _TUNING.items() if num_sequences <= most), _LARGE)
+def tuning(num_sequences: int) -> Tuning:
+    """What `TUNING` has for such a batch."""
+    return next(tuning for most, tuning in TUNING.items() if num_sequences <= most)
 
 
 def _rows(group: int) -> int:
@@ -130,7 +138,7 @@ def attend(
     num_sequences, (_, heads, head_dim) = work.num_sequences, q_NHD.shape
     kv_heads = cache.shape.kv_heads
     kv, scales = cache.layers[layer].kv, cache.layers[layer].scales
-    _, warps, stages = _tuning(num_sequences)
+    _, warps, stages = tuning(num_sequences)
     most_items = len(work.items_M4)
     programs = min(most_items, max(num_sequences, _PROGRAMS // kv_heads))
     _attend[(programs, kv_heads)](

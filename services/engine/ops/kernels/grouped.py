@@ -11,7 +11,7 @@ choices: the sum depends on nothing else in the step, and is the same every time
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,8 +22,7 @@ from services.engine.ops.kernels.grouping import Groups
 from services.engine.ops.kernels.overlap import overlapped, wait
 
 
-@dataclass(frozen=True, slots=True)
-class _Tile:
+class Tile(NamedTuple):
     """What a program takes at a time, and how it runs."""
 
     rows: int
@@ -33,15 +32,21 @@ class _Tile:
     stages: int
 
 
-def _tile(groups: Groups, x: Tensor) -> _Tile:
-    """With few pairs as `skinny` has it, with many as large as registers allow. Not yet measured on a GPU."""
-    if x.dtype.itemsize > 2:
-        return _Tile(rows=32, columns=32, warps=4, stages=2)
-    if groups.rows <= 32:
-        return _Tile(rows=64, columns=128, warps=4, stages=4)
-    if groups.rows <= 64:
-        return _Tile(rows=128, columns=64, warps=4, stages=4)
-    return _Tile(rows=256, columns=64, warps=8, stages=4)
+TILES = {
+    32: Tile(rows=64, columns=128, warps=4, stages=4),
+    64: Tile(rows=128, columns=64, warps=4, stages=4),
+    128: Tile(rows=256, columns=64, warps=8, stages=4),
+}
+"""For at most so many pairs, of 16 bits: few as `skinny` has it, many as large as registers allow. Not yet measured on a
+GPU."""
+
+_WIDE = Tile(rows=32, columns=32, warps=4, stages=2)
+"""For any number of pairs of 32 bits."""
+
+
+def tile(groups: Groups, dtype: torch.dtype) -> Tile:
+    """What `TILES` has for these groups."""
+    return _WIDE if dtype.itemsize > 2 else next(tile for most, tile in TILES.items() if groups.rows <= most)
 
 
 def gated(x_NI: Tensor, gate_up_EOI: Tensor, groups: Groups, *, top_k: int) -> Tensor:
@@ -61,8 +66,8 @@ def down(h_PF: Tensor, down_EIF: Tensor, groups: Groups) -> Tensor:
 
 def _launch(x: Tensor, weight: Tensor, out: Tensor, groups: Groups, *, top_k: int, is_gated: bool) -> None:
     outputs, inputs = out.shape[1], x.shape[1]
-    tile, num_tiles = _tile(groups, x), groups.tiles_3T.shape[1]
-    features = tile.rows // 2 if is_gated else tile.rows
+    taken, num_tiles = tile(groups, x.dtype), groups.tiles_3T.shape[1]
+    features = taken.rows // 2 if is_gated else taken.rows
     _experts_product[(triton.cdiv(outputs, features), num_tiles)](
         x,
         weight,
@@ -74,13 +79,13 @@ def _launch(x: Tensor, weight: Tensor, out: Tensor, groups: Groups, *, top_k: in
         I=inputs,
         A=top_k,
         M=groups.rows,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
+        ROWS=taken.rows,
+        COLUMNS=taken.columns,
         GATED=is_gated,
-        EVEN=inputs % tile.columns == 0,
+        EVEN=inputs % taken.columns == 0,
         PRECISION="ieee" if x.dtype.itemsize > 2 else "tf32",
-        STAGES=tile.stages,
-        num_warps=tile.warps,
+        STAGES=taken.stages,
+        num_warps=taken.warps,
         **overlapped(x),
     )
 

@@ -10,6 +10,7 @@ Shapes: N tokens of the step, H query heads, K kv heads, G = H / K, D head size,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,6 +20,21 @@ from torch import Tensor
 from services.engine.kv_cache import KVCache
 from services.engine.ops.kernels import kv_quant
 from services.engine.ops.kernels.decode_attention import LOG2_E, number_items
+
+
+class Tuning(NamedTuple):
+    """What a program takes at a time, and how it runs."""
+
+    rows: int
+    """Of queries: tokens times heads."""
+    keys: int
+    """At most: never more than a page."""
+    warps: int
+    stages: int
+
+
+TUNING = {2: Tuning(64, 64, 4, 3), 4: Tuning(32, 32, 4, 2)}
+"""By the bytes of a number (measured on an H200)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +70,7 @@ def plan(
 ) -> Work:
     """Lists the tiles of these works, which have `counts_P` tokens (int32; those that have none are passed over) and
     `most_tokens` together at most."""
-    tokens = max(1, _rows(dtype) // triton.next_power_of_2(group))
+    tokens = max(1, TUNING[dtype.itemsize].rows // triton.next_power_of_2(group))
     num_works, device = len(rows_P), rows_P.device
     first_P1 = torch.empty(num_works + 1, dtype=torch.int32, device=device)
     most_tiles = most_tokens // tokens + min(num_works, most_tokens)
@@ -62,11 +78,6 @@ def plan(
     number_items[(1,)](counts_P, first_P1, num_works, tokens, S=triton.next_power_of_2(num_works))
     _list[(num_works,)](first_P1, tiles_M2, B=64, num_warps=1)
     return Work(tables, rows_P, lengths_P, query_starts, first_P1, tiles_M2, tokens)
-
-
-def _rows(dtype: torch.dtype) -> int:
-    """Rows of a tile (measured on an H200)."""
-    return 32 if dtype.itemsize > 2 else 64
 
 
 def attend(
@@ -87,8 +98,7 @@ def attend(
     kv_heads = cache.shape.kv_heads
     group = heads // kv_heads
     kv, scales = cache.layers[layer].kv, cache.layers[layer].scales
-    is_wide = q_NHD.dtype.itemsize > 2
-    tile = min(cache.block_size, 32 if is_wide else 64)
+    _, keys, warps, stages = TUNING[q_NHD.dtype.itemsize]
     _attend[(len(work.tiles_M2), kv_heads)](
         q_NHD,
         kv,
@@ -114,12 +124,12 @@ def attend(
         WIDTH=max(16, triton.next_power_of_2(head_dim)),
         TOKENS=work.tokens,
         T=cache.block_size,
-        TILE=tile,
+        TILE=min(cache.block_size, keys),
         WINDOW=window or 0,
         ALIKE=alike,
-        PRECISION="ieee" if is_wide else "tf32",
-        num_warps=4,
-        num_stages=2 if is_wide else 3,
+        PRECISION="ieee" if q_NHD.dtype is torch.float32 else "tf32",
+        num_warps=warps,
+        num_stages=stages,
     )
 
 

@@ -49,19 +49,20 @@ def matmul(
     add: Tensor | None = None,
     dtype: torch.dtype | None = None,
     scales: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+    rows: int = _ROWS,
     columns: int = _COLUMNS,
     warps: int = 4,
     stages: int = 4,
 ) -> Tensor:
     """x @ weight.T + bias + add, [M, O], in the dtype of x or another one. `split` and `counters`: those of the
     matrix; where nothing is split, no counters are needed. `scales`: of the rows of x and of the matrix, which the product
-    is multiplied with."""
+    is multiplied with. `rows` (64 at least) and `columns`: of the matrix, a tile, into which it must fall."""
     assert split == 1 or counters is not None
     (num_rows, inputs), outputs = x_MI.shape, weight_OI.shape[0]
     out = torch.empty((num_rows, outputs), dtype=dtype or x_MI.dtype, device=x_MI.device)
     padded = max(16, triton.next_power_of_2(num_rows))
     parts = torch.empty((split, padded, outputs) if split > 1 else 0, dtype=torch.float32, device=x_MI.device)
-    _matmul[(outputs // _ROWS, split)](
+    _matmul[(outputs // rows, split)](
         x_MI,
         weight_OI,
         out,
@@ -74,7 +75,7 @@ def matmul(
         O=outputs,
         I=inputs,
         M=padded,
-        ROWS=_ROWS,
+        ROWS=rows,
         COLUMNS=columns,
         SPLIT=split,
         BIAS=bias_O is not None,
