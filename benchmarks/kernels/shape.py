@@ -1,0 +1,262 @@
+"""The kernels of a step of one model, each with inputs of its own: weights, keys and values of noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels.costs import (
+    DTYPE,
+    Cost,
+    Load,
+    attention_cost,
+    experts_cost,
+    prepare_cost,
+    product_cost,
+    rows_bytes,
+)
+from benchmarks.kernels.timing import Call, copies
+from services.engine.kv_cache import KVCache, KVShape
+from services.engine.kv_format import KVFormat
+from services.engine.layers.head import Head
+from services.engine.layers.linear import Linear
+from services.engine.models.spec import ModelSpec, MoESpec
+from services.engine.ops import activation, attention, moe, norm, qkv, quantize, sampling
+from services.engine.ops.rotary import angles
+from services.engine.quant import Format
+from services.engine.quant.fp8 import Fp8
+from services.engine.quant.unquantized import Unquantized
+from services.engine.shard import ALONE
+from services.engine.state import Batch, SamplingState, Selection
+
+LONGEST = 4096
+"""Tokens that block tables have room for, as in `offline`."""
+BLOCK = 64
+FORMATS: dict[str, Format] = {"bf16": Unquantized(), "fp8": Fp8()}
+
+Timed = tuple[Cost, list[Call]]
+Made = Callable[[Load], Timed]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One op in one form."""
+
+    name: str
+    form: str
+    """Of the weights, or of keys and values; empty where there is but one."""
+    times: int
+    """A step."""
+    make: Callable[[], Made]
+    """Makes what all loads share."""
+    in_prefill: bool = True
+
+
+def always(made: Made) -> Callable[[], Made]:
+    """For loads that share nothing."""
+    return lambda: made
+
+
+class Shape:
+    """The kernels of one model on one device."""
+
+    def __init__(self, spec: ModelSpec, device: torch.device) -> None:
+        self.spec = spec
+        self.device = device
+
+    def kernels(self) -> Iterator[Kernel]:
+        """What a step is made of, in its order."""
+        spec = self.spec
+        mixtures = 0 if spec.moe is None else len(spec.moe.layers)
+        dense = spec.layers - mixtures
+        for form in FORMATS:
+            yield Kernel("norm", form, 2 * spec.layers + 1, always(partial(self._norm, form)))
+        for name, outputs, inputs, adds in self.matrices():
+            times = dense if name in ("gate_up", "down") else spec.layers
+            for form in FORMATS if times else ():
+                yield Kernel(name, form, times, partial(self._product, outputs, inputs, form, adds=adds))
+        for format in KVFormat:
+            yield Kernel("qkv prepare", format, spec.layers, always(partial(self._prepare, format)))
+            yield Kernel("attention", format, spec.layers, always(partial(self._attention, format)))
+        yield Kernel("quantize", "fp8", spec.layers, always(self._quantize))
+        for form in FORMATS if dense else ():
+            yield Kernel("gate", form, dense, always(partial(self._gate, form)))
+        if (moe := spec.moe) is not None:
+            yield Kernel("router", "", mixtures, partial(self._product, moe.num_experts, spec.hidden, "bf16"))
+            yield Kernel("experts", "", mixtures, partial(self._experts, moe))
+        yield Kernel("head", "", 1, self._head, in_prefill=False)
+        yield Kernel("sample", "likeliest", 1, always(partial(self._sample, 0.0)), in_prefill=False)
+        yield Kernel("sample", "drawn", 1, always(partial(self._sample, 1.0)), in_prefill=False)
+
+    def matrices(self) -> list[tuple[str, int, int, bool]]:
+        """Name, outputs, inputs of the products of a layer, and whether something is added to each."""
+        spec = self.spec
+        queries, both = spec.heads * spec.head_dim, 2 * spec.kv_heads * spec.head_dim
+        return [
+            ("qkv", queries + both, spec.hidden, False),
+            ("o", spec.hidden, queries, True),
+            ("gate_up", 2 * spec.intermediate, spec.hidden, False),
+            ("down", spec.hidden, spec.intermediate, True),
+        ]
+
+    def noise(self, *shape: int, size: float = 1.0) -> Tensor:
+        return torch.empty(shape, dtype=DTYPE, device=self.device).normal_(std=size)
+
+    def linears(self, outputs: int, inputs: int, form: str) -> list[Linear]:
+        """As many as no cache holds."""
+        count = copies(product_cost(0, outputs, inputs, form=form).bytes_, self.device)
+        return [Linear(self.noise(outputs, inputs, size=0.02), format=FORMATS[form]) for _ in range(count)]
+
+    def _product(self, outputs: int, inputs: int, form: str, *, adds: bool = False) -> Made:
+        linears = self.linears(outputs, inputs, form)
+
+        def timed(load: Load) -> Timed:
+            rows, takes = self.noise(load.tokens, inputs), linears[0].takes
+            x = rows if takes is None else quantize.quantize(rows, takes)
+            add = self.noise(load.tokens, outputs) if adds else None
+            cost = product_cost(load.tokens, outputs, inputs, form=form, adds=adds)
+            return cost, [partial(linear, x, add=add) for linear in linears]
+
+        return timed
+
+    def _head(self) -> Made:
+        spec = self.spec
+        weights = [self.noise(spec.vocab_size, spec.hidden, size=0.02)]
+        weights += [weights[0].clone() for _ in range(copies(weights[0].nbytes, self.device) - 1)]
+        part = ALONE.part(spec.vocab_size, "tokens")
+        heads = [Head(Linear(each, format=FORMATS["bf16"]), each, part=part, shard=ALONE) for each in weights]
+
+        def timed(load: Load) -> Timed:
+            x = self.noise(load.tokens, spec.hidden)
+            cost = product_cost(load.tokens, spec.vocab_size, spec.hidden, form="bf16", out=4)
+            return cost, [partial(head, x) for head in heads]
+
+        return timed
+
+    def _norm(self, form: str, load: Load) -> Timed:
+        hidden, eps, takes = self.spec.hidden, self.spec.norm_eps, FORMATS[form].takes
+        x, weight = self.noise(load.tokens, hidden), self.noise(hidden)
+        cost = Cost(2 * load.tokens * hidden + 2 * hidden + rows_bytes(load.tokens, hidden, form))
+        if takes is None:
+            return cost, [lambda: norm.rms_norm(x, weight, eps)]
+        return cost, [lambda: norm.rms_norm_quantized(x, weight, eps, takes)]
+
+    def _gate(self, form: str, load: Load) -> Timed:
+        size, takes = self.spec.intermediate, FORMATS[form].takes
+        gate_up = self.noise(load.tokens, 2 * size)
+        cost = Cost(4 * load.tokens * size + rows_bytes(load.tokens, size, form))
+        if takes is None:
+            return cost, [lambda: activation.silu_mul(gate_up)]
+        return cost, [lambda: activation.silu_mul_quantized(gate_up, takes)]
+
+    def _quantize(self, load: Load) -> Timed:
+        """What attention gives, for the product behind it."""
+        width = self.spec.heads * self.spec.head_dim
+        x = self.noise(load.tokens, width)
+        cost = Cost(2 * load.tokens * width + rows_bytes(load.tokens, width, "fp8"))
+        return cost, [lambda: quantize.quantize(x, Fp8.takes)]
+
+    def _prepare(self, format: KVFormat, load: Load) -> Timed:
+        spec = self.spec
+        cache, batch = self.paged(format, load)
+        plan = attention.plan(batch, cache)
+        x = self.noise(load.tokens, spec.heads + 2 * spec.kv_heads, spec.head_dim)
+        turns = angles(batch.positions_N, torch.rand(spec.head_dim // 2, device=self.device), 1.0)
+        weights = (self.noise(spec.head_dim), self.noise(spec.head_dim)) if spec.qk_norm else None
+        prepare = partial(qkv.prepare, x, turns, cache, heads=spec.heads, norm_weights=weights, eps=spec.norm_eps)
+        calls: list[Call] = [partial(prepare, layer=layer, plan=plan) for layer in range(cache.shape.layers)]
+        return prepare_cost(spec, load, format), calls
+
+    def _attention(self, format: KVFormat, load: Load) -> Timed:
+        spec = self.spec
+        cache, batch = self.paged(format, load)
+        plan, q = attention.plan(batch, cache), self.noise(load.tokens, spec.heads, spec.head_dim)
+        attend = partial(attention.paged_attention, q, cache, scale=spec.head_dim**-0.5, window=spec.windows[0])
+        calls: list[Call] = [partial(attend, layer=layer, plan=plan) for layer in range(cache.shape.layers)]
+        return attention_cost(spec, load, format), calls
+
+    def paged(self, format: KVFormat, load: Load) -> tuple[KVCache, Batch]:
+        """A cache of noise, with as many layers as it takes copies, and the step."""
+        spec, blocks = self.spec, -(-load.context // BLOCK)
+        count = copies(attention_cost(spec, load, format).bytes_, self.device)
+        shape = KVShape(count, spec.kv_heads, spec.head_dim, DTYPE)
+        cache = KVCache(
+            shape, num_blocks=load.sequences * blocks, block_size=BLOCK, device=self.device, formats=[format] * count
+        )
+        for layer in cache.layers:
+            layer.kv.copy_(self.noise(*layer.kv.shape, size=1.0 if layer.scales is None else 32.0))
+            if layer.scales is not None:
+                layer.scales.fill_(1 / 32)
+        return cache, self._batch(load, blocks)
+
+    def _batch(self, load: Load, blocks: int) -> Batch:
+        count, device = load.sequences, self.device
+        tables = torch.zeros(count, max(LONGEST // BLOCK, blocks), dtype=torch.int32, device=device)
+        tables[:, :blocks] = torch.randperm(count * blocks, device=device).view(count, blocks)
+        positions = torch.arange(load.context - load.queries, load.context, device=device).repeat(count)
+        sequences = torch.arange(count, device=device).repeat_interleave(load.queries)
+        nobody = torch.zeros(0, dtype=torch.int64, device=device)
+        return Batch(
+            token_ids_N=torch.zeros_like(positions),
+            positions_N=positions,
+            write_slots_N=tables[sequences, positions // BLOCK] * BLOCK + positions % BLOCK,
+            block_tables=tables,
+            table_rows_S=torch.arange(count, device=device),
+            query_starts=torch.arange(count + 1, dtype=torch.int32, device=device) * load.queries,
+            kv_lengths_S=torch.full((count,), load.context, dtype=torch.int32, device=device),
+            sample_rows_R=nobody,
+            num_decodes=count if load.is_decode else 0,
+            query_lens=[load.queries] * count,
+            kv_lens=[load.context] * count,
+            selection=Selection([], [], nobody, nobody),
+        )
+
+    def _experts(self, spec: MoESpec) -> Made:
+        hidden, stacks = self.spec.hidden, list[moe.Experts]()
+
+        def timed(load: Load) -> Timed:
+            x, logits = self.noise(load.tokens, hidden), self.noise(load.tokens, spec.num_experts)
+            cost = experts_cost(spec, hidden, load.tokens, wanted=wanted_experts(logits, spec))
+            while len(stacks) < copies(cost.bytes_, self.device):
+                stacks.append(self.experts(spec))
+            mix = partial(moe.mixture, x, logits, top_k=spec.top_k, normalize=spec.normalize, add=x.clone())
+            return cost, [partial(mix, experts=experts) for experts in stacks]
+
+        return timed
+
+    def experts(self, spec: MoESpec) -> moe.Experts:
+        """All of a layer's."""
+        shapes = ((2 * spec.intermediate, self.spec.hidden), (self.spec.hidden, spec.intermediate))
+        return moe.Experts.of(*(self.noise(spec.num_experts, *shape, size=0.02) for shape in shapes))
+
+    def _sample(self, temperature: float, load: Load) -> Timed:
+        rows, vocab = load.tokens, self.spec.vocab_size
+        logits = torch.randn(rows, vocab, device=self.device)
+        return Cost(4 * rows * vocab), [sampling_call(logits, temperature)]
+
+
+def sampling_call(logits_RV: Tensor, temperature: float) -> Call:
+    """The tokens of rows that are all drawn, or all the likeliest."""
+    rows, device = len(logits_RV), logits_RV.device
+    state = SamplingState(rows, device=device)
+    state.floats[:, 0] = temperature
+    slots = torch.arange(rows, device=device)
+    if logits_RV.is_cuda:
+        from services.engine.ops.kernels.sampling import sample
+
+        tokens = torch.zeros(rows, 1, dtype=torch.int32, device=device)
+        return lambda: sample(logits_RV, state.floats, state.integers, slots, torch.zeros_like(slots), tokens)
+    if not temperature:
+        return lambda: sampling.argmax(logits_RV)
+    key = {"seed_R2": state.integers[:, 1:3], "position_R": slots, "choice_R": slots}
+    return lambda: sampling.draw(sampling.probabilities(logits_RV.clone()), **key)
+
+
+def wanted_experts(logits_NE: Tensor, spec: MoESpec) -> int:
+    """How many different experts these tokens go to."""
+    _, experts_NA = moe.route(logits_NE, top_k=spec.top_k, normalize=spec.normalize)
+    return int(torch.bincount(experts_NA.flatten(), minlength=spec.num_experts).count_nonzero())

@@ -1,0 +1,399 @@
+"""Other tilings beside those that serve: which are faster on this machine, and whether they are right.
+
+A `Search` goes along its axes one after the other, from the setting where it starts: of an axis every combination is
+tried with the best that was found before. Kernels of an axis are compiled side by side before they are timed. What
+a setting computes is compared with the specification in float32 first; one that is wrong, or that does not run, is named and is
+never the best.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from triton.errors import TritonError
+
+from benchmarks.kernels.costs import Load, product_cost
+from benchmarks.kernels.shape import Shape
+from benchmarks.kernels.timing import compiled_ahead, copies, seconds_a_call
+from benchmarks.report import Cell, Report
+from services.engine.kv_format import KVFormat
+from services.engine.models.spec import MoESpec
+from services.engine.ops import attention, moe
+from services.engine.ops.kernels import decode_attention, grouped, prefill_attention, scaled, skinny
+from services.engine.ops.kernels import moe as moe_kernels
+from services.engine.ops.quantize import Quantized, by_torch
+from services.engine.quant.fp8 import Fp8
+
+Setting = Mapping[str, Any]
+"""Whole numbers by name."""
+
+MOST_ERROR = 0.02
+"""How far a row may be off, beside its length: ten times what bfloat16 rounds."""
+SHARED_BYTES = 227 << 10
+"""Of a multiprocessor, for a program."""
+MOST_SUMS = 160
+"""Registers of a thread for what is added up."""
+FEW_COPIES = 8
+"""Of weights: enough where each is large, and others are cheap to read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """One kernel in one step."""
+
+    name: str
+    load: Load
+    serving: str
+    """What serves today: the label of the start, or a name in `others`."""
+    start: Setting
+    axes: Sequence[Mapping[str, Sequence[int]]]
+    calls: Callable[[Setting], Sequence[Callable[[], Tensor]]]
+    expected: Callable[[], Tensor]
+    """What the first call is to give."""
+    under: Callable[[Setting], AbstractContextManager[None]] = lambda _: nullcontext()
+    """Where calls are made and run."""
+    fits: Callable[[Setting], bool] = lambda _: True
+    others: Mapping[str, Sequence[Callable[[], Tensor]]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Found:
+    """What a search found."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of everything that is right."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """And what is not, and why."""
+
+    @property
+    def best(self) -> str | None:
+        return min(self.seconds, key=self.seconds.__getitem__, default=None)
+
+
+def label(setting: Setting) -> str:
+    """`chunk 192 warps 2 stages 3`"""
+    return " ".join(f"{name} {value}" for name, value in setting.items())
+
+
+@contextmanager
+def replaced(module: ModuleType, **values: object) -> Iterator[None]:
+    """A module's tables with these in their place, within the block."""
+    before = {name: getattr(module, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Of the row that is farthest off: how far, beside its length. NaN where anything is."""
+    found, expected = (x.float().flatten(1) for x in (found, expected))
+    return float(((found - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-9)).max())
+
+
+def explore(search: Search, device: torch.device, *, until: float) -> Found:
+    """Tries everything, as long as it is earlier than that on the monotonic clock."""
+    found, expected = Found(), search.expected()
+
+    def attempt(name: str, make: Callable[[], Sequence[Callable[[], Tensor]]]) -> None:
+        try:
+            calls = make()
+            error = distance(calls[0](), expected)
+            if not error <= MOST_ERROR:
+                found.refused[name] = f"off by {error:.3f}"
+                return
+            found.seconds[name] = seconds_a_call(calls, device)
+        except torch.AcceleratorError:
+            raise  # the device is of no use any more
+        except (RuntimeError, ValueError, AssertionError, TritonError) as error:
+            found.refused[name] = f"{type(error).__name__}: {str(error)[:80]}"
+
+    for name, calls in search.others.items():
+        attempt(name, lambda calls=calls: calls)  # type: ignore[misc]
+    settings = {label(search.start): search.start}
+    for axis in ({}, *search.axes):
+        best = min((each for each in settings if each in found.seconds), key=found.seconds.__getitem__, default=None)
+        near = search.start if best is None else settings[best]
+        steps = ({**near, **dict(zip(axis, values, strict=True))} for values in product(*axis.values()))
+        fresh = {label(step): step for step in steps if search.fits(step)}
+        fresh = {name: step for name, step in fresh.items() if name not in found.seconds | found.refused}
+        settings |= fresh
+        if device.type == "cuda":
+            _compile(search, fresh.values())
+        for name, step in fresh.items():
+            if time.monotonic() > until:
+                found.refused[name] = "no time left"
+                continue
+            with search.under(step):
+                attempt(name, partial(search.calls, step))
+    return found
+
+
+def _compile(search: Search, settings: Iterable[Setting]) -> None:
+    with compiled_ahead(os.cpu_count() or 1):
+        for setting in settings:
+            with search.under(setting), suppress(Exception):  # which says so when it is tried
+                search.calls(setting)[0]()
+
+
+def searches(shape: Shape, loads: Sequence[Load]) -> Iterator[Search]:
+    """Everything that has a table, what a step takes longest for first."""
+    decodes, prefills = ([load for load in loads if load.is_decode is wanted] for wanted in (True, False))
+    for format in (KVFormat.AUTO, KVFormat.INT8):
+        yield from (decode_search(shape, load, format) for load in decodes)
+    dense = shape.spec.moe is None or len(shape.spec.moe.layers) < shape.spec.layers
+    for form in ("bf16", "fp8"):
+        for name, outputs, inputs, _ in shape.matrices():
+            if dense or name in ("qkv", "o"):
+                yield from product_searches(shape, decodes, name, outputs, inputs, form)
+    if shape.spec.moe is not None:
+        yield from experts_searches(shape, loads, shape.spec.moe)
+    for format in (KVFormat.AUTO, KVFormat.INT8):
+        yield from (prefill_search(shape, load, format) for load in prefills)
+
+
+def decode_search(shape: Shape, load: Load, format: KVFormat) -> Search:
+    """Decode attention: how long a chunk, and how a program runs."""
+    start = decode_attention.tuning(load.sequences)._asdict()
+    calls, expected = _attention(shape, load, format)
+    return Search(
+        f"attention {format}",
+        load,
+        label(start),
+        start,
+        [{"chunk": (128, 192, 256, 384, 512, 768, 1280, 4096)}, {"warps": (1, 2, 4), "stages": (2, 3, 4)}],
+        lambda _: calls(),
+        expected,
+        under=lambda each: replaced(decode_attention, TUNING={sys.maxsize: decode_attention.Tuning(**each)}),
+    )
+
+
+def prefill_search(shape: Shape, load: Load, format: KVFormat) -> Search:
+    """Prefill attention: tiles of queries and of keys."""
+    start = prefill_attention.TUNING[2]._asdict()
+    calls, expected = _attention(shape, load, format)
+    return Search(
+        f"attention {format}",
+        load,
+        label(start),
+        start,
+        [{"rows": (64, 128), "warps": (4, 8)}, {"keys": (32, 64), "stages": (2, 3, 4)}],
+        lambda _: calls(),
+        expected,
+        under=lambda each: replaced(prefill_attention, TUNING={2: prefill_attention.Tuning(**each)}),
+    )
+
+
+def _attention(
+    shape: Shape, load: Load, format: KVFormat
+) -> tuple[Callable[[], list[Callable[[], Tensor]]], Callable[[], Tensor]]:
+    """The kernels' calls by a new plan, and what the specification gives. A sink that weighs nothing leads there on a
+    GPU too."""
+    spec = shape.spec
+    cache, batch = shape.paged(format, load)
+    q = shape.noise(load.tokens, spec.heads, spec.head_dim)
+    scale, window = spec.head_dim**-0.5, spec.windows[0]
+
+    def calls() -> list[Callable[[], Tensor]]:
+        plan = attention.plan(batch, cache).kernels
+        layers = range(cache.shape.layers)
+        return [partial(plan.attend, q, cache, layer, scale=scale, window=window) for layer in layers]
+
+    def expected() -> Tensor:
+        sinks = torch.full((spec.heads,), -torch.inf, device=shape.device)
+        plan = attention.plan(batch, cache)
+        return attention.paged_attention(q, cache, 0, plan, scale=scale, window=window, sinks_H=sinks)
+
+    return calls, expected
+
+
+def product_searches(
+    shape: Shape, loads: Sequence[Load], name: str, outputs: int, inputs: int, form: str
+) -> Iterator[Search]:
+    """Products of up to 256 rows by `skinny`, beside cuBLAS: in bfloat16 that serves from 33 rows on."""
+    width = 1 if form == "fp8" else 2
+    count = min(FEW_COPIES, copies(product_cost(0, outputs, inputs, form=form).bytes_, shape.device))
+    plain = [shape.noise(outputs, inputs, size=0.02) for _ in range(count)]
+    counters = [skinny.counters_of(weight) for weight in plain]
+    packed = [by_torch(weight, Fp8.takes) for weight in plain] if form == "fp8" else []
+    for load in loads:
+        if not (1 if form == "bf16" else 0) < load.tokens <= scaled.MOST_ROWS:
+            continue
+        padded = max(16, 1 << (load.tokens - 1).bit_length())
+        x = shape.noise(load.tokens, inputs)
+        if form == "fp8":
+            x8, cut = by_torch(x, Fp8.takes), scaled.tiling(outputs, inputs, padded)
+            start = {"rows": 64, **cut._asdict()}
+            serving = label(start)
+            calls = partial(_skinny8, x8, packed, counters)
+            others = {"cuBLAS": [partial(_cublas8, x8, weight) for weight in packed]}
+            expected = partial(_product, x8.values_NI.float() * x8.scales_N[:, None], _plain(packed[0]))
+        else:
+            split = skinny.split_of(plain[0])
+            start = {"rows": 64, "columns": 128, "split": split or 1, "warps": 4, "stages": 4}
+            serving = label(start) if split and load.tokens <= skinny.MOST_ROWS else "cuBLAS"
+            calls = partial(_skinny16, x, plain, counters)
+            others = {"cuBLAS": [partial(F.linear, x, weight) for weight in plain]}
+            expected = partial(_product, x, plain[0])
+        yield Search(
+            f"{name} {form}",
+            load,
+            serving,
+            start,
+            [
+                {"split": (1, 2, 4), "columns": (64, 128) if form == "bf16" else (128, 256)},
+                {"rows": (64, 128), "warps": (4, 8)},
+                {"stages": (3, 4, 6)},
+            ],
+            calls,
+            expected,
+            fits=partial(_product_fits, outputs, inputs, padded, width),
+            others=others,
+        )
+
+
+def _product_fits(outputs: int, inputs: int, padded: int, width: int, each: Setting) -> bool:
+    """Whether the matrix falls into these tiles, and they into a multiprocessor."""
+    falls = outputs % each["rows"] == 0 and inputs % (each["columns"] * each["split"]) == 0
+    return falls and _tile_fits(each, beside=padded, width=width)
+
+
+def _tile_fits(each: Setting, *, beside: int, width: int) -> bool:
+    """Whether a tile of a matrix, and so many columns of what it is multiplied with, leave room in a multiprocessor."""
+    held: int = each["stages"] * each["columns"] * (each["rows"] + beside) * width
+    sums: int = each["rows"] * beside
+    return held <= SHARED_BYTES and sums <= MOST_SUMS * 32 * each["warps"]
+
+
+def _skinny16(
+    x: Tensor, weights: Sequence[Tensor], counters: Sequence[Tensor], each: Setting
+) -> list[Callable[[], Tensor]]:
+    return [
+        partial(skinny.matmul, x, weight, counters=counter, **each)
+        for weight, counter in zip(weights, counters, strict=True)
+    ]
+
+
+def _skinny8(
+    x: Quantized, weights: Sequence[Quantized], counters: Sequence[Tensor], each: Setting
+) -> list[Callable[[], Tensor]]:
+    return [
+        partial(
+            skinny.matmul, x.values_NI, weight.values_NI, counters=counter,
+            dtype=torch.bfloat16, scales=(x.scales_N, weight.scales_N), **each,
+        )
+        for weight, counter in zip(weights, counters, strict=True)
+    ]  # fmt: skip
+
+
+def _cublas8(x: Quantized, weight: Quantized) -> Tensor:
+    return torch._scaled_mm(
+        x.values_NI,
+        weight.values_NI.t(),
+        scale_a=x.scales_N[:, None],
+        scale_b=weight.scales_N[None],
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+
+
+def _plain(x: Quantized) -> Tensor:
+    return x.values_NI.float() * x.scales_N[:, None]
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return x.float() @ weight.float().t()
+
+
+def experts_searches(shape: Shape, loads: Sequence[Load], spec: MoESpec) -> Iterator[Search]:
+    """Mixtures: how many pairs a tile has, and its part of a matrix."""
+    stacks = [shape.experts(spec) for _ in range(2)]
+    for load in loads:
+        x, logits = shape.noise(load.tokens, shape.spec.hidden), shape.noise(load.tokens, spec.num_experts)
+        mix = partial(moe_kernels.mixture, x, logits, top_k=spec.top_k, normalize=spec.normalize, add=None)
+        calls = [partial(mix, experts) for experts in stacks]
+        num_pairs = load.tokens * spec.top_k
+        pairs = moe_kernels.tile_rows(num_pairs, spec.num_experts)
+        tile = next(tile for most, tile in grouped.TILES.items() if pairs <= most)
+        start = {"pairs": pairs, **tile._asdict()}
+        is_few = moe_kernels.is_few(num_pairs, spec.num_experts)
+        yield Search(
+            "experts",
+            load,
+            "pair by pair" if is_few else label(start),
+            start,
+            [
+                {"pairs": (16, 32, 64, 128)},
+                {"rows": (64, 128, 256), "columns": (64, 128)},
+                {"warps": (4, 8), "stages": (3, 4)},
+            ],
+            partial(_always, calls),
+            partial(_mixed, x, logits, stacks[0], spec),
+            under=_grouped_so,
+            fits=_experts_fit,
+            others={"pair by pair": calls} if is_few else {},
+        )
+
+
+def _always(calls: Sequence[Callable[[], Tensor]], _: Setting) -> Sequence[Callable[[], Tensor]]:
+    return calls
+
+
+@contextmanager
+def _grouped_so(each: Setting) -> Iterator[None]:
+    """Experts by groups, so many pairs and such a part of a matrix at a time."""
+    pairs, tile = each["pairs"], {name: value for name, value in each.items() if name != "pairs"}
+    with (
+        replaced(moe_kernels, tile_rows=lambda *_: pairs, is_few=lambda *_: False),
+        replaced(grouped, TILES={pairs: grouped.Tile(**tile)}),
+    ):
+        yield
+
+
+def _experts_fit(each: Setting) -> bool:
+    return _tile_fits(each, beside=each["pairs"], width=2)
+
+
+def _mixed(x: Tensor, logits: Tensor, experts: moe.Experts, spec: MoESpec) -> Tensor:
+    """By the specification, which has a matrix for each expert."""
+    (gate_up,), (down,) = experts.gate_up, experts.down
+    apart = moe.Experts(gate_up.unbind(), down.unbind(), 0, spec.num_experts, spec.num_experts)
+    return moe.mix(x, *moe.route(logits, top_k=spec.top_k, normalize=spec.normalize), apart)
+
+
+def tune(shape: Shape, loads: Sequence[Load], report: Report, name: str, *, limit: float) -> None:
+    """Adds the table of one shape, within about so many seconds; every search is printed as soon as it is done."""
+    until, rows = time.monotonic() + limit, list[list[Cell]]()
+    for search in searches(shape, loads):
+        if time.monotonic() > until:
+            print(f"{name} {search.load} {search.name}: no time left", flush=True)
+            continue
+        found = explore(search, shape.device, until=until)
+        serving, best = found.seconds.get(search.serving), found.best
+        least = None if best is None else found.seconds[best]
+        gain = None if serving is None or least is None else serving / least
+        micro = [None if each is None else each * 1e6 for each in (serving, least)]
+        rows.append([str(search.load), search.name, search.serving, micro[0], best, micro[1], gain, len(found.refused)])
+        print(f"\n{name} {search.load} {search.name}, serving: {search.serving}")
+        for each, seconds in sorted(found.seconds.items(), key=lambda item: item[1]):
+            print(f"  {seconds * 1e6:9.2f} µs  {each}")
+        for each, why in found.refused.items():
+            print(f"  refused: {each}: {why}")
+        sys.stdout.flush()
+    columns = ["step", "kernel", "serving", "µs", "best", "µs", "times as fast", "refused"]
+    report.table(f"{name}: tilings", columns, rows)
