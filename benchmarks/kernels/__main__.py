@@ -32,7 +32,7 @@ import torch
 
 from benchmarks.kernels.costs import Cost, Load
 from benchmarks.kernels.shape import Kernel, Shape
-from benchmarks.kernels.timing import Ceilings, measured_ceilings, seconds_a_call
+from benchmarks.kernels.timing import Ceilings, compiled_ahead, measured_ceilings, seconds_a_call
 from benchmarks.report import Cell, Report
 from services.engine.models.spec import ModelSpec, read_config
 
@@ -67,11 +67,15 @@ def measure(shape: Shape, loads: Sequence[Load], ceilings: Ceilings, report: Rep
     """Adds the tables of one shape; every figure is printed as soon as it is there."""
     rows: list[tuple[Load, list[Cell]]] = []
     sums = {(load, form): [0.0, 0.0] for load in loads for form in SUMS}
+    if shape.device.type == "cuda":
+        with compiled_ahead():
+            for kernel in shape.kernels():
+                made = kernel.make()
+                for load in kernel.among(loads):
+                    made(load)[1][0]()
     for kernel in shape.kernels():
         made = kernel.make()
-        for load in loads:
-            if not load.is_decode and not kernel.in_prefill:
-                continue
+        for load in kernel.among(loads):
             cost, calls = made(load)
             seconds = seconds_a_call(calls, shape.device)
             row = row_of(load, kernel, cost, seconds, ceilings)

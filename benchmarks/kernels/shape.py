@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -54,6 +54,10 @@ class Kernel:
     make: Callable[[], Made]
     """Makes what all loads share."""
     in_prefill: bool = True
+
+    def among(self, loads: Sequence[Load]) -> list[Load]:
+        """Those that have it."""
+        return [load for load in loads if load.is_decode or self.in_prefill]
 
 
 def always(made: Made) -> Callable[[], Made]:
@@ -222,16 +226,16 @@ class Shape:
             x, logits = self.noise(load.tokens, hidden), self.noise(load.tokens, spec.num_experts)
             cost = experts_cost(spec, hidden, load.tokens, wanted=wanted_experts(logits, spec))
             while len(stacks) < copies(cost.bytes_, self.device):
-                stacks.append(self.experts(spec))
+                stacks.append(moe.Experts.of(*self.stacks(spec)))
             mix = partial(moe.mixture, x, logits, top_k=spec.top_k, normalize=spec.normalize, add=x.clone())
             return cost, [partial(mix, experts=experts) for experts in stacks]
 
         return timed
 
-    def experts(self, spec: MoESpec) -> moe.Experts:
-        """All of a layer's."""
-        shapes = ((2 * spec.intermediate, self.spec.hidden), (self.spec.hidden, spec.intermediate))
-        return moe.Experts.of(*(self.noise(spec.num_experts, *shape, size=0.02) for shape in shapes))
+    def stacks(self, spec: MoESpec) -> tuple[Tensor, Tensor]:
+        """The matrices of a layer's experts: gate and up, and down."""
+        gate_up = self.noise(spec.num_experts, 2 * spec.intermediate, self.spec.hidden, size=0.02)
+        return gate_up, self.noise(spec.num_experts, self.spec.hidden, spec.intermediate, size=0.02)
 
     def _sample(self, temperature: float, load: Load) -> Timed:
         rows, vocab = load.tokens, self.spec.vocab_size

@@ -12,6 +12,7 @@ written them. So a kernel that reads nothing else may be faster than the memory.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -83,7 +84,7 @@ def _span(work: Call) -> float:
 
 
 @contextmanager
-def compiled_ahead(threads: int) -> Iterator[None]:
+def compiled_ahead() -> Iterator[None]:
     """Kernels that are launched in the block are compiled instead, side by side; they are ready when it ends. One that
     cannot be compiled says so when it is launched again."""
     from triton import AsyncCompileMode
@@ -94,7 +95,7 @@ def compiled_ahead(threads: int) -> Iterator[None]:
     def compile_only(self: Any, *arguments: Any, warmup: bool, **options: Any) -> Any:
         return run(self, *arguments, warmup=True, **options)
 
-    with ThreadPoolExecutor(threads) as executor, AsyncCompileMode(executor, ignore_errors=True):
+    with ThreadPoolExecutor(os.cpu_count()) as executor, AsyncCompileMode(executor, ignore_errors=True):
         JITFunction.run = compile_only
         try:
             yield

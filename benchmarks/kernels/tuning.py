@@ -8,7 +8,6 @@ never the best.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -145,7 +144,7 @@ def explore(search: Search, device: torch.device, *, until: float) -> Found:
 
 
 def _compile(search: Search, settings: Iterable[Setting]) -> None:
-    with compiled_ahead(os.cpu_count() or 1):
+    with compiled_ahead():
         for setting in settings:
             with search.under(setting), suppress(Exception):  # which says so when it is tried
                 search.calls(setting)[0]()
@@ -245,7 +244,7 @@ def product_searches(
             expected = partial(_product, x8.values_NI.float() * x8.scales_N[:, None], _plain(packed[0]))
         else:
             split = skinny.split_of(plain[0])
-            start = {"rows": 64, "columns": 128, "split": split or 1, "warps": 4, "stages": 4}
+            start = {"rows": 64, "columns": 128 if padded <= 64 else 64, "split": split or 1, "warps": 4, "stages": 4}
             serving = label(start) if split and load.tokens <= skinny.MOST_ROWS else "cuBLAS"
             calls = partial(_skinny16, x, plain, counters)
             others = {"cuBLAS": [partial(F.linear, x, weight) for weight in plain]}
@@ -322,7 +321,7 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 def experts_searches(shape: Shape, loads: Sequence[Load], spec: MoESpec) -> Iterator[Search]:
     """Mixtures: how many pairs a tile has, and its part of a matrix."""
-    stacks = [shape.experts(spec) for _ in range(2)]
+    stacks = [_stacked(shape, spec) for _ in range(2)]
     for load in loads:
         x, logits = shape.noise(load.tokens, shape.spec.hidden), shape.noise(load.tokens, spec.num_experts)
         mix = partial(moe_kernels.mixture, x, logits, top_k=spec.top_k, normalize=spec.normalize, add=None)
@@ -348,6 +347,12 @@ def experts_searches(shape: Shape, loads: Sequence[Load], spec: MoESpec) -> Iter
             fits=_experts_fit,
             others={"pair by pair": calls} if is_few else {},
         )
+
+
+def _stacked(shape: Shape, spec: MoESpec) -> moe.Experts:
+    """A layer's experts as a GPU has them, whatever the device."""
+    (gate_up, down), count = shape.stacks(spec), spec.num_experts
+    return moe.Experts((gate_up,), (down,), 0, count, count)
 
 
 def _always(calls: Sequence[Callable[[], Tensor]], _: Setting) -> Sequence[Callable[[], Tensor]]:

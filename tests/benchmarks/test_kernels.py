@@ -244,6 +244,25 @@ class TestTuning:
         assert found.best is None
         assert set(found.refused.values()) == {"no time left"}
 
+    def test_a_setting_is_what_kernels_go_by(self) -> None:
+        """Of attention and of experts, while it is tried."""
+        pytest.importorskip("triton")
+        from benchmarks.kernels import tuning
+        from services.engine.ops.kernels import decode_attention, grouped, moe, prefill_attention
+
+        shape, (decode, prefill) = Shape(ModelSpec.from_config(MIXTURE), CPU), (Load.decode(3, 70), Load.prefill(80))
+        auto = KVFormat.AUTO
+        with tuning.decode_search(shape, decode, auto).under({"chunk": 128, "warps": 1, "stages": 4}):
+            assert decode_attention.tuning(3) == decode_attention.tuning(300) == (128, 1, 4)
+        with tuning.prefill_search(shape, prefill, auto).under({"rows": 128, "keys": 32, "warps": 8, "stages": 2}):
+            assert prefill_attention.TUNING[2] == (128, 32, 8, 2)
+        assert shape.spec.moe is not None
+        (search,) = tuning.experts_searches(shape, [decode], shape.spec.moe)
+        with search.under({"pairs": 16, "rows": 128, "columns": 64, "warps": 8, "stages": 3}):
+            assert not moe.is_few(1, 1000)
+            assert moe.tile_rows(1, 1000) == 16
+            assert grouped.TILES == {16: (128, 64, 8, 3)}
+
     def test_tables_are_put_back(self) -> None:
         """Whatever happens meanwhile."""
         pytest.importorskip("triton")

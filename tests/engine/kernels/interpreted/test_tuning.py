@@ -1,0 +1,48 @@
+"""The tilings that `benchmarks.kernels --tune` tries: each computes what the specification does."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from benchmarks.kernels import shape as shapes
+from benchmarks.kernels import tuning
+from benchmarks.kernels.costs import Load
+from services.engine.models.spec import ModelSpec
+
+# Triton's interpreter takes the number out of an array of one.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+
+CONFIG = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "decoder_sparse_step": 2,
+}
+
+
+def test_every_tiling_that_is_tried_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products, experts and both kinds of attention, in float16, which the interpreter can multiply; torch alone has no fp8
+    for a CPU."""
+    monkeypatch.setattr(shapes, "DTYPE", torch.float16)
+    monkeypatch.setattr(tuning, "seconds_a_call", lambda calls, device: 1.0)
+    shape = shapes.Shape(ModelSpec.from_config(CONFIG), torch.device("cpu"))
+    found = {
+        (search.name, str(search.load)): tuning.explore(search, shape.device, until=time.monotonic() + 100)
+        for search in tuning.searches(shape, [Load.decode(2, 20), Load.prefill(18)])
+    }
+    kinds = ("attention auto", "attention int8", "experts", "qkv bf16", "qkv fp8", "down bf16", "down fp8")
+    assert {name for name, _ in found} >= set(kinds)
+    for (name, _), each in found.items():
+        assert len(each.seconds) >= 5, f"{name}: {each}"
+        assert set(each.refused) <= {"cuBLAS"}, f"{name}: {each}"
