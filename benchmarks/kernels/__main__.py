@@ -13,7 +13,7 @@ Counted is what must move and be computed at least, from the shapes alone:
     attention   keys and values that are seen once for each sequence, queries, results; 4 FLOPs a head, feature, query and key
     qkv         queries, keys and values in and out, keys and values as the cache keeps them
     experts     the matrices of the experts that are wanted by these random tokens, inputs and outputs; 2 FLOPs as in a product
-    norm, gate, quantize    numbers in and out
+    norm, gate, quantize    numbers in and out; a single row on a GPU is normed and gated where it is multiplied, and counts there
     sample      the logits, float32
 
 The ceiling of a kernel is the longer of moving its bytes and computing its FLOPs at the rates measured in the same run: of a copy
@@ -67,13 +67,14 @@ def measure(shape: Shape, loads: Sequence[Load], ceilings: Ceilings, report: Rep
     """Adds the tables of one shape; every figure is printed as soon as it is there."""
     rows: list[tuple[Load, list[Cell]]] = []
     sums = {(load, form): [0.0, 0.0] for load in loads for form in SUMS}
+    kernels = [kernel for kernel in shape.kernels() if kernel.among(loads)]
     if shape.device.type == "cuda":
         with compiled_ahead():
-            for kernel in shape.kernels():
+            for kernel in kernels:
                 made = kernel.make()
                 for load in kernel.among(loads):
                     made(load)[1][0]()
-    for kernel in shape.kernels():
+    for kernel in kernels:
         made = kernel.make()
         for load in kernel.among(loads):
             cost, calls = made(load)
@@ -83,8 +84,8 @@ def measure(shape: Shape, loads: Sequence[Load], ceilings: Ceilings, report: Rep
             print(f"{name} {load} {kernel.name} {kernel.form}: {row[3]:.2f} µs, {row[8]:.0f} %", flush=True)
             for form, forms in SUMS.items():
                 if kernel.form in forms:
-                    sums[load, form][0] += kernel.times * seconds
-                    sums[load, form][1] += kernel.times * seconds * float(row[8] or 0) / 100
+                    sums[load, form][0] += kernel.times(load) * seconds
+                    sums[load, form][1] += kernel.times(load) * seconds * float(row[8] or 0) / 100
             del calls
         del made
         if shape.device.type == "cuda":

@@ -26,6 +26,7 @@ from services.engine.layers.head import Head
 from services.engine.layers.linear import Linear
 from services.engine.models.spec import ModelSpec, MoESpec
 from services.engine.ops import activation, attention, moe, norm, qkv, quantize, sampling
+from services.engine.ops.forms import Activations, RowScaled, Unnormed
 from services.engine.ops.rotary import angles
 from services.engine.quant import Format
 from services.engine.quant.fp8 import Fp8
@@ -49,15 +50,14 @@ class Kernel:
     name: str
     form: str
     """Of the weights, or of keys and values; empty where there is but one."""
-    times: int
-    """A step."""
+    times: Callable[[Load], int]
+    """How often a step has it."""
     make: Callable[[], Made]
     """Makes what all loads share."""
-    in_prefill: bool = True
 
     def among(self, loads: Sequence[Load]) -> list[Load]:
         """Those that have it."""
-        return [load for load in loads if load.is_decode or self.in_prefill]
+        return [load for load in loads if self.times(load)]
 
 
 def always(made: Made) -> Callable[[], Made]:
@@ -77,34 +77,52 @@ class Shape:
         spec = self.spec
         mixtures = 0 if spec.moe is None else len(spec.moe.layers)
         dense = spec.layers - mixtures
-        for form in FORMATS:
-            yield Kernel("norm", form, 2 * spec.layers + 1, always(partial(self._norm, form)))
-        for name, outputs, inputs, adds in self.matrices():
-            times = dense if name in ("gate_up", "down") else spec.layers
-            for form in FORMATS if times else ():
-                yield Kernel(name, form, times, partial(self._product, outputs, inputs, form, adds=adds))
-        for format in KVFormat:
-            yield Kernel("qkv prepare", format, spec.layers, always(partial(self._prepare, format)))
-            yield Kernel("attention", format, spec.layers, always(partial(self._attention, format)))
-        yield Kernel("quantize", "fp8", spec.layers, always(self._quantize))
-        for form in FORMATS if dense else ():
-            yield Kernel("gate", form, dense, always(partial(self._gate, form)))
-        if (moe := spec.moe) is not None:
-            yield Kernel("router", "", mixtures, partial(self._product, moe.num_experts, spec.hidden, "bf16"))
-            yield Kernel("experts", "", mixtures, partial(self._experts, moe))
-        yield Kernel("head", "", 1, self._head, in_prefill=False)
-        yield Kernel("sample", "likeliest", 1, always(partial(self._sample, 0.0)), in_prefill=False)
-        yield Kernel("sample", "drawn", 1, always(partial(self._sample, 1.0)), in_prefill=False)
 
-    def matrices(self) -> list[tuple[str, int, int, bool]]:
-        """Name, outputs, inputs of the products of a layer, and whether something is added to each."""
+        def norms(form: str, load: Load) -> int:
+            return 1 + mixtures if self.fuses(form, load) else 1 + 2 * spec.layers
+
+        def gates(form: str, load: Load) -> int:
+            return 0 if self.fuses(form, load) else dense
+
+        def every(layers: int) -> Callable[[Load], int]:
+            return lambda _: layers
+
+        def once(load: Load) -> int:
+            return int(load.is_decode)
+
+        for form in FORMATS:
+            yield Kernel("norm", form, partial(norms, form), always(partial(self._norm, form)))
+        for name, outputs, inputs in self.matrices():
+            times = dense if name in ("gate_up", "down") else spec.layers
+            for form in FORMATS:
+                yield Kernel(name, form, every(times), partial(self._product, name, outputs, inputs, form))
+        for format in KVFormat:
+            yield Kernel("qkv prepare", format, every(spec.layers), always(partial(self._prepare, format)))
+            yield Kernel("attention", format, every(spec.layers), always(partial(self._attention, format)))
+        yield Kernel("quantize", "fp8", every(spec.layers), always(self._quantize))
+        for form in FORMATS:
+            yield Kernel("gate", form, partial(gates, form), always(partial(self._gate, form)))
+        if (moe := spec.moe) is not None:
+            router = partial(self._product, "router", moe.num_experts, spec.hidden, "bf16")
+            yield Kernel("router", "", every(mixtures), router)
+            yield Kernel("experts", "", every(mixtures), partial(self._experts, moe))
+        yield Kernel("head", "", once, self._head)
+        yield Kernel("sample", "likeliest", once, always(partial(self._sample, 0.0)))
+        yield Kernel("sample", "drawn", once, always(partial(self._sample, 1.0)))
+
+    def fuses(self, form: str, load: Load) -> bool:
+        """Whether the products of a layer norm and gate what they multiply: a single row on a GPU."""
+        return form == "bf16" and load.tokens == 1 and self.device.type == "cuda"
+
+    def matrices(self) -> list[tuple[str, int, int]]:
+        """Name, outputs, inputs of the products of a layer."""
         spec = self.spec
         queries, both = spec.heads * spec.head_dim, 2 * spec.kv_heads * spec.head_dim
         return [
-            ("qkv", queries + both, spec.hidden, False),
-            ("o", spec.hidden, queries, True),
-            ("gate_up", 2 * spec.intermediate, spec.hidden, False),
-            ("down", spec.hidden, spec.intermediate, True),
+            ("qkv", queries + both, spec.hidden),
+            ("o", spec.hidden, queries),
+            ("gate_up", 2 * spec.intermediate, spec.hidden),
+            ("down", spec.hidden, spec.intermediate),
         ]
 
     def noise(self, *shape: int, size: float = 1.0) -> Tensor:
@@ -115,15 +133,21 @@ class Shape:
         count = copies(product_cost(0, outputs, inputs, form=form).bytes_, self.device)
         return [Linear(self.noise(outputs, inputs, size=0.02), format=FORMATS[form]) for _ in range(count)]
 
-    def _product(self, outputs: int, inputs: int, form: str, *, adds: bool = False) -> Made:
-        linears = self.linears(outputs, inputs, form)
+    def _product(self, name: str, outputs: int, inputs: int, form: str) -> Made:
+        """What leads back to the residual is added to it."""
+        linears, adds = self.linears(outputs, inputs, form), name in ("o", "down")
 
         def timed(load: Load) -> Timed:
-            rows, takes = self.noise(load.tokens, inputs), linears[0].takes
-            x = rows if takes is None else quantize.quantize(rows, takes)
+            fuses, gates = self.fuses(form, load), self.fuses(form, load) and name == "gate_up"
+            x: Activations = (rows := self.noise(load.tokens, inputs))
+            if isinstance(takes := linears[0].takes, RowScaled):
+                x = quantize.quantize(rows, takes)
+            elif fuses and name in ("qkv", "gate_up"):
+                x = Unnormed(rows, self.noise(inputs), self.spec.norm_eps)
             add = self.noise(load.tokens, outputs) if adds else None
-            cost = product_cost(load.tokens, outputs, inputs, form=form, adds=adds)
-            return cost, [partial(linear, x, add=add) for linear in linears]
+            # Gated, half as many come out.
+            cost = product_cost(load.tokens, outputs, inputs, form=form, adds=adds, out=1 if gates else 2)
+            return cost, [partial(each.gated, x, None) if gates else partial(each, x, add=add) for each in linears]
 
         return timed
 
@@ -145,17 +169,17 @@ class Shape:
         hidden, eps, takes = self.spec.hidden, self.spec.norm_eps, FORMATS[form].takes
         x, weight = self.noise(load.tokens, hidden), self.noise(hidden)
         cost = Cost(2 * load.tokens * hidden + 2 * hidden + rows_bytes(load.tokens, hidden, form))
-        if takes is None:
-            return cost, [lambda: norm.rms_norm(x, weight, eps)]
-        return cost, [lambda: norm.rms_norm_quantized(x, weight, eps, takes)]
+        if isinstance(takes, RowScaled):
+            return cost, [lambda: norm.rms_norm_quantized(x, weight, eps, takes)]
+        return cost, [lambda: norm.rms_norm(x, weight, eps)]
 
     def _gate(self, form: str, load: Load) -> Timed:
         size, takes = self.spec.intermediate, FORMATS[form].takes
         gate_up = self.noise(load.tokens, 2 * size)
         cost = Cost(4 * load.tokens * size + rows_bytes(load.tokens, size, form))
-        if takes is None:
-            return cost, [lambda: activation.silu_mul(gate_up)]
-        return cost, [lambda: activation.silu_mul_quantized(gate_up, takes)]
+        if isinstance(takes, RowScaled):
+            return cost, [lambda: activation.silu_mul_quantized(gate_up, takes)]
+        return cost, [lambda: activation.silu_mul(gate_up)]
 
     def _quantize(self, load: Load) -> Timed:
         """What attention gives, for the product behind it."""

@@ -30,9 +30,10 @@ from benchmarks.report import Cell, Report
 from services.engine.kv_format import KVFormat
 from services.engine.models.spec import MoESpec
 from services.engine.ops import attention, moe
+from services.engine.ops.forms import Quantized
 from services.engine.ops.kernels import decode_attention, grouped, prefill_attention, scaled, skinny
 from services.engine.ops.kernels import moe as moe_kernels
-from services.engine.ops.quantize import Quantized, by_torch
+from services.engine.ops.quantize import by_torch
 from services.engine.quant.fp8 import Fp8
 
 Setting = Mapping[str, Any]
@@ -157,7 +158,7 @@ def searches(shape: Shape, loads: Sequence[Load]) -> Iterator[Search]:
         yield from (decode_search(shape, load, format) for load in decodes)
     dense = shape.spec.moe is None or len(shape.spec.moe.layers) < shape.spec.layers
     for form in ("bf16", "fp8"):
-        for name, outputs, inputs, _ in shape.matrices():
+        for name, outputs, inputs in shape.matrices():
             if dense or name in ("qkv", "o"):
                 yield from product_searches(shape, decodes, name, outputs, inputs, form)
     if shape.spec.moe is not None:

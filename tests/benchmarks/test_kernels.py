@@ -124,8 +124,8 @@ def test_the_matrices_are_those_of_a_layer(config: dict[str, object]) -> None:
 
     weights = Counted(dtype=torch.bfloat16, device=CPU)
     Layer(weights, spec, layer=0)
-    names = {kernel.name for kernel in Shape(spec, CPU).kernels()}
-    measured = sum(outputs * inputs for name, outputs, inputs, _ in Shape(spec, CPU).matrices() if name in names)
+    names = {kernel.name for kernel in Shape(spec, CPU).kernels() if kernel.among([Load.decode(2, 8)])}
+    measured = sum(outputs * inputs for name, outputs, inputs in Shape(spec, CPU).matrices() if name in names)
     router = 0 if spec.moe is None else spec.moe.num_experts * spec.hidden
     assert measured + router == weights.size
     assert names >= {"norm", "qkv", "o", "qkv prepare", "attention", "quantize", "head", "sample"}
@@ -141,16 +141,28 @@ def test_every_kernel_has_a_row_of_positive_figures(config: dict[str, object], f
     main([str(folder), "--batches", "1,3", "--context", "70", "--prefill", "80", "--device", "cpu", "--out", str(out)])
     ceilings, table, sums = json.loads(out.read_text())["tables"]
     assert all(rate > 0 for _, rate in ceilings["rows"])
-    for step in ("batch 1", "batch 3", "prefill 80"):
-        kernels = list(Shape(ModelSpec.from_config(config), CPU).kernels())
-        expected = [(each.name, each.form) for each in kernels if each.in_prefill or step != "prefill 80"]
-        assert [(row[1], row[2]) for row in table["rows"] if row[0] == step] == expected
+    for load in (Load.decode(1, 70), Load.decode(3, 70), Load.prefill(80)):
+        kernels = Shape(ModelSpec.from_config(config), CPU).kernels()
+        expected = [(kernel.name, kernel.form) for kernel in kernels if kernel.times(load)]
+        assert [(row[1], row[2]) for row in table["rows"] if row[0] == str(load)] == expected
     for _, _, _, micro, megabytes, flops, bandwidth, rate, share, bound in table["rows"]:
         assert micro > 0 and megabytes > 0 and bandwidth > 0 and share > 0
         assert (flops > 0) == (rate > 0)
         assert bound in ("memory", "arithmetic")
     assert len(sums["rows"]) == 6
-    assert all(took > least > 0 for _, _, took, least, _ in sums["rows"])
+    assert all(took > 0 and least > 0 for _, _, took, least, _ in sums["rows"])
+
+
+def test_a_single_row_is_normed_and_gated_where_it_is_multiplied() -> None:
+    """On a GPU and in bfloat16, as the layers do it: what is left is the norm before the head."""
+    kernels = list(Shape(ModelSpec.from_config(DENSE), torch.device("cuda")).kernels())
+    for batch, norms, gates in ((1, 1, 0), (2, 7, 3)):
+        times = {(each.name, each.form): each.times(Load.decode(batch, 70)) for each in kernels}
+        assert times["norm", "bf16"] == norms
+        assert times["gate", "bf16"] == gates
+        assert (times["norm", "fp8"], times["gate", "fp8"]) == (7, 3)
+        assert times["head", ""] == 1
+    assert {each.name for each in kernels if not each.times(Load.prefill(80))} == {"head", "sample"}
 
 
 def test_a_ceiling_is_the_longer_of_moving_and_computing() -> None:
