@@ -81,7 +81,11 @@ def measure(shape: Shape, loads: Sequence[Load], ceilings: Ceilings, report: Rep
             seconds = seconds_a_call(calls, shape.device)
             row = row_of(load, kernel, cost, seconds, ceilings)
             rows.append((load, row))
-            print(f"{name} {load} {kernel.name} {kernel.form}: {row[3]:.2f} µs, {row[8]:.0f} %", flush=True)
+            micro, _, _, bandwidth, rate, share = row[3:9]
+            print(
+                f"{name} {load} {kernel.name} {kernel.form}: {micro:.2f} µs, {bandwidth:.2f} TB/s, {rate:.1f} TFLOP/s, {share:.0f} %",
+                flush=True,
+            )
             for form, forms in SUMS.items():
                 if kernel.form in forms:
                     sums[load, form][0] += kernel.times(load) * seconds

@@ -276,8 +276,8 @@ def sampling_call(logits_RV: Tensor, temperature: float) -> Call:
     if logits_RV.is_cuda:
         from services.engine.ops.kernels.sampling import sample
 
-        tokens = torch.zeros(rows, 1, dtype=torch.int32, device=device)
-        return lambda: sample(logits_RV, state.floats, state.integers, slots, torch.zeros_like(slots), tokens)
+        tokens, positions = torch.zeros(rows, 1, dtype=torch.int32, device=device), torch.zeros_like(slots)
+        return lambda: sample(logits_RV, state.floats, state.integers, slots, positions, tokens)
     if not temperature:
         return lambda: sampling.argmax(logits_RV)
     key = {"seed_R2": state.integers[:, 1:3], "position_R": slots, "choice_R": slots}
