@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import re
+from typing import NamedTuple
 
 from holdfast.errors import ConfigurationError
 
@@ -31,8 +32,16 @@ class KVFormat(enum.StrEnum):
 
 _RULE = re.compile(r"(?:(?P<first>\*|-?\d+)(?:\.\.(?P<last>-?\d+))?=)?(?P<format>\w+)")
 
-Rule = tuple[int, int, KVFormat]
-"""First and last layer, counted from the end where negative, and how these are kept."""
+
+class Rule(NamedTuple):
+    """How some layers are kept."""
+
+    text: str
+    """As it was given."""
+    first: int
+    last: int
+    """Layers, counted from the end where negative."""
+    format: KVFormat
 
 
 def rules_of(text: str) -> list[Rule]:
@@ -48,21 +57,37 @@ def rules_of(text: str) -> list[Rule]:
         first, last = match["first"], match["last"]
         whole = first in (None, "*")
         begin = 0 if whole else int(first)
-        rules.append((begin, -1 if whole else int(last or begin), KVFormat(match["format"])))
+        rules.append(Rule(part.strip(), begin, -1 if whole else int(last or begin), KVFormat(match["format"])))
     return rules
 
 
 def formats_of(text: str, *, num_layers: int) -> tuple[KVFormat, ...]:
     """The format of each layer: that of the first rule which names it, and `auto` where none does. Raises
-    `ConfigurationError` for layers that the model does not have."""
+    `ConfigurationError` for layers that the model does not have, and for a rule that decides about none."""
     formats: list[KVFormat | None] = [None] * num_layers
-    for first, last, format in rules_of(text):
-        begin, end = (layer + num_layers if layer < 0 else layer for layer in (first, last))
-        if not 0 <= begin <= end < num_layers:
+    for rule in rules_of(text):
+        undecided = [layer for layer in _layers(rule, num_layers) if formats[layer] is None]
+        if not undecided:
             raise ConfigurationError(
-                f"kv_cache_dtype: there are no layers {first}..{last} in a model of {num_layers}: they are 0 to "
-                f"{num_layers - 1}, or -{num_layers} to -1 from the end"
+                f"kv_cache_dtype: the rule {rule.text!r} decides about no layer: earlier ones decide about all that it names; "
+                "leave it out, or say it before them"
             )
-        for layer in range(begin, end + 1):
-            formats[layer] = formats[layer] or format
+        for layer in undecided:
+            formats[layer] = rule.format
     return tuple(format or KVFormat.AUTO for format in formats)
+
+
+def _layers(rule: Rule, num_layers: int) -> range:
+    """Those that a rule names, counted from the start; never none."""
+    begin, end = (layer + num_layers if layer < 0 else layer for layer in (rule.first, rule.last))
+    if not (0 <= begin < num_layers and 0 <= end < num_layers):
+        raise ConfigurationError(
+            f"kv_cache_dtype: there are no layers {rule.first}..{rule.last} in a model of {num_layers}: they are 0 to "
+            f"{num_layers - 1}, or -{num_layers} to -1 from the end"
+        )
+    if begin > end:
+        raise ConfigurationError(
+            f"kv_cache_dtype: the range of {rule.text!r} is empty, as it runs backwards in a model of {num_layers} layers: from {begin} to "
+            f"{end}; say the first layer first"
+        )
+    return range(begin, end + 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from holdfast.errors import ConfigurationError
@@ -18,6 +20,7 @@ AUTO, FP8, INT8 = KVFormat
         ("*=fp8_e4m3", [FP8] * 5),
         ("0=auto,-1=auto,fp8_e4m3", [AUTO, FP8, FP8, FP8, AUTO]),
         ("1..2=int8, -2..-1=fp8_e4m3", [AUTO, INT8, INT8, FP8, FP8]),
+        ("0..4=fp8_e4m3", [FP8] * 5),
         ("0..-2=int8,3..4=fp8_e4m3", [INT8, INT8, INT8, INT8, FP8]),
     ],
 )
@@ -33,8 +36,36 @@ def test_what_is_no_rule_is_refused(text: str) -> None:
         rules_of(text)
 
 
-@pytest.mark.parametrize("text", ["5=int8", "-6=int8", "3..2=int8", "4..5=auto"])
+@pytest.mark.parametrize("text", ["5=int8", "-6=int8", "4..5=auto", "7..6=int8"])
 def test_layers_that_are_not_there_are_refused(text: str) -> None:
     """With those that are."""
     with pytest.raises(ConfigurationError, match=r"kv_cache_dtype: .* in a model of 5: they are 0 to 4, or -5 to -1"):
+        formats_of(text, num_layers=5)
+
+
+@pytest.mark.parametrize(
+    ("text", "begin", "end"), [("3..2=int8", 3, 2), ("0=auto,-1..-2=int8", 4, 3), ("3..-4=int8", 3, 1)]
+)
+def test_a_range_that_runs_backwards_is_refused(text: str, begin: int, end: int) -> None:
+    """As that, with the layers that it comes to."""
+    with pytest.raises(
+        ConfigurationError, match=rf"is empty, as it runs backwards .* 5 layers: from {begin} to {end};"
+    ):
+        formats_of(text, num_layers=5)
+
+
+@pytest.mark.parametrize(
+    ("text", "dead"),
+    [
+        ("int8,fp8_e4m3", "fp8_e4m3"),
+        ("0=int8,0=fp8_e4m3", "0=fp8_e4m3"),
+        ("0..2=int8, 1..2=auto,auto", "1..2=auto"),
+        ("*=auto,-5..-1=auto", "-5..-1=auto"),
+    ],
+)
+def test_a_rule_that_decides_nothing_is_refused(text: str, dead: str) -> None:
+    """Whether it names other formats than those before it or the same: who wrote it meant something else."""
+    with pytest.raises(
+        ConfigurationError, match=rf"kv_cache_dtype: the rule '{re.escape(dead)}' decides about no layer"
+    ):
         formats_of(text, num_layers=5)
