@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from holdfast.settings import Settings
-from services.engine.kv_format import rules_of
+from services.engine import kv_format, weight_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +24,14 @@ _USUAL = {"cpu": Capacity(64, 2048, 32), "cuda": Capacity(256, 8192, 64)}
 """By type of device."""
 
 
-def _checked(rules: str) -> str:
-    rules_of(rules)
-    return rules
+def _kv_rules(text: str) -> str:
+    kv_format.rules_of(text)
+    return text
+
+
+def _weight_rules(text: str) -> str:
+    weight_format.rules_of(text)
+    return text
 
 
 class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
@@ -55,9 +60,9 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     """Where the model runs; auto takes cuda where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and activations; auto takes what the model's config says."""
-    quantization: str = "none"
+    quantization: Annotated[str, AfterValidator(_weight_rules)] = "none"
     """How weight matrices are kept: none for as they are, fp8 for eight-bit floating point, or ordered rules
-    `glob=format,...` over their names, of which the first that matches decides (`quant/rules.py`)."""
+    `glob=format,...` over their names, of which the first that matches decides (`weight_format.py`)."""
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     """dummy builds the model of a config with random weights, for benchmarks."""
     implementation: Literal["auto", "native", "transformers"] = "auto"
@@ -73,7 +78,7 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     as the step's expected time nears it, but never less than one block."""
     block_size: Literal[16, 32, 64] | None = None
     """Tokens of a KV block; by default 32 on a CPU and 64 on a GPU."""
-    kv_cache_dtype: Annotated[str, AfterValidator(_checked)] = "auto"
+    kv_cache_dtype: Annotated[str, AfterValidator(_kv_rules)] = "auto"
     """How keys and values are kept: auto (the model's dtype), fp8_e4m3 or int8 (half of 16 bits and a little for their
     scales; on a GPU they want block_size 64). Or for each layer, the first rule that names it: LAYERS=FORMAT,... with LAYERS a
     number, a range like 2..5, negative from the end, or *, as in 0..1=auto,-2..-1=auto,*=fp8_e4m3."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,6 +86,19 @@ def test_a_format_that_is_none_stops_the_start(rules: str) -> None:
     """Before anything is loaded, with those that there are."""
     with pytest.raises(ValueError, match="is no KV format: say auto, fp8_e4m3, int8, or LAYERS=FORMAT"):
         EngineSettings(kv_cache_dtype=rules)
+
+
+@pytest.mark.parametrize("rules", ["int4", "*.down_proj=fp8,", "=fp8"])
+def test_a_rule_of_quantization_that_is_none_stops_the_start(rules: str) -> None:
+    """Before anything is loaded, with the formats that there are."""
+    with pytest.raises(ValueError, match="is no rule; it must be one of none, fp8, or `glob=format` with one of them"):
+        EngineSettings(quantization=rules)
+
+
+def test_rules_are_read_without_torch() -> None:
+    """So that a wrong one is told at once, and not after the seconds that torch takes to import."""
+    code = "import sys, services.engine.settings; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], timeout=60)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

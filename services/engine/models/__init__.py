@@ -18,8 +18,9 @@ from holdfast.errors import ConfigurationError
 from services.engine.kv_cache import KVCache, KVShape
 from services.engine.models.decoder import Decoder
 from services.engine.models.spec import FAMILIES, Config, ModelSpec, NotCovered, read_config
-from services.engine.quant.rules import UNQUANTIZED, Rules
+from services.engine.quant.rules import Rules
 from services.engine.shard import ALONE, Shard
+from services.engine.weight_format import WeightFormat
 from services.engine.weights import Dummy, open_checkpoint
 
 if TYPE_CHECKING:
@@ -47,12 +48,12 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     load_format: Literal["safetensors", "dummy"] = "safetensors",
-    quantization: str = UNQUANTIZED,
+    quantization: str = WeightFormat.NONE,
     invariant: bool = False,
     shard: Shard = ALONE,
 ) -> Model:
     """The model of a folder, or a rank's part of it. `auto` takes the native code where it covers the model, `dtype` None
-    what the config says; `quantization`: as `quant.rules` says. `invariant`: of the native code on a GPU, what a
+    what the config says; `quantization`: as `weight_format` says. `invariant`: of the native code on a GPU, what a
     token gives does not depend on the tokens beside it. Raises `ConfigurationError` for whatever cannot be served."""
     config, rules = read_config(folder), Rules(quantization, invariant=invariant)
     if method := (config.get("quantization_config") or {}).get("quant_method"):
