@@ -54,9 +54,9 @@ class EngineAlone:
             itl_target=settings.itl_target_ms / 1000,
         )
         metrics = EngineMetrics(CollectorRegistry())
-        self.steps: StepLoop[Launched] = StepLoop(
-            Scheduler(pool, limits), runner, deliver=self._deliver, metrics=metrics
-        )
+        self.scheduler = Scheduler(pool, limits)
+        """The step thread's: to be looked at there."""
+        self.steps: StepLoop[Launched] = StepLoop(self.scheduler, runner, deliver=self._deliver, metrics=metrics)
         self._waiting: dict[Sequence, Waiting] = {}
         self._numbers = itertools.count()
 
@@ -81,6 +81,14 @@ class EngineAlone:
         sequences = [self._sequence(*each) for each in zip(prompts, output_tokens, strict=True)]
         await asyncio.gather(*[waiting.last for waiting in self._begin(sequences)])
         return [sequence.output_ids for sequence in sequences]
+
+    async def end_of(self, sequence: Sequence, *, cancel_after: float | None = None) -> None:
+        """Computes a sequence to its end, which is asked for after so many seconds where a number is given."""
+        (waiting,) = self._begin([sequence])
+        if cancel_after is not None:
+            await asyncio.wait([waiting.last], timeout=cancel_after)
+            self.steps.cancel([sequence])
+        await waiting.last
 
     def _sequence(self, prompt_ids: list[int], output_tokens: int) -> Sequence:
         self.require(len(prompt_ids) + output_tokens)

@@ -150,12 +150,12 @@ def engine_settings(arguments: argparse.Namespace, *, most: int) -> dict[str, ob
     }
 
 
-def _setting(text: str) -> tuple[str, str]:
+def _setting(text: str) -> tuple[str, str | int]:
     """A setting of the engine as `name=value`."""
     name, is_there, value = text.partition("=")
     if not is_there or name not in EngineSettings.model_fields:
         raise argparse.ArgumentTypeError(f"{text!r} is no setting of an engine as name=value, such as max_sequences=8")
-    return name, value
+    return name, int(value) if value.isdigit() else value  # 16 is a block_size, and "16" is none
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
