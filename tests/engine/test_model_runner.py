@@ -111,7 +111,7 @@ class Engine:
         max_sequences: int = 8, prefix_cache: bool = True, shard: Shard = ALONE, **settings: object,
     ) -> None:  # fmt: skip
         given = {"device": "cpu", "dtype": "float32", "block_size": 16, "threads": 1, **settings}
-        given["tensor_parallel"] = shard.count
+        given |= {"tensor_parallel": shard.count, "max_step_tokens": max_step_tokens}
         computer = build(
             EngineSettings(cache_blocks=num_blocks, max_sequences=max_sequences, **given),  # type: ignore[arg-type]
             folder,
