@@ -10,7 +10,7 @@ from services.engine.kv_cache import KVCache, KVShape
 from services.engine.kv_format import KVFormat
 from services.engine.ops import qkv as specified
 from services.engine.ops.activation import silu_mul
-from services.engine.ops.attention import AttentionPlan
+from services.engine.ops.attention import plan
 from services.engine.ops.forms import Unnormed
 from services.engine.ops.kernels import activation, gemv, norm, qkv, rotary, skinny, step
 from services.engine.ops.kv_quant import PEAKS
@@ -62,7 +62,7 @@ def test_queries_keys_and_values_come_to_their_places(
     weights = (torch.randn(head_dim), torch.randn(head_dim)) if with_norms else None
     shape, formats = KVShape(2, kv_heads, head_dim, torch.float32), (KVFormat.AUTO, format)
     caches = [KVCache(shape, num_blocks=6, block_size=16, formats=formats) for _ in range(2)]
-    plans = [AttentionPlan(batch, cache) for cache in caches]
+    plans = [plan(batch, cache) for cache in caches]
     mine = qkv.prepare(
         projected.clone(), angles_, caches[0], 1, plans[0].write_slots_N, heads=heads, norm_weights=weights, eps=1e-6
     )
@@ -88,7 +88,7 @@ def test_keys_and_values_become_the_8_bits_of_the_specification(format: KVFormat
     caches = [
         KVCache(KVShape(1, 2, 16, torch.float32), num_blocks=6, block_size=16, formats=[format]) for _ in range(2)
     ]
-    plans = [AttentionPlan(batch, cache) for cache in caches]
+    plans = [plan(batch, cache) for cache in caches]
     same = {"heads": 2, "norm_weights": None, "eps": 1e-6}
     qkv.prepare(projected.clone(), still, caches[0], 0, plans[0].write_slots_N, **same)
     specified.prepare(projected.clone(), still, caches[1], 0, plans[1], **same)
