@@ -227,7 +227,7 @@ def _cache(settings: EngineSettings, capacity: Capacity, model: Model, device: t
     num_blocks = settings.cache_blocks or holds
     if num_blocks < 2 or (device.type == "cuda" and num_blocks > holds):
         raise ConfigurationError(
-            _no_room(settings, capacity, device, block_bytes=block_bytes, num_blocks=num_blocks, holds=holds)
+            _no_room(settings, capacity, device, shard, block_bytes=block_bytes, num_blocks=num_blocks, holds=holds)
         )
     try:
         return KVCache(shape, num_blocks=num_blocks, block_size=capacity.block_size, device=device, formats=formats)
@@ -281,12 +281,21 @@ def _gpu_room(
 
 
 def _no_room(
-    settings: EngineSettings, capacity: Capacity, device: torch.device, *, block_bytes: int, num_blocks: int, holds: int
+    settings: EngineSettings,
+    capacity: Capacity,
+    device: torch.device,
+    shard: Shard,
+    *,
+    block_bytes: int,
+    num_blocks: int,
+    holds: int,
 ) -> str:
     if device.type == "cpu":
+        share = settings.cache_bytes // shard.count
+        its, of = ("", "") if shard.is_alone else (" of a rank", f" of {settings.cache_bytes:,}, its share")
         return (
-            f"a block of {capacity.block_size} tokens takes {block_bytes:,} bytes; cache_bytes "
-            f"({settings.cache_bytes:,}) must hold two at least"
+            f"a block of {capacity.block_size} tokens takes {block_bytes:,} bytes{its}; cache_bytes ({share:,}{of}) "
+            "must hold two at least"
         )
     return (
         f"the KV cache should have {max(num_blocks, 2):,} blocks of {block_bytes:,} bytes, but beside weights and steps the GPU has "

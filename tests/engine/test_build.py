@@ -15,6 +15,7 @@ from holdfast.errors import ConfigurationError
 from services.engine.build import Computer, build
 from services.engine.kv_format import KVFormat
 from services.engine.settings import Capacity, EngineSettings
+from services.engine.shard import ALONE, Shard
 
 CONTEXT = 512
 """Of the checkpoint."""
@@ -30,9 +31,9 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def built(folder: Path, **settings: object) -> Computer:
+def built(folder: Path, shard: Shard = ALONE, **settings: object) -> Computer:
     given = {"device": "cpu", "block_size": 16, "threads": 1, "cache_bytes": 1 << 20, **settings}
-    return build(EngineSettings(**given), folder)  # type: ignore[arg-type]
+    return build(EngineSettings(**given), folder, shard)  # type: ignore[arg-type]
 
 
 def test_the_cache_is_as_large_as_it_may_be(stories260k: Path) -> None:
@@ -60,14 +61,25 @@ def test_a_longer_context_than_the_models_is_refused(stories260k: Path) -> None:
         built(stories260k, max_model_len=513)
 
 
-def test_a_cache_of_less_than_two_blocks_is_refused(stories260k: Path, tmp_path: Path) -> None:
-    """With the size of a block: here of a model with wider keys."""
+@pytest.mark.parametrize(
+    ("shard", "why"),
+    [
+        (Shard(), r"64 tokens takes 2,621,440 bytes; cache_bytes \(1,048,576\) must hold two"),
+        (
+            Shard(1, 2),
+            r"takes 1,310,720 bytes of a rank; cache_bytes \(524,288 of 1,048,576, its share\) must hold two",
+        ),
+    ],
+)
+def test_a_cache_of_less_than_two_blocks_is_refused(
+    shard: Shard, why: str, stories260k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the size of a block and the room for it, both of one rank: here of a model with wider keys."""
     config = json.loads((stories260k / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "head_dim": 256}))
-    with pytest.raises(
-        ConfigurationError, match=r"64 tokens takes 2,621,440 bytes; cache_bytes \(1,048,576\) must hold"
-    ):
-        built(tmp_path, block_size=64, load_format="dummy")
+    monkeypatch.setattr(Shard, "least", lambda shard, number, device: number)  # the other rank is not there to ask
+    with pytest.raises(ConfigurationError, match=why):
+        built(tmp_path, shard, block_size=64, load_format="dummy", tensor_parallel=shard.count)
 
 
 def test_keys_and_values_are_kept_as_the_settings_say(stories260k: Path) -> None:
