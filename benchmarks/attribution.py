@@ -158,6 +158,10 @@ class TimedRunner:
             self.decodes.setdefault(len(launched.step.works), []).append(done)
         return result
 
+    def stop(self) -> None:
+        """As the runner's."""
+        self._runner.stop()
+
 
 def host_share(decodes: Sequence[Times]) -> tuple[float, float, float]:
     """Mean milliseconds of a step, of its launch, and of waiting for the device: what is left, the host schedules and

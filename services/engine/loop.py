@@ -52,6 +52,10 @@ class Runner(Protocol[L]):
         """Waits for a step."""
         ...
 
+    def stop(self) -> None:
+        """Said in any thread, when no result is wanted any more: no call may wait much longer, be it by an error."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -119,6 +123,7 @@ class StepLoop(Generic[L]):
             self.is_stopping = True
             self._ask(lambda: None)  # wakes it
             self._untold.release()
+            self._runner.stop()
             await asyncio.to_thread(thread.join)
 
     async def watch(self) -> None:

@@ -95,6 +95,9 @@ class ModelRunner:
             return StepResult(launched.step, (), ())
         return _result(launched.step, launched.sampled)
 
+    def stop(self) -> None:
+        """Nothing: a step of this process ends by itself."""
+
 
 def _on_host(sampled: Sampled) -> Sampled:
     """The same in pinned memory, as soon as the copies that this starts are done."""

@@ -78,6 +78,9 @@ class FakeRunner:
     def collect(self, launched: Launched) -> StepResult:
         return StepResult(launched.step, launched.sampled, (None,) * len(launched.sampled), launched.failed)
 
+    def stop(self) -> None:
+        pass
+
     def _failed(self, step: Step) -> frozenset[int]:
         sampling = [work.slot for work in step.works if work.samples]
         return frozenset(

@@ -31,13 +31,14 @@ async def test_the_death_of_a_rank_ends_the_mesh_by_name(stories260k: Path, publ
 
 
 async def test_ranks_do_not_outlive_their_front(stories260k: Path) -> None:
-    """However it ends: here without a word."""
+    """However it ends, and whatever they do: here it ends without a word, and one of them is stopped."""
     process = await start(
         f"--model={stories260k}", "--ask=", "--no-exit", "--engine.tensor-parallel=2", "--engine.threads=1", stdout=PIPE
     )  # fmt: skip
     await until(process, "Ctrl-C ends it.")
     ranks = ranks_of(process.pid)
     assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGSTOP)
     process.kill()
     await process.communicate()
     await gone(ranks)

@@ -6,9 +6,12 @@ import asyncio
 import contextlib
 import logging
 import multiprocessing
+import os
+import pickle
 import select
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from multiprocessing import resource_tracker
@@ -22,7 +25,7 @@ from holdfast.errors import ConfigurationError, InternalError
 from services.engine.batch import Step, StepResult
 from services.engine.build import Facts
 from services.engine.engine import running
-from services.engine.ranks import rank
+from services.engine.ranks import child
 from services.engine.ranks.messages import (
     Failed,
     Order,
@@ -39,8 +42,8 @@ from services.engine.ranks.ring import Reader, Ring, Writer
 from services.engine.settings import EngineSettings
 from services.engine.shard import Shard, meeting_point
 
-STOP_SECONDS = 10.0
-"""How long ranks may take to end when they are told to; then they are killed."""
+STOP_SECONDS = 5.0
+"""How long all ranks together may take to do what they do and to end, once they should; then they are killed."""
 
 DEATH_SECONDS = 5.0
 """How long a process may take to be gone once its pipe is."""
@@ -84,10 +87,11 @@ class RankGroup:
         self._part = [Reader(ring, 0, wait=self._wait) for ring in self._parts]
         self._ordering, self._reading, self._diagnosing = threading.Lock(), threading.Lock(), threading.Lock()
         self._is_ready = False
+        self._stopping, self._deadline = os.eventfd(0), float("inf")
         self._error: InternalError | None = None
 
     async def start(self) -> None:
-        """Starts the processes and waits until all are ready.
+        """Starts the processes and waits until all are ready. They end with the thread that this is called in.
 
         Raises:
             ConfigurationError: a rank cannot start as configured.
@@ -117,19 +121,21 @@ class RankGroup:
 
     def close(self) -> None:
         """Ends all ranks: in order if none failed, or else at once. Nothing of them is left."""
+        self.stop()
         if self._is_ready and self._error is None:
             with contextlib.suppress(InternalError):
                 self._send(Stop())
                 for each in self._ranks:
-                    each.process.join(STOP_SECONDS)
+                    each.await_end(self._seconds_left())
         self._error = self._error or InternalError("the ranks have ended")
         for each in self._ranks:
             each.kill()
-        with self._reading:  # whoever still waits for a block has heard of it
+        with self._reading, self._ordering:  # whoever still waits has heard of it
             for each in self._ranks:
                 each.close()
             for ring in (self._orders, self._results, *self._parts):
                 ring.close()
+            os.close(self._stopping)
 
     # As a runner.
 
@@ -141,6 +147,12 @@ class RankGroup:
     def collect(self, launched: Step) -> StepResult:
         """Waits for the first rank."""
         return unpacked_result(self._result.receive(), launched)
+
+    def stop(self) -> None:
+        """From now on all calls together, those that wait already too, wait for the ranks no longer than STOP_SECONDS."""
+        if self._deadline == float("inf"):
+            self._deadline = time.monotonic() + STOP_SECONDS
+            os.eventfd_write(self._stopping, 1)
 
     # As a cache: a block is the parts of all ranks, in their order.
 
@@ -164,12 +176,25 @@ class RankGroup:
             self._order.send(packed(order))
 
     def _wait(self, fd: int) -> None:
-        """Until the ranks have done something about it."""
-        poll = select.poll()
-        for each in (fd, *(each.reports.fileno() for each in self._ranks)):
-            poll.register(each, select.POLLIN)
-        if [ready for ready, _ in poll.poll()] != [fd]:
+        """Until the ranks have done something about it, or `stop` left no time for that."""
+        awaited = [fd, *(each.reports.fileno() for each in self._ranks)]
+        ready = _ready([*awaited, self._stopping])
+        if self._stopping in ready:
+            ready = _ready(awaited, seconds=self._seconds_left())
+        if not ready:
+            raise self._overdue()
+        if ready != [fd]:
             raise self._diagnosis()
+
+    def _seconds_left(self) -> float:
+        return max(0.0, self._deadline - time.monotonic())
+
+    def _overdue(self) -> InternalError:
+        with self._diagnosing:
+            if self._error is None:
+                self._error = InternalError(f"the ranks did not answer within {STOP_SECONDS:g} s of the engine's stop")
+                log.warning("ranks are killed", why=str(self._error))
+            return self._error
 
     def _diagnosis(self) -> InternalError:
         """Why the engine cannot go on: the rank that ended, or among several the one that no other's end explains."""
@@ -179,7 +204,9 @@ class RankGroup:
                     (each for each in self._ranks if each.has_ended()), key=lambda each: isinstance(each.last, Failed)
                 )
                 self._error = InternalError(ended[0].obituary())
-                log.error("a rank is gone", why=str(self._error))
+                last = ended[0].last
+                more = {"exception": last.traceback} if isinstance(last, Failed) else {}
+                log.error("a rank is gone", why=str(self._error), **more)
             return self._error
 
 
@@ -194,8 +221,8 @@ class _Rank:
         self.reports, theirs = multiprocessing.Pipe(duplex=False)
         spawn = multiprocessing.get_context("spawn")  # a fork has the front's threads' locks, and no CUDA
         self.process: BaseProcess = spawn.Process(
-            target=rank.run,
-            args=(shard, settings, folder, rank.Links(*rings, theirs, port)),
+            target=child.run,
+            args=(pickle.dumps((shard, settings, folder)), child.Links(*rings, theirs, port)),
             kwargs={
                 "service": structlog.contextvars.get_contextvars().get("service", "engine"),
                 "log_level": logging.getLevelName(logging.getLogger().level).lower(),
@@ -229,6 +256,12 @@ class _Rank:
             return f"{who} was killed by {signal.Signals(-code).name}"
         return f"{who} ended with exit code {code}"
 
+    def await_end(self, seconds: float) -> None:
+        """Returns when it has ended as it was told to, or after so many seconds."""
+        self.process.join(seconds)
+        if self.process.is_alive():
+            log.warning("a rank is killed", why=f"rank {self._number} (pid {self.process.pid}) did not end as told")
+
     def kill(self) -> None:
         """Ends it where it still runs, and returns when it is gone."""
         self.process.kill()
@@ -250,6 +283,14 @@ def _unheard_signals() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _ready(fds: Iterable[int], *, seconds: float | None = None) -> list[int]:
+    """Those that can be read, once there are any; none after so many seconds."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return [fd for fd, _ in poll.poll(None if seconds is None else seconds * 1000)]
 
 
 async def _readable(connections: Iterable[Connection]) -> None:

@@ -49,9 +49,10 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """From a rank, last of all: a fault of ours."""
+    """From a rank, last of all: a fault of ours, or the end of another rank."""
 
     why: str
+    traceback: str
 
 
 Report = Ready | Refused | Failed

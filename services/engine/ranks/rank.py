@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
 import os
-import threading
+import traceback
 from collections import deque
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import structlog
@@ -20,6 +17,7 @@ from holdfast.telemetry import configure_logs
 from services.engine.batch import Step
 from services.engine.build import Computer, build, device_of
 from services.engine.model_runner import Launched
+from services.engine.ranks.child import Links
 from services.engine.ranks.messages import (
     Failed,
     ReadBlock,
@@ -31,41 +29,25 @@ from services.engine.ranks.messages import (
     packed_result,
     unpacked,
 )
-from services.engine.ranks.ring import Reader, Ring, Writer
+from services.engine.ranks.ring import Reader, Writer
 from services.engine.settings import EngineSettings
 from services.engine.shard import Shard
 
 log = structlog.stdlib.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Links:
-    """What a rank has in common with the front."""
-
-    orders: Ring
-    """To all ranks."""
-    results: Ring
-    """From the first rank."""
-    parts: Ring
-    """Of blocks, from this one."""
-    reports: Connection
-    """From this one: that it is ready, and why it ends."""
-    port: int
-    """Where the ranks meet."""
-
-
 def run(shard: Shard, settings: EngineSettings, folder: Path, links: Links, *, service: str, log_level: str) -> None:
-    """The whole life of a rank's process. It ends by an order, with an error, or with the front, whatever it does then."""
-    threading.Thread(target=_end_with_the_front, daemon=True).start()
+    """The rest of a rank's life. It ends by an order or with an error."""
     configure_logs(service, level=log_level)
     structlog.contextvars.bind_contextvars(rank=shard.rank)
     try:
         _live(shard, settings, folder, links)
     except ConfigurationError as error:
         _report(links, Refused(str(error)))
-    except BaseException as error:
-        log.exception("the rank failed")
-        _report(links, Failed(f"{type(error).__name__}: {error}"))
+    except BaseException as error:  # noqa: BLE001 - the front must hear why
+        why = f"{type(error).__name__}: {error}"
+        log.error("the rank failed", why=why)  # perhaps only as another did: the front knows whose traceback helps
+        _report(links, Failed(why, traceback.format_exc()))
     else:
         _leave(code=0)
     _leave(code=1)
@@ -113,11 +95,3 @@ def _leave(*, code: int) -> None:
     """Ends the process, and takes nothing down (see `Shard.join`)."""
     logging.shutdown()
     os._exit(code)
-
-
-def _end_with_the_front() -> None:
-    """However it ended, and even where this process waits for a device or another rank."""
-    front = multiprocessing.parent_process()
-    assert front is not None
-    wait([front.sentinel])
-    os._exit(1)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
-import re
 import signal
+import subprocess
+import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from holdfast import topics
 from holdfast.errors import ConfigurationError, InternalError
@@ -118,17 +122,82 @@ async def test_a_block_is_the_parts_of_its_ranks(stories260k: Path) -> None:
 
 
 async def test_an_error_in_a_rank_is_told_with_its_rank(stories260k: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The last one, in its own words; and it is in the rank's own log, under its number."""
+    """In its own words, and in a line of its own log, under its number. The front alone shows a traceback, of the rank it
+    names: others fail as that one does, and theirs explain nothing."""
     with pytest.RaisesGroup(InternalError, flatten_subgroups=True):
         async with group(stories260k) as ranks:
             pids = ranks_of()
-            with pytest.raises(InternalError, match=r"^rank [01] \(pid \d+\) failed: IndexError: .*out of bounds"):
+            with (
+                structlog.testing.capture_logs() as front,
+                pytest.raises(InternalError, match=r"^rank [01] \(pid \d+\) failed: IndexError: .*out of bounds"),
+            ):
                 ranks.collect(ranks.launch(step(1, block=10_000)))
             await asyncio.Event().wait()
     await gone(pids)
-    assert re.search(
-        r'"event": "the rank failed".*"rank": [01]|"rank": [01].*"event": "the rank failed"', capfd.readouterr().err
-    )
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if '"the rank failed"' in line]
+    assert {line["rank"] for line in lines} & {0, 1}
+    assert not any("Traceback" in str(line) for line in lines)
+    (told,) = front
+    assert told["event"] == "a rank is gone"
+    assert told["exception"].startswith("Traceback")
+
+
+async def test_a_stopped_rank_does_not_keep_its_engine(
+    bus: MemoryBus, stories260k: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that waits for it is given up, and it is killed with the others."""
+    monkeypatch.setattr("services.engine.ranks.group.STOP_SECONDS", 0.2)
+    waits, launch = asyncio.Event(), RankGroup.launch
+    loop = asyncio.get_running_loop()
+
+    def noted(self: RankGroup, step: Step) -> Step:
+        launched = launch(self, step)
+        loop.call_soon_threadsafe(waits.set)
+        return launched
+
+    monkeypatch.setattr(RankGroup, "launch", noted)
+    async with asyncio.timeout(60):
+        async with engine(bus, stories260k, tensor_parallel=2, drain_seconds=0):
+            ranks = ranks_of()
+            os.kill(ranks[1], signal.SIGSTOP)
+            await publish(bus, story("a", [BOS], max_tokens=10))
+            await waits.wait()
+    assert all(thread.name != "holdfast-steps" for thread in threading.enumerate())
+    await gone(ranks)
+
+
+async def test_no_order_waits_for_a_stopped_rank_for_ever(stories260k: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does the last one, where the rank left no room for it."""
+    monkeypatch.setattr("services.engine.ranks.group.STOP_SECONDS", 0.2)
+    is_full, wait = asyncio.Event(), RankGroup._wait
+    loop = asyncio.get_running_loop()
+
+    def noted(self: RankGroup, fd: int) -> None:
+        loop.call_soon_threadsafe(is_full.set)
+        wait(self, fd)
+
+    monkeypatch.setattr(RankGroup, "_wait", noted)
+    async with asyncio.timeout(60):
+        async with group(stories260k) as ranks:
+            pids = ranks_of()
+            os.kill(pids[1], signal.SIGSTOP)
+            content = bytes(2 * ranks.facts.layout.block_bytes)
+
+            def fill() -> None:
+                while True:
+                    ranks.write_block(0, content)
+
+            filling = asyncio.create_task(asyncio.to_thread(fill))
+            await is_full.wait()
+        with pytest.raises(InternalError, match=r"^the ranks did not answer within 0\.2 s of the engine's stop$"):
+            await filling
+    await gone(pids)
+
+
+def test_a_rank_ends_with_its_front_before_it_imports_much() -> None:
+    """What ties it comes first: torch takes seconds."""
+    seen = "import sys, services.engine.ranks.child; print({'torch', 'pydantic', 'grpc'} & {*sys.modules})"
+    assert subprocess.run([sys.executable, "-c", seen], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 async def test_what_a_rank_refuses_the_front_refuses(bus: MemoryBus, stories260k: Path) -> None:
