@@ -83,6 +83,10 @@ class Inspector:
         del self._in_flight[launched.step.number]
         return self._runner.collect(launched)
 
+    def stop(self) -> None:
+        """As the runner does."""
+        self._runner.stop()
+
     def _check(self, step: Step) -> None:
         scheduler = self.scheduler
         assert scheduler is not None

@@ -34,6 +34,9 @@ class Broken:
     def collect(self, launched: object) -> NoReturn:
         raise AssertionError("nothing was launched")
 
+    def stop(self) -> None:
+        pass
+
 
 async def answer(engine: EngineAlone) -> Any:
     return await engine.answers([[1, 2, 3]], [4])
