@@ -33,8 +33,7 @@ def test_no_rows_are_no_launch() -> None:
     assert invariant.matmul(torch.zeros(0, 8), torch.zeros(4, 8)).shape == (0, 4)
 
 
-@pytest.mark.parametrize("window", [None, 21])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("dtype", "window"), [(torch.float32, None), (torch.float16, 21)])
 def test_a_token_attends_alike_however_its_prompt_is_cut(dtype: torch.dtype, window: int | None) -> None:
     """As a decode, or in a chunk that begins anywhere: the same bits."""
     heads, kv_heads, head_dim, length = 4, 2, 16, 75
