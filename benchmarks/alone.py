@@ -13,6 +13,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
+from benchmarks.options import engine_here
 from holdfast.errors import ConfigurationError
 from services.engine.blocks import BlockPool
 from services.engine.build import Computer, build_apart
@@ -128,8 +129,9 @@ async def engine_alone(
     around: Callable[[Runner[Launched]], Runner[Launched]] = lambda runner: runner,
 ) -> AsyncIterator[EngineAlone]:
     """An engine for the model in a folder, in this process; `around` may put something between it and its runner. Where
-    its step thread fails the block is cancelled, and an InternalError raised in a group."""
-    checked = EngineSettings.model_validate({"model": str(folder), **settings})
+    its step thread fails the block is cancelled, and an InternalError raised in a group. Raises
+    ConfigurationError for settings that cannot be."""
+    checked = engine_here(folder, settings)
     computer = await build_apart(checked, folder)
     engine = EngineAlone(checked, computer, around(computer.runner))
     async with engine.steps.running(), running(engine.steps.watch()):

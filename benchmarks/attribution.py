@@ -29,8 +29,10 @@ from torch.profiler import ProfilerActivity
 
 from benchmarks.alone import EngineAlone, engine_alone
 from benchmarks.offline import add_engine_options, engine_settings, prompts_of
+from benchmarks.options import at_least, batches, clear_errors
 from benchmarks.report import Cell, Report
 from holdfast import models
+from holdfast.errors import ConfigurationError
 from services.engine.batch import Step, StepResult
 from services.engine.loop import Runner
 from services.engine.model_runner import Launched
@@ -44,6 +46,9 @@ PARTS = {
 }
 """What the name of an operation says of it, the first that fits. All others are norms, rotations, gates and the like."""
 REST = "other"
+
+FEWEST_STEPS = 6
+"""Of a batch, for a mean: two at either end are left out."""
 
 DECODE = "holdfast::decode"
 """What the trace of a CPU has where a decode step is launched."""
@@ -165,7 +170,13 @@ class TimedRunner:
 
 def host_share(decodes: Sequence[Times]) -> tuple[float, float, float]:
     """Mean milliseconds of a step, of its launch, and of waiting for the device: what is left, the host schedules and
-    takes in. The first steps, for which the device had to begin, and the last are left out."""
+    takes in. The first steps, for which the device had to begin, and the last are left out. Raises ConfigurationError
+    where too few are left."""
+    if len(decodes) < FEWEST_STEPS:
+        raise ConfigurationError(
+            f"only {len(decodes)} steps decoded the whole batch, and it takes {FEWEST_STEPS} to say anything: raise --output, "
+            "or lower --context"
+        )
     steps = decodes[2:-2]
     span = steps[-1].collected - steps[0].collected
     launching = sum(step.launched - step.launch for step in steps[1:])
@@ -188,20 +199,19 @@ async def profiled(engine: EngineAlone, prompts: list[list[int]], output: int, *
 async def measure(arguments: argparse.Namespace) -> Report:
     """Runs the batches that were asked for."""
     folder = models.resolve(arguments.model, weights=arguments.load_format != "dummy")
-    batches = [int(batch) for batch in arguments.batches.split(",")]
-    settings = engine_settings(arguments, most=max(batches))
+    settings = engine_settings(arguments, most=max(arguments.batches))
     report = Report("attribution", settings={**settings, **vars(arguments), "out": None, "model": folder.name})
     rows: list[list[Cell]] = []
     kernels: list[list[Cell]] = []
     async with engine_alone(folder, settings, around=TimedRunner) as engine:
         assert isinstance(engine.runner, TimedRunner)
         engine.require(arguments.context + max(8, arguments.output))
-        for batch in batches:
+        for batch in arguments.batches:
             prompts = prompts_of([arguments.context] * batch, vocab_size=engine.vocab_size)
             await engine.answers(prompts, [8] * batch)
             engine.runner.decodes.clear()
             await engine.answers(prompts, [arguments.output] * batch)
-            step, launch, waiting = host_share(engine.runner.decodes[batch])
+            step, launch, waiting = host_share(engine.runner.decodes.get(batch, []))
             found = await profiled(engine, prompts, arguments.output, on_gpu=engine.device.type == "cuda")
             parts = [found.parts[part] / found.steps / 1e3 for part in (*PARTS, REST)]
             rows.append([str(batch), step, *parts, found.gaps / found.steps / 1e3, launch, step - launch - waiting])
@@ -212,18 +222,19 @@ async def measure(arguments: argparse.Namespace) -> Report:
     return report
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """`python -m benchmarks.attribution`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_options(parser)
-    parser.add_argument("--batches", default="1,32,128,256", help="how many sequences decode together")
-    parser.add_argument("--context", type=int, default=1024, help="tokens of each prompt")
-    parser.add_argument("--output", type=int, default=64, help="tokens of each answer")
+    parser.add_argument("--batches", type=batches, default="1,32,128,256", help="how many sequences decode together")
+    parser.add_argument("--context", type=at_least(1), default=1024, help="tokens of each prompt")
+    parser.add_argument("--output", type=at_least(FEWEST_STEPS + 1), default=64, help="tokens of each answer")
     parser.add_argument("--out", type=Path, help="a JSON file for the report")
-    arguments = parser.parse_args()
-    report = uvloop.run(measure(arguments))
-    if arguments.out is not None:
-        report.save(arguments.out)
+    arguments = parser.parse_args(argv)
+    with clear_errors("attribution"):
+        report = uvloop.run(measure(arguments))
+        if arguments.out is not None:
+            report.save(arguments.out)
 
 
 if __name__ == "__main__":

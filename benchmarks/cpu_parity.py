@@ -31,6 +31,7 @@ import transformers
 import uvloop
 
 from benchmarks.alone import EngineAlone, engine_alone
+from benchmarks.options import at_least, batches, clear_errors
 from benchmarks.report import Report
 from holdfast import models
 
@@ -179,20 +180,19 @@ async def compare(arguments: argparse.Namespace) -> Report:
     """The whole comparison."""
     folder = models.resolve(arguments.model)
     report = Report("cpu_parity", settings={**vars(arguments), "out": None, "model": folder.name})
-    batches = [int(batch) for batch in arguments.batches.split(",")]
     rows = []
     for dtype in arguments.dtypes.split(","):
         settings = {
             "device": "cpu",
             "dtype": dtype,
             "threads": arguments.threads,
-            "max_sequences": max(batches),
+            "max_sequences": max(arguments.batches),
             "prefix_cache": False,
             "itl_target_ms": 1e6,
         }
         with apart(folder, getattr(torch, dtype), arguments.threads) as theirs:
             async with engine_alone(folder, settings) as engine:
-                found = {batch: await measure(engine, theirs, arguments, batch=batch) for batch in batches}
+                found = {batch: await measure(engine, theirs, arguments, batch=batch) for batch in arguments.batches}
         rows += [row(dtype, batch, pairs, arguments.output) for batch, pairs in found.items()]
     columns = ["dtype", "batch", "ours tok/s", "theirs tok/s", "ratio", "of the pairs", "goal", "prefill ratio"]
     columns += ["whole ratio", "same tokens"]
@@ -208,16 +208,17 @@ def main() -> None:
         "model", nargs="?", default="smollm2-135m-instruct", help="a folder, or a name that `holdfast pull` knows"
     )
     parser.add_argument("--dtypes", default="bfloat16,float32")
-    parser.add_argument("--batches", default="1,16")
-    parser.add_argument("--pairs", type=int, default=5, help="repetitions that count")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
-    parser.add_argument("--output", type=int, default=64, help="tokens of each answer")
-    parser.add_argument("--threads", type=int, help="of both; by default one for each core")
+    parser.add_argument("--batches", type=batches, default="1,16")
+    parser.add_argument("--pairs", type=at_least(1), default=5, help="repetitions that count")
+    parser.add_argument("--prompt", type=at_least(1), default=64, help="tokens of each prompt")
+    parser.add_argument("--output", type=at_least(2), default=64, help="tokens of each answer")
+    parser.add_argument("--threads", type=at_least(1), help="of both; by default one for each core")
     parser.add_argument("--out", type=Path, help="a JSON file for the report")
     arguments = parser.parse_args()
-    report = uvloop.run(compare(arguments))
-    if arguments.out is not None:
-        report.save(arguments.out)
+    with clear_errors("cpu_parity"):
+        report = uvloop.run(compare(arguments))
+        if arguments.out is not None:
+            report.save(arguments.out)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ import torch
 import uvloop
 
 from benchmarks.alone import EngineAlone, engine_alone
+from benchmarks.options import above_zero, at_least, batches, clear_errors, setting, workloads
 from benchmarks.report import Report
 from holdfast import models
-from services.engine.settings import EngineSettings
 
 MIXED_REQUESTS = 256
 OUTPUT = 128
@@ -114,19 +114,18 @@ def prompts_of(lengths: Sequence[int], *, vocab_size: int, draw: random.Random |
 async def measure(arguments: argparse.Namespace) -> Report:
     """Runs the workloads that were asked for."""
     folder = models.resolve(arguments.model, weights=arguments.load_format != "dummy")
-    batches = [int(batch) for batch in arguments.batches.split(",")]
-    settings = engine_settings(arguments, most=max(batches))
+    settings = engine_settings(arguments, most=max(arguments.batches))
     report = Report("offline", settings={**settings, **vars(arguments), "out": None, "model": folder.name})
     async with engine_alone(folder, settings) as engine:
-        workloads = Workloads(engine, report, vocab_size=engine.vocab_size, scale=arguments.scale)
-        workloads.require(arguments.work, count=arguments.requests)
-        await workloads.run([64] * 8, [8] * 8)
+        work = Workloads(engine, report, vocab_size=engine.vocab_size, scale=arguments.scale)
+        work.require(arguments.work, count=arguments.requests)
+        await work.run([64] * 8, [8] * 8)
         if "C" in arguments.work:
-            await workloads.prefill()
+            await work.prefill()
         if "B" in arguments.work:
-            await workloads.decode(batches)
+            await work.decode(arguments.batches)
         if "A" in arguments.work:
-            await workloads.mixed(arguments.requests)
+            await work.mixed(arguments.requests)
     return report
 
 
@@ -150,14 +149,6 @@ def engine_settings(arguments: argparse.Namespace, *, most: int) -> dict[str, ob
     }
 
 
-def _setting(text: str) -> tuple[str, str | int]:
-    """A setting of the engine as `name=value`."""
-    name, is_there, value = text.partition("=")
-    if not is_there or name not in EngineSettings.model_fields:
-        raise argparse.ArgumentTypeError(f"{text!r} is no setting of an engine as name=value, such as max_sequences=8")
-    return name, int(value) if value.isdigit() else value  # 16 is a block_size, and "16" is none
-
-
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """What `engine_settings` reads."""
     parser.add_argument(
@@ -167,31 +158,32 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--load-format", default="safetensors", choices=["safetensors", "dummy"])
     parser.add_argument("--implementation", default="auto", choices=["auto", "native", "transformers"])
-    parser.add_argument("--threads", type=int, help="of a CPU; by default one for each core")
+    parser.add_argument("--threads", type=at_least(1), help="of a CPU; by default one for each core")
     parser.add_argument(
         "--set",
-        type=_setting,
+        type=setting,
         action="append",
         default=[],
         metavar="NAME=VALUE",
         help="any other setting of the engine",
     )
-    parser.add_argument("--cache-gib", type=int, default=4, help="KV cache on a CPU, GiB")
+    parser.add_argument("--cache-gib", type=at_least(1), default=4, help="KV cache on a CPU, GiB")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """`python -m benchmarks.offline`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_options(parser)
-    parser.add_argument("--work", default="ABC", help="which of the workloads")
-    parser.add_argument("--batches", default="1,32,128,256", help="of B")
-    parser.add_argument("--requests", type=int, default=MIXED_REQUESTS, help="of A")
-    parser.add_argument("--scale", type=float, default=1.0, help="what all lengths are multiplied with")
+    parser.add_argument("--work", type=workloads, default="ABC", help="which of the workloads")
+    parser.add_argument("--batches", type=batches, default="1,32,128,256", help="of B")
+    parser.add_argument("--requests", type=at_least(1), default=MIXED_REQUESTS, help="of A")
+    parser.add_argument("--scale", type=above_zero, default=1.0, help="what all lengths are multiplied with")
     parser.add_argument("--out", type=Path, help="a JSON file for the report")
-    arguments = parser.parse_args()
-    report = uvloop.run(measure(arguments))
-    if arguments.out is not None:
-        report.save(arguments.out)
+    arguments = parser.parse_args(argv)
+    with clear_errors("offline"):
+        report = uvloop.run(measure(arguments))
+        if arguments.out is not None:
+            report.save(arguments.out)
 
 
 if __name__ == "__main__":

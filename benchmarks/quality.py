@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from benchmarks.options import at_least, clear_errors, engine_here, file, setting, several_settings
 from benchmarks.report import Report
 from holdfast import models
+from holdfast.errors import ConfigurationError
 from services.engine.build import Computer, build
-from services.engine.settings import EngineSettings
 from services.engine.state import Batch, Selection
 
 
@@ -69,14 +70,19 @@ class Subject:
 
 
 def subject(name: str, folder: Path, settings: str, *, window: int) -> Subject:
-    """The engine of these settings, with a cache for one window."""
+    """The engine of these settings, with a cache for one window. Raises ConfigurationError where they or the window cannot
+    be."""
     given: dict[str, object] = {"block_size": 64, "max_sequences": 1, "max_step_tokens": window}
-    for each in settings.split():
-        key, value = each.split("=", 1)
-        given[key] = int(value) if value.isdecimal() else value
-    blocks = max(2, -(-window // int(str(given["block_size"]))))
-    checked = EngineSettings.model_validate({"model": str(folder), "cache_blocks": blocks, **given})
-    return Subject(name, build(checked, folder))
+    given |= dict(setting(each) for each in settings.split())
+    checked = engine_here(folder, given)
+    assert checked.block_size is not None
+    blocks = checked.cache_blocks or max(2, -(-window // checked.block_size))
+    computer = build(checked.model_copy(update={"cache_blocks": blocks}), folder)
+    if computer.max_model_len < window:
+        raise ConfigurationError(
+            f"a window has {window:,} tokens, and the model takes {computer.max_model_len:,}: lower --window"
+        )
+    return Subject(name, computer)
 
 
 def chunk_of(ids: Sequence[int], start: int, computer: Computer) -> Batch:
@@ -129,27 +135,15 @@ def read(path: Path, tokenizer: Tokenizer, num_tokens: int) -> list[int]:
     return list(ids[:num_tokens])
 
 
-def main() -> None:
-    """`python -m benchmarks.quality`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "model", nargs="?", default="smollm2-135m-instruct", help="a folder, or a name that `holdfast pull` knows"
-    )
-    parser.add_argument("--text", type=Path, required=True, help="a file of text, packed by gzip or not")
-    parser.add_argument("--tokens", type=int, default=32768, help="how many of it count")
-    parser.add_argument("--window", type=int, default=1024, help="tokens of a context")
-    parser.add_argument("--chunk", type=int, default=256, help="tokens of a step")
-    parser.add_argument("--reference", default="dtype=float32", help="settings, separated by spaces")
-    parser.add_argument(
-        "--with", dest="choices", action="append", default=[], help="settings on top of these; repeat it"
-    )
-    parser.add_argument("--out", type=Path, help="a JSON file for the report")
-    arguments = parser.parse_args()
+def measure(arguments: argparse.Namespace) -> Report:
+    """Judges the engines that were asked for."""
     folder = models.resolve(arguments.model)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = read(arguments.text, tokenizer, arguments.tokens)
     if len(ids) < arguments.window:
-        parser.error(f"{arguments.text} has {len(ids)} tokens, fewer than a window of {arguments.window}")
+        raise ConfigurationError(
+            f"{arguments.text} has {len(ids):,} tokens here, fewer than a window of {arguments.window:,}: lower --window, or raise --tokens"
+        )
     wanted = {arguments.reference: arguments.reference}
     wanted |= {choice: f"{arguments.reference} {choice}" for choice in arguments.choices}
     subjects = [subject(name, folder, settings, window=arguments.window) for name, settings in wanted.items()]
@@ -169,8 +163,36 @@ def main() -> None:
         f"{folder.name} on {arguments.text.name}, {len(ids) // arguments.window} windows of {arguments.window} tokens"
     )
     report.table(title, columns, [each.row(subjects[0]) for each in subjects])
-    if arguments.out is not None:
-        report.save(arguments.out)
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m benchmarks.quality`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "model", nargs="?", default="smollm2-135m-instruct", help="a folder, or a name that `holdfast pull` knows"
+    )
+    parser.add_argument("--text", type=file, required=True, help="a file of text, packed by gzip or not")
+    parser.add_argument("--tokens", type=at_least(2), default=32768, help="how many of it count")
+    parser.add_argument("--window", type=at_least(2), default=1024, help="tokens of a context")
+    parser.add_argument("--chunk", type=at_least(1), default=256, help="tokens of a step")
+    parser.add_argument(
+        "--reference", type=several_settings, default="dtype=float32", help="settings, separated by spaces"
+    )
+    parser.add_argument(
+        "--with",
+        dest="choices",
+        type=several_settings,
+        action="append",
+        default=[],
+        help="settings on top of these; repeat it",
+    )
+    parser.add_argument("--out", type=Path, help="a JSON file for the report")
+    arguments = parser.parse_args(argv)
+    with clear_errors("quality"):
+        report = measure(arguments)
+        if arguments.out is not None:
+            report.save(arguments.out)
 
 
 if __name__ == "__main__":

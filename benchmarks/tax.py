@@ -15,7 +15,6 @@ import asyncio
 import json
 import os
 import random
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -30,10 +29,10 @@ from tokenizers import Tokenizer
 
 from benchmarks.alone import EngineAlone, engine_alone
 from benchmarks.mesh import MeshError, embedded, on_kafka
+from benchmarks.options import at_least, clear_errors
 from benchmarks.report import Cell, Report, percentile
 from holdfast import models
 from holdfast.client import Client
-from holdfast.errors import HoldfastError
 from holdfast.events import Tokens
 
 ALONE, EMBEDDED, KAFKA = "engine alone", "mesh, one process", "mesh, Kafka"
@@ -190,18 +189,20 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tax", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="smollm2-135m-instruct", help="for the throughput (%(default)s)")
     parser.add_argument("--no-kafka", action="store_true", help="leave the mesh on Kafka out")
-    parser.add_argument("--threads", type=int, default=max(1, cores - 1), help="of each engine (%(default)s)")
-    parser.add_argument("--requests", type=int, default=200, help="for the time to the first token (%(default)s)")
+    parser.add_argument("--threads", type=at_least(1), default=max(1, cores - 1), help="of each engine (%(default)s)")
+    parser.add_argument(
+        "--requests", type=at_least(1), default=200, help="for the time to the first token (%(default)s)"
+    )
     parser.add_argument(
         "--warm", type=int, default=300, help="before them: a broker compiles what it runs often (%(default)s)"
     )
-    parser.add_argument("--words", type=int, default=16, help="words of a prompt (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="of the throughput (%(default)s)")
+    parser.add_argument("--words", type=at_least(1), default=16, help="words of a prompt (%(default)s)")
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="of the throughput (%(default)s)")
     parser.add_argument(
-        "--open", type=int, default=8, help="requests open at all times, for the throughput (%(default)s)"
+        "--open", type=at_least(1), default=8, help="requests open at all times, for the throughput (%(default)s)"
     )
     parser.add_argument(
-        "--output", type=int, default=48, help="mean tokens of an answer, for the throughput (%(default)s)"
+        "--output", type=at_least(2), default=48, help="mean tokens of an answer, for the throughput (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (%(default)s)")
     parser.add_argument("--out", type=Path, help="a JSON file for the report")
@@ -232,10 +233,8 @@ async def measure(options: argparse.Namespace) -> Report:
 
 def main() -> None:
     options = arguments()
-    try:
+    with clear_errors("tax", MeshError):
         report = uvloop.run(measure(options))
-    except (HoldfastError, MeshError) as error:
-        sys.exit(f"tax: {error}")
     if options.out:
         report.save(options.out)
 

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import attribution
 from benchmarks.attribution import BEGIN, Operation, attribute, operations_of, part_of
+from holdfast.errors import ConfigurationError
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +92,7 @@ async def test_a_real_step_is_explained(stories260k: Path) -> None:
     """On a CPU: the parts and the gaps are about the step, most of which is computing."""
     arguments = argparse.Namespace(
         model=str(stories260k), device="cpu", dtype="auto", load_format="dummy", implementation="auto", threads=1,
-        batches="2", context=20, output=20, cache_gib=1, set=[("prefix_cache", "true")], out=None,
+        batches=[2], context=20, output=20, cache_gib=1, set=[("prefix_cache", "true")], out=None,
     )  # fmt: skip
     report = await attribution.measure(arguments)
     (row,) = report.tables[0]["rows"]  # type: ignore[misc]
@@ -101,3 +102,14 @@ async def test_a_real_step_is_explained(stories260k: Path) -> None:
     assert dict(zip(attribution.PARTS, parts, strict=False))["products"] > 0
     assert 0 < launch <= step
     assert host >= 0
+
+
+def test_too_few_steps_are_no_mean() -> None:
+    """Where a batch came together for few of them only, or never."""
+    steps = [attribution.Times(at, at + 0.25, at + 0.5, at + 1.0) for at in range(6)]
+    assert attribution.host_share(steps) == (1000.0, 250.0, 500.0)
+    for few in (steps[:5], []):
+        with pytest.raises(
+            ConfigurationError, match=f"only {len(few)} steps decoded the whole batch, .* raise --output"
+        ):
+            attribution.host_share(few)

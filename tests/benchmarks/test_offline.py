@@ -32,7 +32,7 @@ async def test_the_workloads_run_at_any_scale(stories260k: Path) -> None:
     """A, B and C give one row each, or one for each batch, of sensible numbers."""
     arguments = argparse.Namespace(
         model=str(stories260k), device="cpu", dtype="auto", load_format="dummy", implementation="auto", threads=1,
-        work="ABC", batches="1,3", requests=5, scale=0.02, cache_gib=1, set=[], out=None,
+        work="ABC", batches=[1, 3], requests=5, scale=0.02, cache_gib=1, set=[], out=None,
     )  # fmt: skip
     report = await offline.measure(arguments)
     assert [row[0] for row in rows(report, "A")] == ["5"]
@@ -44,7 +44,7 @@ async def test_the_workloads_run_at_any_scale(stories260k: Path) -> None:
 async def test_ours_and_transformers_say_the_same_in_float32(stories260k: Path) -> None:
     """The comparison compares like with like: every token of every pair agrees."""
     arguments = argparse.Namespace(
-        model=str(stories260k), dtypes="float32", batches="1,3", pairs=1, prompt=9, output=12, threads=1, out=None
+        model=str(stories260k), dtypes="float32", batches=[1, 3], pairs=1, prompt=9, output=12, threads=1, out=None
     )
     report = await cpu_parity.compare(arguments)
     found = rows(report, stories260k.name)

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from benchmarks import quality
 from benchmarks.quality import Subject
+from holdfast.errors import ConfigurationError
 from services.engine.models import load
 from tests.engine.batches import Bench
 
@@ -64,3 +65,22 @@ def test_fewer_bits_diverge_more(stories260k: Path, ids: list[int]) -> None:
     rows = [each.row(judged[0]) for each in judged]
     assert rows[0][2:6] == ["+0.000%", "0.00e+00", "0.00e+00", "100.00%"]
     assert rows[2][-1] == 5 * 2 * 4 * (8 + 4)
+
+
+def test_windows_that_the_model_does_not_take_are_refused(stories260k: Path) -> None:
+    """And values that its settings cannot have."""
+    with pytest.raises(ConfigurationError, match="a window has 600 tokens, and the model takes 512: lower --window"):
+        quality.subject("", stories260k, "device=cpu threads=1", window=600)
+    with pytest.raises(ConfigurationError, match="block_size: Input should be 16, 32 or 64, not 'abc'"):
+        quality.subject("", stories260k, "block_size=abc", window=CONTEXT)
+
+
+def test_a_text_shorter_than_a_window_ends_the_benchmark(
+    stories260k: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With one line."""
+    text = tmp_path / "text"
+    text.write_text("Once upon a time")
+    with pytest.raises(SystemExit):
+        quality.main([str(stories260k), "--text", str(text), "--window", "64"])
+    assert "tokens here, fewer than a window of 64: lower --window" in capsys.readouterr().err
