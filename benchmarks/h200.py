@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.offline import CONTEXT, OUTPUT
+from benchmarks.options import above_zero, batches, file, workloads
 from benchmarks.report import Cell, Report
 from services.engine.models.spec import ModelSpec, MoESpec, read_config
 
@@ -95,13 +97,15 @@ def attribution(folder: Path, scheme: Scheme, *, batches: str) -> list[dict[str,
 
 
 def theirs(script: Path, folder: Path, scheme: Scheme, *, work: str, batches: str) -> Figures:
-    """Of vLLM. What it does not print is not there."""
+    """Of vLLM. What it does not print is not there. Raises CalledProcessError where the script fails."""
     command = [sys.executable, str(script), str(folder), *scheme.theirs, "--work", work, "--batches", batches]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         figures: Figures = {}
         for line in process.stdout:
             figures |= read_line(line)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
     return figures
 
 
@@ -146,6 +150,21 @@ def compare(report: Report, folder: Path, scheme: Scheme, mine: Figures, other: 
     report.table(f"{folder.name}, {scheme.name}", columns, rows)
 
 
+def measure(report: Report, folder: Path, scheme: Scheme, options: argparse.Namespace) -> None:
+    """Adds what both are on one shape. Raises CalledProcessError where a process fails; what was found before is added."""
+    sizes = ",".join(map(str, options.batches))
+    mine = ours(folder, scheme, work=options.work, batches=sizes)
+    other: Figures = {}
+    try:
+        if options.vllm is not None:
+            other = theirs(options.vllm, folder, scheme, work=options.work, batches=sizes)
+    finally:
+        compare(report, folder, scheme, mine, other, bandwidth=options.bandwidth)
+    if options.profile:
+        for table in attribution(folder, scheme, batches=sizes):
+            report.table(f"{folder.name}, {scheme.name}: {table['title']}", table["columns"], table["rows"])
+
+
 def _schemes(text: str) -> list[str]:
     names = text.split(",")
     if unknown := [name for name in names if name not in SCHEMES]:
@@ -157,17 +176,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`python -m benchmarks.h200`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="with a config.json each")
-    parser.add_argument("--vllm", type=Path, help="the script that measures vLLM")
+    parser.add_argument("--vllm", type=file, help="the script that measures vLLM")
     parser.add_argument(
         "--schemes",
         type=_schemes,
         default=["bf16"],
         help=f"one or more of {','.join(SCHEMES)}; each engine in the same",
     )
-    parser.add_argument("--work", default="CBA", help="which workloads of `offline`")
-    parser.add_argument("--batches", default="1,32,128,256", help="of B")
+    parser.add_argument("--work", type=workloads, default="CBA", help="which workloads of `offline`")
+    parser.add_argument("--batches", type=batches, default="1,32,128,256", help="of B")
     parser.add_argument("--profile", action="store_true", help="add where the time of our decode steps goes")
-    parser.add_argument("--bandwidth", type=float, default=4.26e12, help="bytes a second (an H200 copies 4.26e12)")
+    parser.add_argument("--bandwidth", type=above_zero, default=4.26e12, help="bytes a second (an H200 copies 4.26e12)")
     parser.add_argument("--out", type=Path, help="a JSON file for the report")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -182,14 +201,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
     )
     for folder, scheme in product(options.folders, [SCHEMES[name] for name in options.schemes]):
-        mine = ours(folder, scheme, work=options.work, batches=options.batches)
-        other = theirs(options.vllm, folder, scheme, work=options.work, batches=options.batches) if options.vllm else {}
-        compare(report, folder, scheme, mine, other, bandwidth=options.bandwidth)
-        if options.profile:
-            for table in attribution(folder, scheme, batches=options.batches):
-                report.table(f"{folder.name}, {scheme.name}: {table['title']}", table["columns"], table["rows"])
-        if options.out is not None:
-            report.save(options.out)
+        try:
+            measure(report, folder, scheme, options)
+        except subprocess.CalledProcessError as error:
+            sys.exit(
+                f"h200: `{shlex.join(error.cmd)}` failed with {error.returncode}; what it says of that stands above"
+            )
+        finally:
+            if options.out is not None:
+                report.save(options.out)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,34 @@ def test_an_unknown_scheme_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         main(["somewhere", "--schemes", "bf16,int3"])
     assert "'int3' is none of bf16, fp8, fp8-weights" in capsys.readouterr().err
+
+
+def test_a_script_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before ours is measured, which takes minutes."""
+    with pytest.raises(SystemExit) as ended:
+        main(["somewhere", "--vllm", "/nosuch.py"])
+    assert ended.value.code == 2
+    assert "argument --vllm: there is no file /nosuch.py" in capsys.readouterr().err
+
+
+def test_a_script_that_fails_ends_the_comparison(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the code that it gave; what was measured before is in the report, and no further shape is measured."""
+    script, out, measured = tmp_path / "vllm.py", tmp_path / "report.json", []
+    script.write_text("print('vllm x C prefill 200 tok/s'); raise SystemExit(7)")
+
+    def ours(folder: Path, scheme: object, *, work: str, batches: str) -> dict[str, float]:
+        measured.append((folder.name, work, batches))
+        return {"prefill": 400.0}
+
+    monkeypatch.setattr("benchmarks.h200.ours", ours)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("benchmarks.report._accelerator", lambda: None)
+    shapes = [str(shared / "data" / "configs" / name) for name in ("Qwen3-0.6B", "Meta-Llama-3.1-8B")]
+    with pytest.raises(SystemExit, match=r"h200: `.*vllm\.py .*--batches 1,2` failed with 7"):
+        main([*shapes, "--vllm", str(script), "--work", "C", "--batches", "1,2", "--out", str(out)])
+    assert measured == [("Qwen3-0.6B", "C", "1,2")]
+    (table,) = json.loads(out.read_text())["tables"]
+    assert table["rows"][0][:3] == ["prefill, tok/s", 400.0, None]
 
 
 def test_a_ratio_above_one_is_in_our_favour(shared: Path) -> None:
