@@ -27,6 +27,7 @@ import uvloop
 
 from benchmarks.alone import EngineAlone, engine_alone
 from benchmarks.offline import add_engine_options, engine_settings
+from benchmarks.options import above_zero, clear_errors
 from benchmarks.report import Cell, Report
 from holdfast import models
 from services.engine.batch import Step, StepResult
@@ -278,13 +279,14 @@ def main() -> None:
     """`python -m benchmarks.soak`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_options(parser)
-    parser.add_argument("--seconds", type=float, default=600.0, help="for how long requests begin")
+    parser.add_argument("--seconds", type=above_zero, default=600.0, help="for how long requests begin")
     parser.add_argument("--seed", type=int, default=0, help="of the load")
     parser.add_argument("--out", type=Path, help="a JSON file for the report")
     arguments = parser.parse_args()
-    report = uvloop.run(measure(arguments))
-    if arguments.out is not None:
-        report.save(arguments.out)
+    with clear_errors("soak"):
+        report = uvloop.run(measure(arguments))
+        if arguments.out is not None:
+            report.save(arguments.out)
 
 
 if __name__ == "__main__":
