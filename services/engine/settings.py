@@ -24,6 +24,10 @@ _USUAL = {"cpu": Capacity(64, 2048, 32), "cuda": Capacity(256, 8192, 64)}
 """By type of device."""
 
 
+MOST_RANKS = 8
+"""Over so many devices a model can be split."""
+
+
 def _kv_rules(text: str) -> str:
     kv_format.rules_of(text)
     return text
@@ -83,7 +87,7 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     scales; on a GPU they want block_size 64). Or for each layer, the first rule that names it: LAYERS=FORMAT,... with LAYERS a
     number, a range like 2..5, negative from the end, or *, as in 0..1=auto,-2..-1=auto,*=fp8_e4m3."""
     cache_blocks: Annotated[int, Field(ge=2)] | None = None
-    """KV blocks in all; by default as many as `cache_bytes` holds."""
+    """KV blocks in all; by default as many as `cache_bytes` holds, on a GPU as many as fit below `gpu_memory_share`."""
     gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Of the whole memory of a GPU, up to where the engine fills it; what is left is for others."""
     cache_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30
@@ -97,7 +101,7 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     deterministic: bool = False
     """Whether a request's tokens, greedy or seeded, must not depend on what else the engine computes. On a GPU that takes one
     kernel for every number of rows, and bfloat16, float16 or float32 throughout; on a CPU tokens are computed one by one."""
-    tensor_parallel: Annotated[int, Field(ge=1, le=8)] = 1
+    tensor_parallel: Annotated[int, Field(ge=1, le=MOST_RANKS)] = 1
     """Over how many devices of this machine each layer is split, a process for each: GPUs, or processes alone on a CPU."""
 
     def capacity(self, device_type: str) -> Capacity:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -21,8 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.errors import ConfigurationError
+from services.engine.settings import MOST_RANKS
 
 T = TypeVar("T")
+
+_COUNTS = range(1, MOST_RANKS + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,22 +70,30 @@ class Shard:
         size = -(-of // self.count)
         start = min(self.rank * size, of)
         if start == of:
-            raise ConfigurationError(f"tensor_parallel is {self.count}: too many for the model's {of} {what}")
+            fit = [count for count in _COUNTS if (count - 1) * -(-of // count) < of]
+            raise ConfigurationError(
+                f"tensor_parallel is {self.count}: too many for the model's {of} {what}, which can be shared by {_listed(fit)}"
+            )
         return Part(start, min(size, of - start), of)
 
     def even_part(self, of: int, what: str) -> Part:
         """Its part where all are equally large. Raises `ConfigurationError` if they cannot be."""
         if of % self.count:
-            raise ConfigurationError(
-                f"tensor_parallel is {self.count}, but the model's {of} {what} cannot be shared evenly by so many"
-            )
+            raise self._uneven(of, what, fit=[count for count in _COUNTS if of % count == 0])
         return self.part(of, what)
 
     def shared_part(self, of: int, what: str) -> Part:
         """As `even_part`; but where there are fewer than ranks, neighbours hold the same one."""
         if self.count % of == 0:
             return Part(self.rank * of // self.count, 1, of)
-        return self.even_part(of, what)
+        if of % self.count:
+            raise self._uneven(of, what, fit=[count for count in _COUNTS if of % count == 0 or count % of == 0])
+        return self.part(of, what)
+
+    def _uneven(self, of: int, what: str, *, fit: Sequence[int]) -> ConfigurationError:
+        return ConfigurationError(
+            f"tensor_parallel is {self.count}, but the model's {of} {what} cannot be shared evenly by so many, only by {_listed(fit)}"
+        )
 
     def once(self, value: T) -> T | None:
         """The value on the first rank, None on the others: what enters a sum a single time."""
@@ -125,6 +136,11 @@ class Shard:
             world_size=self.count,
             device_id=device if device.type == "cuda" else None,
         )
+
+
+def _listed(counts: Sequence[int]) -> str:
+    *others, last = map(str, counts)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 @contextmanager

@@ -36,16 +36,21 @@ def test_fewer_than_ranks_are_shared_by_neighbours() -> None:
 
 
 def test_what_does_not_divide_is_refused() -> None:
-    """Heads, key-value heads, and fewer places than ranks."""
+    """Heads, key-value heads, and fewer places than ranks; with the numbers of ranks that would do."""
     with pytest.raises(
-        ConfigurationError, match="tensor_parallel is 2, but the model's 9 heads cannot be shared evenly"
+        ConfigurationError,
+        match="tensor_parallel is 2, but the model's 9 heads cannot be shared evenly by so many, only by 1 or 3$",
     ):
         Shard(0, 2).even_part(9, "heads")
     with pytest.raises(
-        ConfigurationError, match="tensor_parallel is 4, but the model's 3 heads cannot be shared evenly"
+        ConfigurationError,
+        match="tensor_parallel is 4, but the model's 3 heads cannot be shared evenly by so many, only by 1, 3 or 6$",
     ):
         Shard(0, 4).shared_part(3, "heads")
-    with pytest.raises(ConfigurationError, match="tensor_parallel is 3: too many for the model's 4 experts"):
+    with pytest.raises(
+        ConfigurationError,
+        match="tensor_parallel is 3: too many for the model's 4 experts, which can be shared by 1, 2 or 4$",
+    ):
         Shard(2, 3).part(4, "experts")
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import re
 import signal
 from asyncio.subprocess import PIPE
 from pathlib import Path
 
+import pytest
+
+from tests.conftest import ROOT
 from tests.engine.ranks.processes import gone, ranks_of
 from tests.flow.test_embedded import start, until
 
@@ -42,3 +47,10 @@ async def test_ranks_do_not_outlive_their_front(stories260k: Path) -> None:
     process.kill()
     await process.communicate()
     await gone(ranks)
+
+
+@pytest.mark.parametrize("heads", ["num_attention_heads", "num_key_value_heads"])
+def test_the_default_model_can_be_split_as_the_readme_says(smollm2: Path, heads: str) -> None:
+    """The command there names no other model."""
+    (count,) = re.findall(r"`python -m services\.engine --tensor-parallel (\d+)`", (ROOT / "README.md").read_text())
+    assert json.loads((smollm2 / "config.json").read_text())[heads] % int(count) == 0
