@@ -177,8 +177,8 @@ def decode_sizes(most: int) -> list[int]:
 
 
 def token_counts(most: int) -> list[int]:
-    """The numbers of tokens to capture, rising to `most`: four to an octave, so that at most a fifth of a step is
-    nobody's."""
+    """The numbers of tokens to capture, rising to `most`: 64 at least, and from there four to an octave, so that of a
+    step of more at most a fifth is nobody's."""
     counts = [quarter << octave for octave in range(4, most.bit_length()) for quarter in (4, 5, 6, 7)]
     return [*(count for count in counts if count < most), most]
 
