@@ -62,7 +62,7 @@ def matmul(
 def tiling(outputs: int, inputs: int, padded_rows: int) -> _Tiling:
     """For so many rows of x, the most programs and then the widest tile that the columns fall into."""
     widest, stages, most_split = _TILES[padded_rows]
-    most_split = min(most_split, next(split for most, split in _SPLITS if outputs // 64 > most))
+    most_split = min(most_split, skinny.programs_for(outputs))
     columns, split = next(
         (columns, split)
         for split in (4, 2, 1)
@@ -78,10 +78,7 @@ _TILES = {16: (256, 6, 4), 32: (256, 6, 4), 64: (256, 4, 4), 128: (128, 4, 2), 2
 programs that share a tile of rows.
 
 Measured on an H200: tiles of 64 x 256 up to 64 rows and of 64 x 128 above, with 4 warps and 4 to 6 stages, were the fastest.
-Not yet measured: how many of those stages each size wants, and whether sharing still pays above 64 rows, where
+Not yet measured: how many of those stages each size wants, which matrices want how many programs (as many as in 16 bits now),
+and whether sharing still pays above 64 rows, where
 the parts that are added up are as large as the matrix.
 """
-
-_SPLITS = ((64, 1), (32, 2), (0, 4))
-"""With more tiles of rows than that, at most so many programs for each. Measured on an H200: narrow matrices want 2 to 4.
-Not yet measured: which of these want how many; it is as for 16 bits."""

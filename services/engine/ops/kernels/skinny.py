@@ -30,8 +30,13 @@ def split_of(weight_OI: Tensor) -> int | None:
     outputs, inputs = weight_OI.shape
     if weight_OI.dtype.itemsize != 2 or outputs % _ROWS:
         return None
-    split = next(split for most, split in _SPLITS if outputs // _ROWS > most)
+    split = programs_for(outputs)
     return None if inputs % (_COLUMNS * split) else split
+
+
+def programs_for(outputs: int) -> int:
+    """How many programs may share a tile of a matrix's rows."""
+    return next(split for most, split in _SPLITS if outputs // _ROWS > most)
 
 
 def counters_of(weight_OI: Tensor) -> Tensor:
