@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -28,14 +29,14 @@ MOST_RANKS = 8
 """Over so many devices a model can be split."""
 
 
-def _kv_rules(text: str) -> str:
-    kv_format.rules_of(text)
-    return text
+def _checked_by(rules_of: Callable[[str], object]) -> AfterValidator:
+    """Rules stay the text that they are given as, once that can be read."""
 
+    def checked(text: str) -> str:
+        rules_of(text)
+        return text
 
-def _weight_rules(text: str) -> str:
-    weight_format.rules_of(text)
-    return text
+    return AfterValidator(checked)
 
 
 class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
@@ -64,7 +65,7 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     """Where the model runs; auto takes cuda where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and activations; auto takes what the model's config says."""
-    quantization: Annotated[str, AfterValidator(_weight_rules)] = "none"
+    quantization: Annotated[str, _checked_by(weight_format.rules_of)] = "none"
     """How weight matrices are kept: none for as they are, fp8 for eight-bit floating point, or ordered rules
     `glob=format,...` over their names, of which the first that matches decides (`weight_format.py`)."""
     load_format: Literal["safetensors", "dummy"] = "safetensors"
@@ -82,7 +83,7 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     as the step's expected time nears it, but never less than one block."""
     block_size: Literal[16, 32, 64] | None = None
     """Tokens of a KV block; by default 32 on a CPU and 64 on a GPU."""
-    kv_cache_dtype: Annotated[str, AfterValidator(_kv_rules)] = "auto"
+    kv_cache_dtype: Annotated[str, _checked_by(kv_format.rules_of)] = "auto"
     """How keys and values are kept: auto (the model's dtype), fp8_e4m3 or int8 (half of 16 bits and a little for their
     scales; on a GPU they want block_size 64). Or for each layer, the first rule that names it: LAYERS=FORMAT,... with LAYERS a
     number, a range like 2..5, negative from the end, or *, as in 0..1=auto,-2..-1=auto,*=fp8_e4m3."""
