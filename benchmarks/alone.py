@@ -41,17 +41,17 @@ class EngineAlone:
 
     def __init__(self, settings: EngineSettings, computer: Computer, runner: Runner[Launched]) -> None:
         self.vocab_size = computer.model.vocab_size
-        self.max_model_len = computer.max_model_len
-        self.device = computer.device
+        self.max_model_len = computer.facts.max_model_len
+        self.device = computer.cache.data.device
         self.runner = runner
-        capacity = settings.capacity(computer.device.type)
+        capacity = settings.capacity(computer.facts.device)
         pool = BlockPool(
             computer.cache.num_blocks, block_size=capacity.block_size, keeps_prefixes=settings.prefix_cache
         )
         limits = Limits(
             max_sequences=capacity.max_sequences,
             max_step_tokens=capacity.max_step_tokens,
-            lookahead=computer.lookahead,
+            lookahead=computer.facts.lookahead,
             itl_target=settings.itl_target_ms / 1000,
         )
         metrics = EngineMetrics(CollectorRegistry())

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from benchmarks.options import at_least, clear_errors, engine_here, file, setting, several_settings
+from benchmarks.options import at_least, engine_here, file, run, setting, several_settings
 from benchmarks.report import Report
 from holdfast import models
 from holdfast.errors import ConfigurationError
@@ -78,9 +78,9 @@ def subject(name: str, folder: Path, settings: str, *, window: int) -> Subject:
     assert checked.block_size is not None
     blocks = checked.cache_blocks or max(2, -(-window // checked.block_size))
     computer = build(checked.model_copy(update={"cache_blocks": blocks}), folder)
-    if computer.max_model_len < window:
+    if computer.facts.max_model_len < window:
         raise ConfigurationError(
-            f"a window has {window:,} tokens, and the model takes {computer.max_model_len:,}: lower --window"
+            f"a window has {window:,} tokens, and the model takes {computer.facts.max_model_len:,}: lower --window"
         )
     return Subject(name, computer)
 
@@ -88,7 +88,7 @@ def subject(name: str, folder: Path, settings: str, *, window: int) -> Subject:
 def chunk_of(ids: Sequence[int], start: int, computer: Computer) -> Batch:
     """The batch that computes these tokens of one sequence, which has the cache's blocks in their order, and all their
     logits."""
-    cache, device, end = computer.cache, computer.device, start + len(ids)
+    cache, device, end = computer.cache, computer.cache.data.device, start + len(ids)
     positions_N = torch.arange(start, end, device=device)
     nobody = torch.zeros(len(ids), dtype=torch.int64, device=device)
     return Batch(
@@ -189,10 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, help="a JSON file for the report")
     arguments = parser.parse_args(argv)
-    with clear_errors("quality"):
-        report = measure(arguments)
-        if arguments.out is not None:
-            report.save(arguments.out)
+    run("quality", lambda: measure(arguments), out=arguments.out)
 
 
 if __name__ == "__main__":

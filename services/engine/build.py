@@ -63,24 +63,7 @@ class Computer:
     model: Model
     cache: KVCache
     runner: ModelRunner
-    max_model_len: int
-    """Most tokens of a sequence."""
-    lookahead: int
-    """How many steps to launch before the result of the oldest is waited for, that one apart."""
-    device: torch.device
-
-    @property
-    def facts(self) -> Facts:
-        """What others must know of it."""
-        return Facts(
-            vocab_size=self.model.vocab_size,
-            layout=self.cache.layout,
-            num_blocks=self.cache.num_blocks,
-            max_model_len=self.max_model_len,
-            lookahead=self.lookahead,
-            device=self.device.type,
-            implementation="native" if isinstance(self.model, Decoder) else "transformers",
-        )
+    facts: Facts
 
 
 class Took:
@@ -158,8 +141,16 @@ def build(settings: EngineSettings, folder: Path, shard: Shard = ALONE) -> Compu
         threads=torch.get_num_threads(),
         seconds=took.seconds,
     )
-    lookahead = GPU_LOOKAHEAD if device.type == "cuda" else 0
-    return Computer(model, cache, runner, max_model_len, lookahead, device)
+    facts = Facts(
+        vocab_size=model.vocab_size,
+        layout=cache.layout,
+        num_blocks=cache.num_blocks,
+        max_model_len=max_model_len,
+        lookahead=GPU_LOOKAHEAD if device.type == "cuda" else 0,
+        device=device.type,
+        implementation="native" if isinstance(model, Decoder) else "transformers",
+    )
+    return Computer(model, cache, runner, facts)
 
 
 def _runner(model: Model, cache: KVCache, state: DeviceState, *, most_tokens: int, deterministic: bool) -> ModelRunner:
@@ -173,7 +164,9 @@ def _runner(model: Model, cache: KVCache, state: DeviceState, *, most_tokens: in
 
     # The captured sampler rounds differently from the other, and which it is depends on what others want.
     wants = Wants(0) if deterministic else CAPTURED_WANTS
-    return ModelRunner(eager, Graphs(model, cache, state, sampler, most_tokens=most_tokens, captured_wants=wants))
+    return ModelRunner(
+        Graphs(model, cache, state, sampler, larger=eager, most_tokens=most_tokens, captured_wants=wants)
+    )
 
 
 def _check_deterministic(settings: EngineSettings, device: torch.device) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from services.engine.batch import Step
 from services.engine.kv_cache import KVCache
+from services.engine.model_runner import Executor
 from services.engine.models.decoder import Decoder
 from services.engine.ops.kernels import decode_attention, sampling
 from services.engine.packets import Decodes, Form, Tokens, decode_sizes, token_counts
@@ -65,7 +66,7 @@ class _Captured:
 
 
 class Graphs:
-    """Replays the steps that it `takes`; others are for the operation by operation executor."""
+    """Replays the steps that a captured one holds; larger ones are another executor's."""
 
     @torch.inference_mode()
     def __init__(
@@ -75,16 +76,18 @@ class Graphs:
         state: DeviceState,
         sampler: Sampler,
         *,
+        larger: Executor,
         most_tokens: int,
         captured_wants: Wants = CAPTURED_WANTS,
         capture: Capture | None = None,
     ) -> None:
-        """`most_tokens`: of a step, as the scheduler makes them. A row that wants more than `captured_wants` is left to the
+        """`larger` runs what is not captured. `most_tokens`: of a step, as the scheduler makes them. A row that wants more than `captured_wants` is left to the
         sampler, and those beside it too."""
         self._model = model
         self._cache = cache
         self._state = state
         self._sampler = sampler
+        self._larger = larger
         self._captured_wants = captured_wants
         self._capture = capture or CudaCapture()
         # Logits are the largest of what a step leaves: those of many rows share their place.
@@ -97,16 +100,13 @@ class Graphs:
         self._decodes = {size: self._captured(Decodes(size)) for size in reversed(self._sizes)}
         log.info("steps captured", decodes=len(self._sizes), mixed=len(self._counts))
 
-    def takes(self, step: Step) -> bool:
-        """Whether a captured step is as large."""
-        return _is_decode(step) or step.num_tokens <= self._counts[-1]
-
     def run(self, step: Step) -> Sampled | None:
-        """What the step, one that it `takes`, sampled; None where none of its works does. Valid until the next step is
-        run."""
+        """What the step sampled; None where none of its works does. Valid until the next step is run."""
+        captured = self._fitting(step)
+        if captured is None:
+            return self._larger.run(step)
         state = self._state
         state.update(step)
-        captured = self._fitting(step)
         captured.packet.copy_(self._numbers(captured.form, step), non_blocking=True)
         captured.model.replay()
         sampling = [work for work in step.works if work.samples]
@@ -124,11 +124,12 @@ class Graphs:
         numbers = form.numbers(step, spare_slot=self._state.spare_slot)
         return torch.tensor(numbers, dtype=torch.int32, pin_memory=self._state.device.type == "cuda")
 
-    def _fitting(self, step: Step) -> _Captured:
-        """The least that holds the step."""
+    def _fitting(self, step: Step) -> _Captured | None:
+        """The least that holds the step; None where none does."""
         if _is_decode(step):
             return self._decodes[self._sizes[bisect_left(self._sizes, len(step.works))]]
-        return self._mixed[self._counts[bisect_left(self._counts, step.num_tokens)]]
+        index = bisect_left(self._counts, step.num_tokens)
+        return self._mixed[self._counts[index]] if index < len(self._counts) else None
 
     def _sample(self, logits_RV: Tensor, slots: list[int], positions: list[int]) -> Sampled:
         slots_R, positions_R = on_device([slots, positions], self._state.device).unbind(0)

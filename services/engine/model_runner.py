@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,9 +23,6 @@ from services.engine.models import Model
 from services.engine.sampler import Reported, Sampled, Sampler
 from services.engine.sequence import TokenLogprobs
 from services.engine.state import DeviceState
-
-if TYPE_CHECKING:
-    from services.engine.graphs import Graphs
 
 
 class Executor(Protocol):
@@ -70,16 +67,13 @@ class Launched:
 class ModelRunner:
     """Computes steps in the order of their launches, for one thread."""
 
-    def __init__(self, executor: Executor, graphs: Graphs | None = None) -> None:
-        """`graphs` runs what it takes, the executor all else."""
+    def __init__(self, executor: Executor) -> None:
         self._executor = executor
-        self._graphs = graphs
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
         """Starts a step."""
-        graphs = self._graphs
-        sampled = graphs.run(step) if graphs is not None and graphs.takes(step) else self._executor.run(step)
+        sampled = self._executor.run(step)
         if sampled is None or sampled.token_ids_R.device.type == "cpu":
             return Launched(step, sampled, None)
         sampled = _on_host(sampled)

@@ -44,9 +44,9 @@ def test_the_cache_is_as_large_as_it_may_be(stories260k: Path) -> None:
 
 def test_sequences_are_as_long_as_model_and_cache_allow(stories260k: Path) -> None:
     """The context, or what the cache holds where that is less, or what was asked for."""
-    assert built(stories260k).max_model_len == CONTEXT
-    assert built(stories260k, cache_blocks=7).max_model_len == 7 * 16
-    assert built(stories260k, max_model_len=100).max_model_len == 100
+    assert built(stories260k).facts.max_model_len == CONTEXT
+    assert built(stories260k, cache_blocks=7).facts.max_model_len == 7 * 16
+    assert built(stories260k, max_model_len=100).facts.max_model_len == 100
 
 
 def test_a_cache_too_small_for_one_sequence_is_refused(stories260k: Path) -> None:
@@ -118,7 +118,7 @@ def test_cuda_without_a_device_is_refused(stories260k: Path) -> None:
     """And auto takes the CPU then."""
     with pytest.raises(ConfigurationError, match="PyTorch sees no CUDA device"):
         built(stories260k, device="cuda")
-    assert built(stories260k, device="auto").device.type == "cpu"
+    assert built(stories260k, device="auto").facts.device == "cpu"
 
 
 def test_dtype_and_threads_are_as_the_settings_say(stories260k: Path) -> None:

@@ -116,15 +116,17 @@ def captured(folder: Path, *, deterministic: bool = False, **options: Any) -> tu
     sampler = RowByRow(state) if deterministic else Sampler(state)
     replayed: list[str] = []
     wants = Wants(0) if deterministic else CAPTURED_WANTS
-    graphs = Graphs(model, cache, state, sampler, most_tokens=16, captured_wants=wants, capture=capture)
+    eager = Eager(model, cache, state, sampler)
+    graphs = Graphs(model, cache, state, sampler, larger=eager, most_tokens=16, captured_wants=wants, capture=capture)
     run, fitting = graphs.run, graphs._fitting
 
     def noted(step: Step) -> Sampled | None:
-        replayed.append(str(fitting(step).form))
+        if (found := fitting(step)) is not None:
+            replayed.append(str(found.form))
         return deepcopy(run(step))  # as the copy to the host, which the next step does not overtake
 
     graphs.run = noted  # type: ignore[method-assign]
-    engine.runner = ModelRunner(Eager(model, cache, state, sampler), graphs)
+    engine.runner = ModelRunner(graphs)
     return engine, replayed
 
 
