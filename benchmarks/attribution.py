@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity
 
 from benchmarks.alone import EngineAlone, engine_alone
 from benchmarks.offline import add_engine_options, engine_settings, prompts_of
-from benchmarks.options import at_least, batches, clear_errors
+from benchmarks.options import at_least, batches, run
 from benchmarks.report import Cell, Report
 from holdfast import models
 from holdfast.errors import ConfigurationError
@@ -231,10 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=at_least(FEWEST_STEPS + 1), default=64, help="tokens of each answer")
     parser.add_argument("--out", type=Path, help="a JSON file for the report")
     arguments = parser.parse_args(argv)
-    with clear_errors("attribution"):
-        report = uvloop.run(measure(arguments))
-        if arguments.out is not None:
-            report.save(arguments.out)
+    run("attribution", lambda: uvloop.run(measure(arguments)), out=arguments.out)
 
 
 if __name__ == "__main__":

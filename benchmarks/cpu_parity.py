@@ -31,7 +31,7 @@ import transformers
 import uvloop
 
 from benchmarks.alone import EngineAlone, engine_alone
-from benchmarks.options import at_least, batches, clear_errors
+from benchmarks.options import at_least, batches, run
 from benchmarks.report import Report
 from holdfast import models
 
@@ -215,10 +215,7 @@ def main() -> None:
     parser.add_argument("--threads", type=at_least(1), help="of both; by default one for each core")
     parser.add_argument("--out", type=Path, help="a JSON file for the report")
     arguments = parser.parse_args()
-    with clear_errors("cpu_parity"):
-        report = uvloop.run(compare(arguments))
-        if arguments.out is not None:
-            report.save(arguments.out)
+    run("cpu_parity", lambda: uvloop.run(compare(arguments)), out=arguments.out)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch
 import uvloop
 
 from benchmarks.alone import EngineAlone, engine_alone
-from benchmarks.options import above_zero, at_least, batches, clear_errors, setting, workloads
+from benchmarks.options import above_zero, at_least, batches, run, setting, workloads
 from benchmarks.report import Report
 from holdfast import models
 
@@ -180,10 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", type=above_zero, default=1.0, help="what all lengths are multiplied with")
     parser.add_argument("--out", type=Path, help="a JSON file for the report")
     arguments = parser.parse_args(argv)
-    with clear_errors("offline"):
-        report = uvloop.run(measure(arguments))
-        if arguments.out is not None:
-            report.save(arguments.out)
+    run("offline", lambda: uvloop.run(measure(arguments)), out=arguments.out)
 
 
 if __name__ == "__main__":

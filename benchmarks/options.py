@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from benchmarks.report import Report
 from holdfast.errors import ConfigurationError, HoldfastError
 from services.engine.settings import EngineSettings
 
@@ -87,6 +88,14 @@ def engine_here(folder: Path, given: Mapping[str, object]) -> EngineSettings:
             f"tensor_parallel is {checked.tensor_parallel}, but this benchmark's engine computes in one process: leave it at 1"
         )
     return checked
+
+
+def run(name: str, measure: Callable[[], Report], *, out: Path | None) -> None:
+    """Measures, and keeps the report in a file where there is one."""
+    with clear_errors(name):
+        report = measure()
+        if out is not None:
+            report.save(out)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ import uvloop
 
 from benchmarks.alone import EngineAlone, engine_alone
 from benchmarks.offline import add_engine_options, engine_settings
-from benchmarks.options import above_zero, clear_errors
+from benchmarks.options import above_zero, run
 from benchmarks.report import Cell, Report
 from holdfast import models
 from services.engine.batch import Step, StepResult
@@ -283,10 +283,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the load")
     parser.add_argument("--out", type=Path, help="a JSON file for the report")
     arguments = parser.parse_args()
-    with clear_errors("soak"):
-        report = uvloop.run(measure(arguments))
-        if arguments.out is not None:
-            report.save(arguments.out)
+    run("soak", lambda: uvloop.run(measure(arguments)), out=arguments.out)
 
 
 if __name__ == "__main__":
