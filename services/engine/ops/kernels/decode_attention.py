@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kv_cache import KVCache
-from services.engine.ops.kernels import kv_quant
+from services.engine.ops.kernels import kv_quant, softmax
 from services.engine.ops.kernels.overlap import overlapped, wait
 
 LOG2_E = 1.4426950408889634
@@ -343,13 +343,8 @@ def _attend_item(
             keys = tl.load(kv + base[:, None] + place[None, :], mask=held_here, other=0.0)
             values = tl.load(kv + v_stride + base[:, None] + place[None, :], mask=held_here, other=0.0)
             scores = tl.dot(queries, keys.T, input_precision=PRECISION) * scale
-            scores = tl.where(seen[None, :], scores, -1e30)
-            higher = tl.maximum(peak, tl.max(scores, 1))
-            weights = tl.where(seen[None, :], tl.exp2(scores - higher[:, None]), 0.0)
-            fade = tl.exp2(peak - higher)
-            total = total * fade + tl.sum(weights, 1)
+            peak, total, weights, fade = softmax.take_in(scores, seen[None, :], peak, total, True)
             found = found * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
-            peak = higher
     if scales is not None:
         found = found * unit
     if num_chunks == 1:

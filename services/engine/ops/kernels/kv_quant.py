@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from services.engine.ops.kernels import softmax
 from services.engine.ops.kv_quant import SMALLEST
 
 _SMALLEST = tl.constexpr(SMALLEST)
@@ -108,17 +109,10 @@ def take_in(
     them, and in which unit. `scale` is of a row; `seen` is looked at where some keys are hidden, whose scales are 0."""
     scores = tl.dot(queries, widened(keys, queries.dtype).T, input_precision=PRECISION)
     scores = scores * scale[:, None] * key_scales[None, :]
-    if SOME_HIDDEN:
-        scores = tl.where(seen, scores, -1e30)
-    higher = tl.maximum(peak, tl.max(scores, 1))
-    weights = tl.exp2(scores - higher[:, None])
-    if SOME_HIDDEN:
-        weights = tl.where(seen, weights, 0.0)
-    fade = tl.exp2(peak - higher)
-    total = total * fade + tl.sum(weights, 1)
+    peak, total, weights, fade = softmax.take_in(scores, seen, peak, total, SOME_HIDDEN)
     # At most 2^15 of them, which float16 holds, and a billionth of that with all its places.
     larger = tl.maximum(unit, tl.max(value_scales, 0) * 2**-15)
     weights = weights * (value_scales / larger)[None, :]
     found = found * (fade * (unit / larger))[:, None]
     found = tl.dot(weights.to(queries.dtype), widened(values, queries.dtype), found, input_precision=PRECISION)
-    return higher, total, found, larger
+    return peak, total, found, larger

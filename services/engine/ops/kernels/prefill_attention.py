@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kv_cache import KVCache
-from services.engine.ops.kernels import kv_quant
+from services.engine.ops.kernels import kv_quant, softmax
 from services.engine.ops.kernels.decode_attention import LOG2_E, number_items
 
 
@@ -271,13 +271,6 @@ def _take_in(
     """One more tile: the highest score of each row so far, the sum of its weights, and what it found by them. `seen` is
     looked at where some keys are hidden."""
     scores = tl.dot(queries, keys.T, input_precision=PRECISION) * scale
-    if SOME_HIDDEN:
-        scores = tl.where(seen, scores, -1e30)
-    higher = tl.maximum(peak, tl.max(scores, 1))
-    weights = tl.exp2(scores - higher[:, None])
-    if SOME_HIDDEN:
-        weights = tl.where(seen, weights, 0.0)
-    fade = tl.exp2(peak - higher)
-    total = total * fade + tl.sum(weights, 1)
+    peak, total, weights, fade = softmax.take_in(scores, seen, peak, total, SOME_HIDDEN)
     found = tl.dot(weights.to(values.dtype), values, found * fade[:, None], input_precision=PRECISION)
-    return higher, total, found
+    return peak, total, found

@@ -1,0 +1,22 @@
+"""The softmax over keys that come a tile at a time (Milakov and Gimelshein 2018, "Online normalizer calculation for
+softmax"), to base 2."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def take_in(scores, seen, peak, total, SOME_HIDDEN: tl.constexpr):
+    """One more tile of scores: the highest of each row so far, the sum of its weights, the tile's weights, and what
+    those before are to be multiplied with. `seen` is looked at where some keys are hidden."""
+    if SOME_HIDDEN:
+        scores = tl.where(seen, scores, -1e30)
+    higher = tl.maximum(peak, tl.max(scores, 1))
+    weights = tl.exp2(scores - higher[:, None])
+    if SOME_HIDDEN:
+        weights = tl.where(seen, weights, 0.0)
+    fade = tl.exp2(peak - higher)
+    total = total * fade + tl.sum(weights, 1)
+    return higher, total, weights, fade
