@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import structlog
 
-from holdfast import topics
 from holdfast.errors import ConfigurationError, InternalError
 from holdfast.memory import MemoryBus
 from holdfast.v1 import generation_pb2 as pb
@@ -28,17 +27,10 @@ from services.engine.settings import EngineSettings
 from tests.engine.ranks.processes import gone, ranks_of
 from tests.engine.records import answers, publish
 from tests.engine.slots import sequence
-from tests.engine.test_end_to_end import BOS, engine, published, story
+from tests.engine.test_end_to_end import BOS, bus, engine, published, story
 from tests.engine.test_offload import metric, store_address
 
-__all__ = ["published"]  # a fixture
-
-
-@pytest.fixture
-async def bus() -> AsyncIterator[MemoryBus]:
-    async with MemoryBus() as opened:
-        await opened.create_topics(topics.TOPICS)
-        yield opened
+__all__ = ["bus", "published"]  # fixtures
 
 
 @asynccontextmanager
