@@ -61,7 +61,7 @@ def test_a_mixture_of_experts_says_captured_what_it_says_uncaptured(
     """In float32, nine at a time: in graphs, and operation by operation."""
     (tmp_path / "config.json").write_text(json.dumps(MIXTURE))
     captured = answers(tmp_path, 9, dtype="float32", load_format="dummy")
-    monkeypatch.setattr("services.engine.graphs.Graphs.takes", lambda self, step: False)
+    monkeypatch.setattr("services.engine.graphs.Graphs._fitting", lambda self, step: None)
     assert answers(tmp_path, 9, dtype="float32", load_format="dummy") == captured
     assert len(set(captured[0])) > 1
 
