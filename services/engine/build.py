@@ -249,8 +249,6 @@ def _gpu_room(
         most = {"num_slots": capacity.max_sequences, "most_tokens": capacity.max_step_tokens}
         captured = memory.captured_bytes(
             step=step,
-            largest=largest,
-            most_tokens=graphs.MOST_TOKENS,
             forms=graphs.num_forms(**most),
             logits_rows=graphs.logits_rows(**most),
             vocab_size=model.vocab_size,

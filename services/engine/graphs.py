@@ -2,8 +2,8 @@
 
 So the host launches step after step without having seen a token, and an operation costs it nothing. The model and the
 sampler are two graphs: rows that want more than a temperature are sampled operation by operation from the logits that the
-first one leaves. Steps of more tokens than `MOST_TOKENS` run operation by operation as a whole: their kernels are long
-enough to hide their launches.
+first one leaves. Beyond `MOST_TOKENS` there is one form more, of as many tokens as a step may have: with prompts waiting,
+the scheduler fills steps up to just that. What lies between runs operation by operation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ log = structlog.stdlib.get_logger(__name__)
 T = TypeVar("T")
 
 MOST_TOKENS = 2048
-"""Of a captured step with prefill."""
+"""Up to here there is a form for every number of tokens. Beyond it most steps are full ones."""
+
+FULL = 7 / 8
+"""How much of the form beyond `MOST_TOKENS` a step must fill to take it. For 8,192 tokens a GPU takes 17 ms, and the host 9.5 to
+14.5 to launch them operation by operation (Qwen3-0.6B, an H200). So what is nobody's costs 2 ms at most; and a step of less
+than this would, even behind a busy host, be done sooner by itself than as a full one."""
 
 FEW_ROWS = 32
 """Logits of so many rows have a place of their own."""
@@ -66,7 +71,7 @@ class _Captured:
 
 
 class Graphs:
-    """Replays the steps that a captured one holds; larger ones are another executor's."""
+    """Replays the steps that fill a captured one; other large ones are another executor's."""
 
     @torch.inference_mode()
     def __init__(
@@ -81,8 +86,8 @@ class Graphs:
         captured_wants: Wants = CAPTURED_WANTS,
         capture: Capture | None = None,
     ) -> None:
-        """`larger` runs what is not captured. `most_tokens`: of a step, as the scheduler makes them. A row that wants more than `captured_wants` is left to the
-        sampler, and those beside it too."""
+        """`larger` runs what is not captured. `most_tokens`: of any step, as the scheduler makes them. A row that wants more than
+        `captured_wants` is left to the sampler, and those beside it too."""
         self._model = model
         self._cache = cache
         self._state = state
@@ -94,7 +99,7 @@ class Graphs:
         self._logits_RV = torch.empty((state.num_slots, model.vocab_size), dtype=torch.float32, device=state.device)
         state.block_tables[state.spare_slot] = cache.spare_block
         # The largest first: the others find room in the memory that it leaves.
-        self._counts = token_counts(min(most_tokens, MOST_TOKENS))
+        self._counts = captured_counts(most_tokens)
         self._mixed = {count: self._captured(Tokens(count, state.num_slots)) for count in reversed(self._counts)}
         self._sizes = decode_sizes(state.num_slots)
         self._decodes = {size: self._captured(Decodes(size)) for size in reversed(self._sizes)}
@@ -125,11 +130,12 @@ class Graphs:
         return torch.tensor(numbers, dtype=torch.int32, pin_memory=self._state.device.type == "cuda")
 
     def _fitting(self, step: Step) -> _Captured | None:
-        """The least that holds the step; None where none does."""
+        """The least that holds the step; None where too much of it would be nobody's."""
         if _is_decode(step):
             return self._decodes[self._sizes[bisect_left(self._sizes, len(step.works))]]
-        index = bisect_left(self._counts, step.num_tokens)
-        return self._mixed[self._counts[index]] if index < len(self._counts) else None
+        num_tokens = step.num_tokens
+        count = self._counts[bisect_left(self._counts, num_tokens)]
+        return self._mixed[count] if num_tokens <= MOST_TOKENS or num_tokens >= FULL * count else None
 
     def _sample(self, logits_RV: Tensor, slots: list[int], positions: list[int]) -> Sampled:
         slots_R, positions_R = on_device([slots, positions], self._state.device).unbind(0)
@@ -182,6 +188,12 @@ class CudaCapture:
         return result, graph
 
 
+def captured_counts(most_tokens: int) -> list[int]:
+    """The numbers of tokens of captured steps with prefill, rising."""
+    counts = token_counts(min(most_tokens, MOST_TOKENS))
+    return counts if most_tokens in counts else [*counts, most_tokens]
+
+
 def num_forms(*, num_slots: int, most_tokens: int) -> int:
     """How many steps are captured."""
     return len(_rows(num_slots, most_tokens))
@@ -202,8 +214,7 @@ def scratch_bytes(*, num_slots: int, max_len: int, heads: int, head_dim: int) ->
 
 def _rows(num_slots: int, most_tokens: int) -> list[int]:
     """How many rows each form samples."""
-    counts = token_counts(min(most_tokens, MOST_TOKENS))
-    return decode_sizes(num_slots) + [min(count, num_slots) for count in counts]
+    return decode_sizes(num_slots) + [min(count, num_slots) for count in captured_counts(most_tokens)]
 
 
 def _is_decode(step: Step) -> bool:

@@ -108,13 +108,11 @@ def room_for_cache(*, free: int, total: int, share: float, step: int, captured: 
     return max(0, free - round(total * (1 - share)) - step - captured - slots)
 
 
-def captured_bytes(
-    *, step: int, largest: Largest, most_tokens: int, forms: int, logits_rows: int, vocab_size: int
-) -> int:
-    """Bytes that captured steps take, the largest of which has `most_tokens`: memory that all compute in, `logits_rows` of
-    logits in all, and what each of the forms takes by itself."""
-    computing = step * min(1.0, most_tokens / largest.num_tokens)
-    return int(computing) + 4 * logits_rows * vocab_size + forms * FORM_BYTES
+def captured_bytes(*, step: int, forms: int, logits_rows: int, vocab_size: int) -> int:
+    """Bytes that captured steps take: memory that all compute in, `logits_rows` of logits in all, and what each of the
+    forms takes by itself. The largest step is captured too, and its memory stays with the graphs: they hold a `step` beside that of
+    the steps that are not replayed."""
+    return step + 4 * logits_rows * vocab_size + forms * FORM_BYTES
 
 
 def slot_bytes(*, num_slots: int, max_len: int, block_size: int) -> int:

@@ -5,7 +5,8 @@ where the next step finds them; the host need not have seen them. `collect` wait
 device that works by itself may be given the next step before the last one is collected; on a CPU `launch` does it all.
 
 How a step is computed is an executor's business. `Eager` runs any step on any device, operation by operation; on a GPU
-`Graphs` replays those that it has captured: decodes alone, and prefill beside them or not up to `MOST_TOKENS` tokens.
+`Graphs` replays those that it has captured: decodes alone, and prefill beside them or not, up to `MOST_TOKENS` tokens or in
+full steps.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from services.engine import models
+from services.engine import graphs, models
 from services.engine.batch import Step, Work
-from services.engine.graphs import CAPTURED_WANTS, Graphs, Replay
+from services.engine.graphs import CAPTURED_WANTS, Graphs, Replay, captured_counts
 from services.engine.model_runner import Eager, ModelRunner
 from services.engine.models.decoder import Decoder
 from services.engine.ops.kernels import activation, gemv, norm, overlap, quantize, scaled
@@ -33,6 +33,8 @@ pytestmark = [
 
 T = TypeVar("T")
 NUM_SLOTS = 4
+MOST_TOKENS = 16
+"""Larger steps are replayed if they are full ones."""
 MIXTURE = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "vocab_size": 30,
@@ -98,16 +100,19 @@ def _mm(a: torch.Tensor, b: torch.Tensor, *, out_dtype: torch.dtype, out: torch.
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor is taken for one of a GPU, whose kernels are interpreted."""
+    """Every tensor is taken for one of a GPU, whose kernels are interpreted; and few tokens make a large step."""
+    monkeypatch.setattr(graphs, "MOST_TOKENS", MOST_TOKENS)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
     monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda _: False))
     monkeypatch.setattr(overlap, "_is_able", lambda _: False)
     monkeypatch.setattr(torch, "mm", _mm)
 
 
-def captured(folder: Path, *, deterministic: bool = False, **options: Any) -> tuple[Engine, list[str]]:
-    """An engine whose steps are replayed, and what each step was replayed as."""
-    engine = Engine(folder, max_sequences=NUM_SLOTS, max_model_len=64, **options)
+def captured(
+    folder: Path, *, max_step_tokens: int = 20, deterministic: bool = False, **options: Any
+) -> tuple[Engine, list[str]]:
+    """An engine whose steps are replayed, and what each step was replayed as: a form, or `operations`."""
+    engine = Engine(folder, max_sequences=NUM_SLOTS, max_model_len=64, max_step_tokens=max_step_tokens, **options)
     model, cache = engine.model, engine.cache
     if deterministic:
         model = models.load(folder, dtype=cache.shape.dtype, invariant=True)
@@ -117,16 +122,19 @@ def captured(folder: Path, *, deterministic: bool = False, **options: Any) -> tu
     replayed: list[str] = []
     wants = Wants(0) if deterministic else CAPTURED_WANTS
     eager = Eager(model, cache, state, sampler)
-    graphs = Graphs(model, cache, state, sampler, larger=eager, most_tokens=16, captured_wants=wants, capture=capture)
-    run, fitting = graphs.run, graphs._fitting
+    executor = Graphs(
+        model, cache, state, sampler,
+        larger=eager, most_tokens=max_step_tokens, captured_wants=wants, capture=capture,
+    )  # fmt: skip
+    run, fitting = executor.run, executor._fitting
 
     def noted(step: Step) -> Sampled | None:
-        if (found := fitting(step)) is not None:
-            replayed.append(str(found.form))
+        found = fitting(step)
+        replayed.append("operations" if found is None else str(found.form))
         return deepcopy(run(step))  # as the copy to the host, which the next step does not overtake
 
-    graphs.run = noted  # type: ignore[method-assign]
-    engine.runner = ModelRunner(graphs)
+    executor.run = noted  # type: ignore[method-assign]
+    engine.runner = ModelRunner(executor)
     return engine, replayed
 
 
@@ -136,31 +144,37 @@ def asked(prompt_ids: list[int], max_tokens: int, **sampling: float) -> Sequence
 
 
 def requests() -> list[Sequence]:
-    """Greedy, drawn, and one that the captured sampler does not know; prompts longer than a captured step."""
+    """Greedy, drawn, and one that the captured sampler does not know; prompts that make a large step, full or not."""
     story = [1, 403, 407, 261, 378, 398, 285, 322, 421, 395, 426, 338, 266, 298, 270, 273, 413, 302, 260, 413, 270]
     return [
         asked(story[:1], 6),
         asked(story, 4),
         asked(story[:3], 5, temperature=0.8),
         asked(story[:5], 5, temperature=1.0, top_p=0.9),
-        asked(story[:18], 3),
+        asked(story[3:], 3),
     ]
 
 
 @pytest.mark.parametrize(
-    ("rules", "some"), [("auto", slice(5)), ("0=auto,-1=int8,fp8_e4m3", slice(1, 3))], ids=["auto", "8 bits"]
+    ("rules", "some", "kinds"),
+    [
+        ("auto", slice(5), {"Decodes", "Tokens", "operations"}),
+        ("0=auto,-1=int8,fp8_e4m3", slice(1, 3), {"Decodes", "Tokens"}),
+    ],
+    ids=["auto", "8 bits"],
 )
 def test_replayed_steps_say_what_operations_say(
-    rules: str, some: slice, stories260k: Path, request: pytest.FixtureRequest
+    rules: str, some: slice, kinds: set[str], stories260k: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Decodes, chunks beside them, chunks that sample nothing, and steps too large to be captured: in float32 every token is
-    that of the reference."""
-    options: dict[str, Any] = {"lookahead": 2, "max_step_tokens": 20, "num_blocks": 30, "kv_cache_dtype": rules}
+    """Decodes, chunks beside them, chunks that sample nothing, full steps, and such as are too large for another form: in
+    float32 every token is that of the reference."""
+    options: dict[str, Any] = {"lookahead": 2, "max_step_tokens": 26, "num_blocks": 30, "kv_cache_dtype": rules}
     expected = Engine(stories260k, max_sequences=NUM_SLOTS, **options).run(*requests()[some])
     request.getfixturevalue("kernels")
     engine, replayed = captured(stories260k, **options)
     assert engine.run(*requests()[some]) == expected
-    assert {form.split("(")[0] for form in replayed} == {"Decodes", "Tokens"}
+    assert replayed[0] == "Tokens(count=26, num_slots=4)"
+    assert {form.split("(")[0] for form in replayed} == kinds
 
 
 def test_replayed_steps_send_tokens_to_their_experts(tmp_path: Path, request: pytest.FixtureRequest) -> None:
@@ -244,12 +258,12 @@ def _noting_rows(launch: Callable[..., object], names: set[str]) -> Callable[...
 def test_deterministic_steps_round_alike_whatever_is_computed_beside(
     tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """In float16, as chunks of a replayed step or of one that is not, or thrown out: tokens and log-probabilities
+    """In float16, as chunks of a full step, of a small one or of one that is not replayed, or thrown out: tokens and log-probabilities
     are those of sequences that ran alone, to the last bit."""
     (tmp_path / "config.json").write_text(json.dumps(TILED))
     save_file(tiled(), tmp_path / "model.safetensors")
     request.getfixturevalue("kernels")
-    options: dict[str, Any] = {"lookahead": 2, "dtype": "float16", "deterministic": True, "max_step_tokens": 20}
+    options: dict[str, Any] = {"lookahead": 2, "dtype": "float16", "deterministic": True, "max_step_tokens": 24}
     expected, found = (
         [
             with_logprobs(asked([(7 * i) % 60 for i in range(20)], 15)),
@@ -257,13 +271,14 @@ def test_deterministic_steps_round_alike_whatever_is_computed_beside(
         ]
         for _ in range(2)
     )
-    alone, _ = captured(tmp_path, num_blocks=30, prefix_cache=False, **options)
+    alone, replayed_alone = captured(tmp_path, num_blocks=30, prefix_cache=False, **options)
     for each in expected:
         alone.run(each)
     together, replayed = captured(tmp_path, num_blocks=4, **options)
     together.run(*found)
     assert [told(each) for each in found] == [told(each) for each in expected]
-    assert {form.split("(")[0] for form in replayed} == {"Decodes", "Tokens"}
+    assert set(replayed_alone) == {"operations", "Tokens(count=16, num_slots=4)", "Decodes(size=1)"}
+    assert {"Tokens(count=24, num_slots=4)", "Tokens(count=16, num_slots=4)", "Decodes(size=2)"} < set(replayed)
     assert together.scheduler.totals.num_preemptions > 0
 
 
@@ -331,6 +346,13 @@ def test_forms_grow_up_to_the_largest_step() -> None:
     counts = token_counts(2048)
     assert (counts[0], counts[-1]) == (64, 2048)
     assert all(following <= previous * 1.25 for previous, following in pairwise(counts))
+
+
+def test_beyond_them_only_the_full_step_is_captured() -> None:
+    """Where steps may be that large."""
+    assert captured_counts(100) == token_counts(100)
+    assert captured_counts(2048) == token_counts(2048)
+    assert captured_counts(8192) == [*token_counts(2048), 8192]
 
 
 def test_a_packet_names_nobody_beyond_its_step() -> None:
