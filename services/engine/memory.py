@@ -74,8 +74,8 @@ class Largest:
 
 
 @torch.inference_mode()
-def run_largest(model: Model, largest: Largest, *, formats: Seq[KVFormat], device: torch.device) -> None:
-    """Computes the largest step, and forgets it."""
+def run_largest(model: Model, largest: Largest, *, formats: Seq[KVFormat], device: torch.device) -> int:
+    """Computes the largest step, and forgets it. Returns the bytes that its keys and values took."""
     cache = KVCache(
         model.kv_shape,
         num_blocks=largest.num_blocks,
@@ -88,18 +88,19 @@ def run_largest(model: Model, largest: Largest, *, formats: Seq[KVFormat], devic
         num_slots=largest.num_works, max_len=largest.longest + 1, block_size=largest.block_size, device=device
     )
     Eager(model, cache, state, Sampler(state)).run(largest.step())
+    return cache.data.nbytes
 
 
 def step_bytes(model: Model, largest: Largest, *, formats: Seq[KVFormat], device: torch.device) -> int:
-    """Bytes of a GPU that the largest step takes beside the weights, its few keys and values among them."""
+    """Bytes of a GPU that the largest step takes beside weights, keys and values."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
-    run_largest(model, largest, formats=formats, device=device)
+    keys_and_values = run_largest(model, largest, formats=formats, device=device)
     torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_reserved(device) - before
+    taken = torch.cuda.max_memory_reserved(device) - before - keys_and_values
     torch.cuda.empty_cache()
-    return peak
+    return taken
 
 
 def room_for_cache(*, free: int, total: int, share: float, step: int, captured: int, slots: int) -> int:

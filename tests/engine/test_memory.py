@@ -29,7 +29,8 @@ def test_the_largest_step_has_every_token_and_every_sequence_that_there_may_be(n
 
 
 def test_the_largest_step_is_computed(stories260k: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a real model, in a cache of 8 bits too; the model is given all of it, and the sampler everything to do."""
+    """By a real model, in a cache of 8 bits too; the model is given all of it, and the sampler everything to do. Its keys and
+    values are told, for they have room of their own."""
     model = models.load(stories260k)
     seen: list[tuple[int, int]] = []
     forward = model.forward
@@ -39,9 +40,11 @@ def test_the_largest_step_is_computed(stories260k: Path, monkeypatch: pytest.Mon
         return forward(batch, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(model, "forward", watched)
-    for format in ("auto", "int8"):
-        formats = formats_of(format, num_layers=model.kv_shape.layers)
-        run_largest(model, Largest(100, 7, block_size=32), formats=formats, device=torch.device("cpu"))
+    shape, num_tokens = model.kv_shape, (7 + 1) * 32  # a block for each sequence, and the spare one
+    for format, head_bytes in (("auto", 4 * shape.head_dim), ("int8", shape.head_dim + 4)):
+        formats = formats_of(format, num_layers=shape.layers)
+        kept = run_largest(model, Largest(100, 7, block_size=32), formats=formats, device=torch.device("cpu"))
+        assert kept == num_tokens * shape.layers * 2 * shape.kv_heads * head_bytes
     assert seen == [(100, 7), (100, 7)]
 
 
