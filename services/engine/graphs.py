@@ -126,8 +126,8 @@ class Graphs:
 
     def _numbers(self, form: Form, step: Step) -> Tensor:
         """The step's packet, where a GPU may fetch it by itself."""
-        numbers = form.numbers(step, spare_slot=self._state.spare_slot)
-        return torch.tensor(numbers, dtype=torch.int32, pin_memory=self._state.device.type == "cuda")
+        numbers = torch.from_numpy(form.numbers(step, spare_slot=self._state.spare_slot))
+        return numbers.pin_memory() if self._state.device.type == "cuda" else numbers
 
     def _fitting(self, step: Step) -> _Captured | None:
         """The least that holds the step; None where too much of it would be nobody's."""

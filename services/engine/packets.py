@@ -9,11 +9,12 @@ Shapes: S works of the form, N tokens of the form.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import chain
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from services.engine.batch import Step
@@ -35,8 +36,8 @@ class Form(Protocol):
         """Of its packet."""
         ...
 
-    def numbers(self, step: Step, *, spare_slot: int) -> list[list[int]]:
-        """The packet's rows."""
+    def numbers(self, step: Step, *, spare_slot: int) -> NDArray[np.int32]:
+        """The packet."""
         ...
 
     def batch(self, packet: Tensor, state: DeviceState, *, spare_block: int) -> Batch:
@@ -60,12 +61,12 @@ class Decodes:
         """A number for each sequence."""
         return _aligned(self.size)
 
-    def numbers(self, step: Step, *, spare_slot: int) -> list[list[int]]:
+    def numbers(self, step: Step, *, spare_slot: int) -> NDArray[np.int32]:
         """As `Form.numbers`."""
-        return [
-            _filled([work.slot for work in step.works], self.width, spare_slot),
-            _filled([work.start for work in step.works], self.width, 0),
-        ]
+        packet = np.zeros((self.rows, self.width), np.int32)
+        packet[0] = spare_slot
+        packet[:, : len(step.works)] = _columns(step)[:2]
+        return packet
 
     def batch(self, packet: Tensor, state: DeviceState, *, spare_block: int) -> Batch:
         """As `Form.batch`. A row that is nobody's is a first token in the spare slot."""
@@ -113,20 +114,21 @@ class Tokens:
         """A number for each work, and one more for where the last one's tokens end."""
         return _aligned(self.num_works + 1)
 
-    def numbers(self, step: Step, *, spare_slot: int) -> list[list[int]]:
+    def numbers(self, step: Step, *, spare_slot: int) -> NDArray[np.int32]:
         """As `Form.numbers`."""
-        works, width = step.works, self.width
-        ends = list(accumulate(work.count for work in works))
-        sampling = [(end - 1, work.slot, work.end) for end, work in zip(ends, works, strict=True) if work.samples]
-        return [
-            _filled([work.slot for work in works], width, spare_slot),
-            _filled([work.start for work in works], width, 0),
-            _filled([0, *ends], width, ends[-1]),
-            _filled([row for row, _, _ in sampling], width, 0),
-            _filled([slot for _, slot, _ in sampling], width, spare_slot),
-            _filled([position for _, _, position in sampling], width, 0),
-            _filled([step.num_decodes], width, 0),
-        ]
+        slots, starts, counts, samples = _columns(step)
+        ends, (sampling,) = counts.cumsum(), samples.nonzero()
+        packet = np.zeros((self.rows, self.width), np.int32)
+        packet[0] = packet[4] = spare_slot
+        packet[2, 1:] = ends[-1]
+        packet[0, : len(slots)] = slots
+        packet[1, : len(slots)] = starts
+        packet[2, 1 : len(slots) + 1] = ends
+        packet[3, : len(sampling)] = ends[sampling] - 1
+        packet[4, : len(sampling)] = slots[sampling]
+        packet[5, : len(sampling)] = (starts + counts)[sampling]
+        packet[6, 0] = step.num_decodes
+        return packet
 
     def batch(self, packet: Tensor, state: DeviceState, *, spare_block: int) -> Batch:
         """As `Form.batch`. A token that is nobody's belongs to no work: nothing attends for it."""
@@ -188,5 +190,7 @@ def _aligned(width: int) -> int:
     return -(-width // 4) * 4
 
 
-def _filled(numbers: Seq[int], width: int, filler: int) -> list[int]:
-    return [*numbers, *[filler] * (width - len(numbers))]
+def _columns(step: Step) -> NDArray[np.int32]:
+    """Slots, starts, counts of the works, and whether they sample."""
+    numbers = np.fromiter(chain.from_iterable(step.works), np.int32, count=4 * len(step.works))
+    return numbers.reshape(-1, 4).T

@@ -358,11 +358,11 @@ def test_beyond_them_only_the_full_step_is_captured() -> None:
 def test_a_packet_names_nobody_beyond_its_step() -> None:
     """Works that are not there have no tokens, and what is sampled for them is the spare slot's."""
     step = Step(1, (Work(3, 7, 1, True), Work(0, 10, 4, False), Work(2, 0, 2, True)))
-    slots, starts, ends, rows, to, at, decodes = Tokens(16, 5).numbers(step, spare_slot=9)
+    slots, starts, ends, rows, to, at, decodes = Tokens(16, 5).numbers(step, spare_slot=9).tolist()
     assert slots[:5] == [3, 0, 2, 9, 9]
     assert starts[:3] == [7, 10, 0]
-    assert ends[:6] == [0, 1, 5, 7, 7, 7]
+    assert ends == [0, 1, 5, 7, 7, 7, 7, 7]
     assert (rows[:2], to[:5], at[:2]) == ([0, 6], [3, 2, 9, 9, 9], [8, 2])
     assert decodes[0] == 1
     decode = Step(2, (Work(3, 8, 1, True),))
-    assert Decodes(2).numbers(decode, spare_slot=9) == [[3, 9, 9, 9], [8, 0, 0, 0]]
+    assert Decodes(2).numbers(decode, spare_slot=9).tolist() == [[3, 9, 9, 9], [8, 0, 0, 0]]
