@@ -106,16 +106,18 @@ def test_a_cancelled_sequence_leaves_the_others_alone(stories260k: Path, device:
     assert scheduler.num_held == scheduler.pool.num_active == 0
 
 
-def test_captured_steps_say_what_operations_say(
-    stories260k: Path, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_captured_steps_say_what_operations_say(stories260k: Path, device: str) -> None:
     """Chunks beside decodes among them."""
     if device != "cuda":
         pytest.skip("nothing is captured on a CPU")
+    from tests.engine.executors import captured, uncaptured  # needs Triton
+
     found, expected = wishes(), wishes()
-    engine(stories260k, device, max_step_tokens=23).run(*found)
-    monkeypatch.setattr("services.engine.graphs.Graphs._fitting", lambda self, step: None)
-    engine(stories260k, device, max_step_tokens=23).run(*expected)
+    for alone, asked in ((captured, found), (uncaptured, expected)):
+        running = engine(stories260k, device, max_step_tokens=23)
+        running.runner = alone(running.runner)
+        running.run(*asked)
+        assert any(decodes and chunks for decodes, chunks in running.shapes)
     check_alike(found, expected)
 
 

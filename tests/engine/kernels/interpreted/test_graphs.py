@@ -24,6 +24,7 @@ from services.engine.packets import Decodes, Tokens, decode_sizes, token_counts
 from services.engine.sampler import RowByRow, Sampled, Sampler
 from services.engine.sequence import SamplingParams, Sequence, StopRules
 from services.engine.state import DeviceState, Wants
+from tests.engine import executors
 from tests.engine.test_model_runner import Engine
 
 pytestmark = [
@@ -175,6 +176,21 @@ def test_replayed_steps_say_what_operations_say(
     assert engine.run(*requests()[some]) == expected
     assert replayed[0] == "Tokens(count=26, num_slots=4)"
     assert {form.split("(")[0] for form in replayed} == kinds
+
+
+def test_either_way_can_be_taken_alone(stories260k: Path, kernels: None) -> None:
+    """As tests on a GPU compare them: no step runs operation by operation, or every one does."""
+    short, long = asked([1, 403, 407], 3), asked([1] * 17, 3)
+    found, replayed = captured(stories260k)
+    found.runner = executors.captured(found.runner)
+    found.run(short)
+    assert replayed == ["Tokens(count=16, num_slots=4)", *["Decodes(size=1)"] * 2]
+    with pytest.raises(AssertionError, match="no graph holds"):
+        found.run(long)
+    expected, replayed = captured(stories260k)
+    expected.runner = executors.uncaptured(expected.runner)
+    assert expected.run(asked([1, 403, 407], 3)) == [short.output_ids]
+    assert replayed == []
 
 
 def test_replayed_steps_send_tokens_to_their_experts(tmp_path: Path, request: pytest.FixtureRequest) -> None:
