@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.engine.kv_cache import KVCache, KVShape
+from services.engine.kv_cache import KVCache, KVLayer, KVShape
 from services.engine.kv_format import KVFormat
 from services.engine.ops import moe
 from services.engine.ops import sampling as specified
@@ -100,14 +100,33 @@ def test_keys_and_values_become_8_bits(dtype: torch.dtype, format: KVFormat) -> 
     slots = torch.randperm(640, device="cuda")[:500]
     qkv.prepare(projected, still, mine, 1, slots, heads=32, norm_weights=None, eps=1e-5)
     expected.write(1, projected[:, 32:].view(500, 2, 8, 128), expected.locate(slots))
-    every = torch.arange(10, device="cuda")
-    for got, wanted in zip(mine.layers[1].read(every), expected.layers[1].read(every), strict=True):
-        assert torch.equal(got.isnan(), wanted.isnan())
-        got, wanted = got.nan_to_num().double(), wanted.nan_to_num().double()
-        largest = wanted.abs().amax(-1, keepdim=True)
-        step = wanted.abs() * 2**-3 + largest * 2**-17 if format is KVFormat.FP8_E4M3 else largest / 126
-        assert ((got - wanted).abs() <= step).all()
-        assert (got == wanted).double().mean() > 0.999
+    check_alike(mine.layers[1], expected.layers[1])
+
+
+def check_alike(got: KVLayer, wanted: KVLayer) -> None:
+    """What lies in a cache of 8 bits is as specified, but for how a GPU divides.
+
+    It divides float32 to 2 units of the last place, 2^-22 of the quotient at most. So a scale is off by that much, and a
+    number divided by it by less than 2^-20, where it is 127 steps of int8 or 16 of fp8 at most: less than 2^-13 of a step.
+    Only what lies so near the middle between two 8-bit numbers may become the other one: almost nothing of float32, but in
+    bfloat16, where a number and the largest have 8 places each, some are in the very middle.
+
+    The 8-bit numbers themselves are compared. Read in bfloat16 two neighbours may be 2 of its places apart where a step is
+    hardly more than one.
+    """
+    assert got.scales is not None and wanted.scales is not None
+    torch.testing.assert_close(got.scales, wanted.scales, rtol=2**-21, atol=0, equal_nan=True)
+    apart = (_numbered(got.kv) - _numbered(wanted.kv)).abs()
+    assert apart.max() <= 1
+    assert (apart > 0).double().mean() < 0.01
+
+
+def _numbered(x: Tensor) -> Tensor:
+    """The place of each 8-bit number among all of its type: neighbours are 1 apart."""
+    if x.dtype is torch.int8:
+        return x.int()
+    bits = x.view(torch.uint8).int()
+    return torch.where(bits < 128, bits, 128 - bits)
 
 
 def test_sampled_tokens_are_those_of_the_specification() -> None:
