@@ -17,6 +17,7 @@ from holdfast.memory import MemoryBus
 from holdfast.v1 import generation_pb2 as pb
 from services.engine import intake
 from services.engine.batch import Step
+from services.engine.requests import Request
 from services.engine.sequence import StopRules
 from tests.conftest import OpenBus
 from tests.engine.engines import Running, engine, until
@@ -82,10 +83,17 @@ async def test_what_is_answered_is_committed_and_not_answered_again(bus: Bus) ->
         assert {stream.request_id for record in heard.records[4:] for stream in record.streams} == {"b"}
 
 
-async def test_no_more_is_taken_than_there_are_slots(memory: MemoryBus) -> None:
+async def test_no_more_is_taken_than_there_are_slots(memory: MemoryBus, monkeypatch: pytest.MonkeyPatch) -> None:
     """With all slots in use requests stay in the log; each slot that becomes free takes the next one."""
-    most_open = 0
     async with answers(memory) as heard, engine(memory, max_sequences=2) as running:
+        requests, nums_open = running.engine.requests, list[int]()
+        add = requests.add
+
+        def noted(request: Request) -> None:
+            add(request)
+            nums_open.append(running.num_open())
+
+        monkeypatch.setattr(requests, "add", noted)
         running.runner.hold()
         ids = [f"r{number}" for number in range(5)]
         for number, request_id in enumerate(ids):
@@ -93,8 +101,8 @@ async def test_no_more_is_taken_than_there_are_slots(memory: MemoryBus) -> None:
         await until(lambda: running.num_open() == 2)
         for request_id in ids:
             await step_until(running, heard, lambda: heard[request_id].finish is not None)  # noqa: B023
-            most_open = max(most_open, running.num_open())
-        assert most_open == 2
+        assert len(nums_open) == 5
+        assert max(nums_open) == 2
 
 
 async def test_slots_are_not_given_to_both_classes(memory: MemoryBus) -> None:
