@@ -8,8 +8,8 @@ import os
 import pty
 import signal
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -65,18 +65,30 @@ class Terminal:
         os.write(self._master, text.encode())
 
 
+@contextmanager
+def on_interrupt(handler: Any) -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @asynccontextmanager
 async def terminal(*arguments: str) -> AsyncIterator[Terminal]:
+    """A child ignores what its parent does, and tests in the background of a shell ignore Ctrl-C. So would a command there,
+    and should; this one is somebody's at a terminal."""
     master, slave = pty.openpty()
-    process = await asyncio.create_subprocess_exec(
-        *COMMAND,
-        *arguments,
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-        start_new_session=True,
-        env={**os.environ, "TERM": "dumb"},
-    )
+    with on_interrupt(signal.default_int_handler):
+        process = await asyncio.create_subprocess_exec(
+            *COMMAND,
+            *arguments,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            env={**os.environ, "TERM": "dumb"},
+        )
     os.close(slave)
     try:
         yield Terminal(master, process)
@@ -250,6 +262,14 @@ async def test_a_limit_that_nobody_asked_for_gives_way_to_the_context() -> None:
             assert (code, err) == (2, "holdfast: stop.max_tokens: max_tokens may be at most 8\n")
 
 
+@pytest.fixture
+def in_the_background() -> Iterator[None]:
+    """Tests run as a script's job that is not waited for."""
+    with on_interrupt(signal.SIG_IGN):
+        yield
+
+
+@pytest.mark.usefixtures("in_the_background")
 async def test_an_interrupt_ends_generate_with_130_and_cancels() -> None:
     """Ctrl-C leaves the answer, which tells the gateway."""
     gateway = FakeGateway([accepted()], endless=True)
