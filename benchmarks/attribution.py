@@ -4,6 +4,7 @@
 
 Each batch decodes twice: once untouched, for the time of a step and what the host does of it, and once under torch's
 profiler, for what the device does. The profiler slows steps down, so its parts are beside the step's time, not within it.
+Both are of steps that decode the whole batch: not of those before all prompts are computed, or after the first answer ended.
 
 Every instant of the device belongs to the operation that began first of those that have not ended: a kernel that is set up
 while the one before ends (programmatic dependent launch) does not count while it waits. What belongs to none is a gap.
@@ -13,14 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import uvloop
@@ -37,6 +40,8 @@ from services.engine.batch import Step, StepResult
 from services.engine.loop import Runner
 from services.engine.model_runner import Launched
 
+T = TypeVar("T")
+
 PARTS = {
     "attention": r"attend|number_items|_list|attention|flash",
     "experts": r"expert|moe|grouped",
@@ -48,7 +53,7 @@ PARTS = {
 REST = "other"
 
 FEWEST_STEPS = 6
-"""Of a batch, for a mean: two at either end are left out."""
+"""Of the whole batch, for a mean: two at either end are left out."""
 
 DECODE = "holdfast::decode"
 """What the trace of a CPU has where a decode step is launched."""
@@ -80,27 +85,45 @@ class Attribution:
         return sorted(self.names.items(), key=lambda item: -item[1])[:count]
 
 
-def attribute(operations: Iterable[Operation]) -> Attribution:
-    """Gives each instant from the beginning of the first decode step to that of the last to one operation, or to the
-    gaps.
+def attribute(operations: Iterable[Operation], launches: Sequence[int], *, batch: int) -> Attribution:
+    """Gives each instant of the steps that decode `batch` sequences to one operation, or to the gaps. Such a step lasts from
+    its beginning to that of the next, which must be a decode too. `launches`: of every step that was launched meanwhile how
+    many sequences it decoded, 0 where it did anything else.
 
     Raises:
-        ValueError: there are fewer than two decode steps.
+        ConfigurationError: there are too few such steps.
+        ValueError: the trace has more or fewer decode steps than were launched.
     """
     ordered = sorted(operations, key=lambda operation: (operation.start, -operation.end))
     begins = [index for index, operation in enumerate(ordered) if BEGIN.search(operation.name)]
-    if len(begins) < 2:
-        raise ValueError("the trace has fewer than two decode steps; on a GPU, only captured ones are known as such")
-    found = Attribution(steps=len(begins) - 1)
-    now = ordered[begins[0]].start
-    for each in ordered[begins[0] : begins[-1]]:
-        found.gaps += max(0.0, each.start - now)
-        own = max(0.0, each.end - max(each.start, now))
-        found.parts[part_of(each.name)] += own
-        found.names[each.name] += own
-        now = max(now, each.end)
-    found.gaps += max(0.0, ordered[begins[-1]].start - now)
+    decodes = [number for number, size in enumerate(launches) if size]
+    if len(begins) != len(decodes):
+        raise ValueError(
+            f"the trace has {len(begins)} decode steps, and {len(decodes)} were launched; on a GPU, only captured ones are known as such"
+        )
+    steps = [
+        range(*span)
+        for span, (number, following) in zip(pairwise(begins), pairwise(decodes), strict=True)
+        if launches[number] == batch and following == number + 1
+    ]
+    gaps, owned = _shares(ordered)
+    found = Attribution()
+    for step in settled(steps):
+        found.steps += 1
+        for index in step:
+            name = ordered[index].name
+            found.parts[part_of(name)] += owned[index]
+            found.names[name] += owned[index]
+            found.gaps += gaps[index + 1]
     return found
+
+
+def _shares(ordered: Sequence[Operation]) -> tuple[list[float], list[float]]:
+    """Of each operation, in the order of their beginnings, the gap before it and the time that is its own."""
+    ends = [-math.inf, *accumulate((each.end for each in ordered), max)]
+    gaps = [max(0.0, each.start - now) for each, now in zip(ordered, ends, strict=False)]
+    owned = [max(0.0, each.end - max(each.start, now)) for each, now in zip(ordered, ends, strict=False)]
+    return gaps, owned
 
 
 def part_of(name: str) -> str:
@@ -143,11 +166,19 @@ class TimedRunner:
         self._launched: dict[int, Times] = {}
         self.decodes: dict[int, list[Times]] = {}
         """By how many sequences they had."""
+        self.launches: list[int] = []
+        """Of every step how many sequences it decoded; 0 where it did anything else."""
+
+    def forget(self) -> None:
+        """What was until now."""
+        self.decodes.clear()
+        self.launches.clear()
 
     def launch(self, step: Step) -> Launched:
         """As the runner's."""
         start = time.perf_counter()
-        if step.num_decodes < len(step.works):
+        self.launches.append(len(step.works) if step.is_decode else 0)
+        if not step.is_decode:
             return self._runner.launch(step)
         with torch.profiler.record_function(DECODE):
             launched = self._runner.launch(step)
@@ -168,32 +199,40 @@ class TimedRunner:
         self._runner.stop()
 
 
-def host_share(decodes: Sequence[Times]) -> tuple[float, float, float]:
-    """Mean milliseconds of a step, of its launch, and of waiting for the device: what is left, the host schedules and
-    takes in. The first steps, for which the device had to begin, and the last are left out. Raises ConfigurationError
-    where too few are left."""
-    if len(decodes) < FEWEST_STEPS:
+def settled(steps: Sequence[T]) -> Sequence[T]:
+    """Steps of the whole batch without the first two, for which the device had to begin, and the last two. Raises
+    ConfigurationError where too few are left."""
+    if len(steps) < FEWEST_STEPS:
         raise ConfigurationError(
-            f"only {len(decodes)} steps decoded the whole batch, and it takes {FEWEST_STEPS} to say anything: raise --output, "
+            f"only {len(steps)} steps decoded the whole batch, and it takes {FEWEST_STEPS} to say anything: raise --output, "
             "or lower --context"
         )
-    steps = decodes[2:-2]
+    return steps[2:-2]
+
+
+def host_share(decodes: Sequence[Times]) -> tuple[float, float, float]:
+    """Mean milliseconds of a step, of its launch, and of waiting for the device: what is left, the host schedules and
+    takes in. Raises ConfigurationError where there are too few steps."""
+    steps = settled(decodes)
     span = steps[-1].collected - steps[0].collected
     launching = sum(step.launched - step.launch for step in steps[1:])
     waiting = sum(step.collected - step.collect for step in steps[1:])
     return tuple(seconds / (len(steps) - 1) * 1e3 for seconds in (span, launching, waiting))  # type: ignore[return-value]
 
 
-async def profiled(engine: EngineAlone, prompts: list[list[int]], output: int, *, on_gpu: bool) -> Attribution:
-    """What the device does while these are answered."""
+async def profiled(engine: EngineAlone, runner: TimedRunner, prompts: list[list[int]], output: int) -> Attribution:
+    """What the device does while these are answered. Raises ConfigurationError where they decode too few steps together."""
+    on_gpu = engine.device.type == "cuda"
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     every_thread = _ExperimentalConfig(profile_all_threads=True)
+    runner.forget()
     with torch.profiler.profile(activities=[activity], experimental_config=every_thread, acc_events=True) as profiler:
         await engine.answers(prompts, [output] * len(prompts))
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        return attribute(operations_of(json.loads(path.read_text()), on_gpu=on_gpu))
+        operations = operations_of(json.loads(path.read_text()), on_gpu=on_gpu)
+    return attribute(operations, runner.launches, batch=len(prompts))
 
 
 async def measure(arguments: argparse.Namespace) -> Report:
@@ -204,15 +243,16 @@ async def measure(arguments: argparse.Namespace) -> Report:
     rows: list[list[Cell]] = []
     kernels: list[list[Cell]] = []
     async with engine_alone(folder, settings, around=TimedRunner) as engine:
-        assert isinstance(engine.runner, TimedRunner)
+        runner = engine.runner
+        assert isinstance(runner, TimedRunner)
         engine.require(arguments.context + max(8, arguments.output))
         for batch in arguments.batches:
             prompts = prompts_of([arguments.context] * batch, vocab_size=engine.vocab_size)
             await engine.answers(prompts, [8] * batch)
-            engine.runner.decodes.clear()
+            runner.forget()
             await engine.answers(prompts, [arguments.output] * batch)
-            step, launch, waiting = host_share(engine.runner.decodes.get(batch, []))
-            found = await profiled(engine, prompts, arguments.output, on_gpu=engine.device.type == "cuda")
+            step, launch, waiting = host_share(runner.decodes.get(batch, []))
+            found = await profiled(engine, runner, prompts, arguments.output)
             parts = [found.parts[part] / found.steps / 1e3 for part in (*PARTS, REST)]
             rows.append([str(batch), step, *parts, found.gaps / found.steps / 1e3, launch, step - launch - waiting])
             kernels += [[name[:80], batch, microseconds / found.steps] for name, microseconds in found.longest(12)]
@@ -228,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_engine_options(parser)
     parser.add_argument("--batches", type=batches, default="1,32,128,256", help="how many sequences decode together")
     parser.add_argument("--context", type=at_least(1), default=1024, help="tokens of each prompt")
-    parser.add_argument("--output", type=at_least(FEWEST_STEPS + 1), default=64, help="tokens of each answer")
+    parser.add_argument("--output", type=at_least(FEWEST_STEPS + 2), default=64, help="tokens of each answer")
     parser.add_argument("--out", type=Path, help="a JSON file for the report")
     arguments = parser.parse_args(argv)
     run("attribution", lambda: uvloop.run(measure(arguments)), out=arguments.out)

@@ -92,6 +92,11 @@ class Step:
         """How many of the works, from the first on, compute exactly one token."""
         return next((i for i, work in enumerate(self.works) if work.count != 1), len(self.works))
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether every work computes one token and samples the next."""
+        return self.num_decodes == len(self.works) and all(work.samples for work in self.works)
+
     def __reduce__(self) -> tuple[Callable[..., Step], tuple[object, ...]]:
         # Pickled for every step of every rank: one row of numbers is a twentieth of the time of so many objects.
         works = array("i", chain.from_iterable(self.works))

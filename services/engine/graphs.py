@@ -131,7 +131,7 @@ class Graphs:
 
     def _fitting(self, step: Step) -> _Captured | None:
         """The least that holds the step; None where too much of it would be nobody's."""
-        if _is_decode(step):
+        if step.is_decode:
             return self._decodes[self._sizes[bisect_left(self._sizes, len(step.works))]]
         num_tokens = step.num_tokens
         count = self._counts[bisect_left(self._counts, num_tokens)]
@@ -215,8 +215,3 @@ def scratch_bytes(*, num_slots: int, max_len: int, heads: int, head_dim: int) ->
 def _rows(num_slots: int, most_tokens: int) -> list[int]:
     """How many rows each form samples."""
     return decode_sizes(num_slots) + [min(count, num_slots) for count in captured_counts(most_tokens)]
-
-
-def _is_decode(step: Step) -> bool:
-    """Whether every work computes one token and samples the next."""
-    return step.num_decodes == len(step.works) and all(work.samples for work in step.works)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import attribution
-from benchmarks.attribution import BEGIN, Operation, attribute, operations_of, part_of
+from benchmarks.alone import engine_alone
+from benchmarks.attribution import BEGIN, Operation, TimedRunner, attribute, operations_of, part_of, profiled
 from holdfast.errors import ConfigurationError
 
 
@@ -22,30 +24,63 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def step(start: float, *, slower: int = 1) -> list[Operation]:
+    """What a GPU runs for a decode step, of 30 microseconds where it is no slower. One kernel waits for the one before,
+    another is over before that."""
+    operations = [
+        Operation("_lay_out", 0, 1),
+        Operation("_gemv", 1, 10),
+        Operation("_attend", 5, 20),
+        Operation("_rms_norm", 6, 8),
+        Operation("Memcpy DtoH", 24, 25),
+    ]
+    return [replace(each, start=start + slower * each.start, end=start + slower * each.end) for each in operations]
+
+
+def in_turn(*kinds: list[Operation]) -> list[Operation]:
+    """Steps, each of which begins 5 microseconds after the last operation of the one before."""
+    operations: list[Operation] = []
+    for kind in kinds:
+        begin = max((each.end for each in operations), default=0) + 5
+        operations += [replace(each, start=each.start + begin, end=each.end + begin) for each in kind]
+    return operations
+
+
 def test_every_instant_belongs_to_one_operation_or_to_a_gap() -> None:
-    """A kernel that was set up early counts from the end of the one before; parts and gaps add up to the span."""
-    found = attribute(
-        [
-            Operation("before the first step", 0, 5),
-            Operation("_lay_out", 10, 11),
-            Operation("_gemv", 11, 20),
-            Operation("_attend", 15, 30),
-            Operation("_rms_norm", 16, 18),
-            Operation("Memcpy DtoH", 34, 35),
-            Operation("_lay_out", 40, 41),
-            Operation("_gemv", 41, 99),
-        ]
-    )
-    assert found.steps == 1
-    assert found.parts == {"products": 9, "attention": 10, "other": 1, "copies": 1}
-    assert found.gaps == 4 + 5
-    assert sum(found.parts.values()) + found.gaps == 40 - 10
+    """A kernel that was set up early counts from the end of the one before; parts and gaps add up to the steps."""
+    operations = [Operation("before the first step", 0, 2), *in_turn(*[step(0)] * 7)]
+    found = attribute(operations, [3] * 7, batch=3)
+    assert found.steps == 2
+    assert found.parts == {"products": 2 * 9, "attention": 2 * 10, "other": 2 * 1, "copies": 2 * 1}
+    assert found.names["_rms_norm"] == 0
+    assert found.gaps == 2 * (4 + 5)
+    assert sum(found.parts.values()) + found.gaps == 2 * 30
 
 
-def test_a_trace_without_steps_is_refused() -> None:
-    """There is nothing to divide by."""
-    with pytest.raises(ValueError, match="fewer than two decode steps"):
-        attribute([Operation("_lay_out", 0, 1), Operation("_gemv", 1, 2)])
+def test_only_steps_of_the_whole_batch_count() -> None:
+    """Not those in which prompts are computed, one before such, smaller batches before and after, and a larger one; and of
+    the others not the first and last two."""
+    prefill = [Operation("_lay_out_works", 0, 500), Operation("_attend", 500, 900)]
+    whole, other = step(0), step(0, slower=10)
+    kinds = [(0, prefill), (2, other), (0, prefill), (3, other), (0, prefill), (4, other)]
+    kinds += [(3, other), (3, other), *[(3, whole)] * 3, (3, other), (3, other), (2, other), (1, other)]
+    found = attribute(in_turn(*[kind for _, kind in kinds]), [size for size, _ in kinds], batch=3)
+    assert found.steps == 3
+    assert sum(found.parts.values()) + found.gaps == 3 * 30
+
+
+def test_too_few_whole_steps_are_no_mean() -> None:
+    """The last decode of a trace is none, nor is one before a prompt: where those ended nobody knows."""
+    with pytest.raises(ConfigurationError, match="only 5 steps decoded the whole batch, .* raise --output"):
+        attribute(in_turn(*[step(0)] * 6), [3] * 6, batch=3)
+    with pytest.raises(ConfigurationError, match="only 0 steps"):
+        attribute(in_turn(*[step(0)] * 9), [3, 0] * 9, batch=3)
+
+
+def test_a_trace_that_does_not_know_its_steps_is_refused() -> None:
+    """Which of them would be of the whole batch?"""
+    with pytest.raises(ValueError, match="the trace has 7 decode steps, and 8 were launched"):
+        attribute(in_turn(*[step(0)] * 7), [3] * 8, batch=3)
 
 
 @pytest.mark.parametrize(
@@ -88,8 +123,24 @@ def test_of_a_gpu_what_it_ran_counts_and_of_a_cpu_what_the_step_thread_called() 
     assert BEGIN.search("_lay_out")
 
 
+async def test_parts_and_gaps_are_as_long_as_the_steps_were(stories260k: Path) -> None:
+    """Of a real engine on a CPU, which computes one prompt after the other, and so decodes one sequence at the beginning
+    and at the end."""
+    settings = {"device": "cpu", "threads": 1, "max_sequences": 2, "max_step_tokens": 48, "prefix_cache": False}
+    async with engine_alone(stories260k, settings, around=TimedRunner) as engine:
+        runner = engine.runner
+        assert isinstance(runner, TimedRunner)
+        await engine.answers([[1] * 40] * 2, [8] * 2)
+        found = await profiled(engine, runner, [[1] * 40] * 2, 20)
+    decodes = runner.decodes[2]
+    assert (runner.launches[0], runner.launches[-1], runner.launches.count(2)) == (0, 1, len(decodes))
+    assert found.steps == len(decodes) - 4
+    took = decodes[2 + found.steps].launch - decodes[2].launch
+    assert (sum(found.parts.values()) + found.gaps) / 1e6 == pytest.approx(took, rel=0.1)
+
+
 async def test_a_real_step_is_explained(stories260k: Path) -> None:
-    """On a CPU: the parts and the gaps are about the step, most of which is computing."""
+    """On a CPU: most of it is computing."""
     arguments = argparse.Namespace(
         model=str(stories260k), device="cpu", dtype="auto", load_format="dummy", implementation="auto", threads=1,
         batches=[2], context=20, output=20, cache_gib=1, set=[("prefix_cache", "true")], out=None,

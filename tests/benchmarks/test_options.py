@@ -24,7 +24,7 @@ TEXT = ["--text", __file__]
         (offline.main, ["--scale", "-1"], "'-1' is no number above 0"),
         (offline.main, ["--scale", "nan"], "'nan' is no number above 0"),
         (offline.main, ["--set", "nosuch=3"], "'nosuch=3' is no setting of an engine as name=value"),
-        (attribution.main, ["--output", "4"], "'4' is no whole number from 7 on"),
+        (attribution.main, ["--output", "4"], "'4' is no whole number from 8 on"),
         (quality.main, [*TEXT, "--chunk", "0"], "'0' is no whole number from 1 on"),
         (quality.main, ["--text", "/nosuch"], "there is no file /nosuch"),
         (quality.main, [*TEXT, "--with", "dtype=float32 nosuch=3"], "'nosuch=3' is no setting of an engine"),

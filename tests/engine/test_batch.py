@@ -21,6 +21,14 @@ def test_a_step_crosses_to_another_process_unchanged() -> None:
     assert (crossed.num_tokens, crossed.num_decodes, crossed.works[1].end) == (5, 1, 4)
 
 
+def test_a_decode_samples_with_every_token() -> None:
+    """A prompt's last token is like any other; one in its middle, computed alone, is none."""
+    decode, middle, chunk = Work(0, 9, 1, True), Work(1, 4, 1, False), Work(2, 0, 3, True)
+    assert Step(1, (decode, decode)).is_decode
+    assert not Step(1, (decode, middle)).is_decode
+    assert not Step(1, (decode, chunk)).is_decode
+
+
 def test_an_admission_is_a_sequence_as_it_stands() -> None:
     """What the sequence gets later does not reach it."""
     each = sequence([4, 5], [6], choice=2)
