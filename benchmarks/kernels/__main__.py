@@ -25,6 +25,7 @@ attention's work.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -122,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prefill", type=numbers, default="2048,8192", help="tokens of prompts in a step")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--tune", action="store_true", help="try other tilings instead, on a GPU")
+    parser.add_argument("--only", type=re.compile, default="", help="--tune the kernels whose names match, as `fp8$`")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds of --tune for a shape")
     parser.add_argument("--out", type=Path, help="a JSON file for the report")
     options = parser.parse_args(argv)
@@ -133,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         map(Load.prefill, options.prefill)
     )
     named = {name: value for name, value in vars(options).items() if name not in ("folders", "out")}
+    named["only"] = options.only.pattern
     report = Report("kernels", settings={**named, "shapes": [folder.name for folder in options.folders]})
     ceilings = measured_ceilings(device)
     rows: list[list[Cell]] = [["memory, TB/s", ceilings.bandwidth / 1e12]]
@@ -143,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.tune:
             from benchmarks.kernels.tuning import tune
 
-            tune(shape, loads, report, folder.name, limit=options.limit)
+            tune(shape, loads, report, folder.name, limit=options.limit, only=options.only)
         else:
             measure(shape, loads, ceilings, report, folder.name)
         if options.out is not None:

@@ -8,6 +8,7 @@ never the best.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -154,7 +155,7 @@ def _compile(search: Search, settings: Iterable[Setting]) -> None:
 def searches(shape: Shape, loads: Sequence[Load]) -> Iterator[Search]:
     """Everything that has a table, what a step takes longest for first."""
     decodes, prefills = ([load for load in loads if load.is_decode is wanted] for wanted in (True, False))
-    for format in (KVFormat.AUTO, KVFormat.INT8):
+    for format in KVFormat:
         yield from (decode_search(shape, load, format) for load in decodes)
     dense = shape.spec.moe is None or len(shape.spec.moe.layers) < shape.spec.layers
     for form in ("bf16", "fp8"):
@@ -169,7 +170,7 @@ def searches(shape: Shape, loads: Sequence[Load]) -> Iterator[Search]:
 
 def decode_search(shape: Shape, load: Load, format: KVFormat) -> Search:
     """Decode attention: how long a chunk, and how a program runs."""
-    start = decode_attention.tuning(load.sequences)._asdict()
+    start = decode_attention.tuning(load.sequences, shape.spec.kv_heads)._asdict()
     calls, expected = _attention(shape, load, format)
     return Search(
         f"attention {format}",
@@ -382,10 +383,15 @@ def _mixed(x: Tensor, logits: Tensor, experts: moe.Experts, spec: MoESpec) -> Te
     return moe.mix(x, *moe.route(logits, top_k=spec.top_k, normalize=spec.normalize), apart)
 
 
-def tune(shape: Shape, loads: Sequence[Load], report: Report, name: str, *, limit: float) -> None:
-    """Adds the table of one shape, within about so many seconds; every search is printed as soon as it is done."""
+def tune(
+    shape: Shape, loads: Sequence[Load], report: Report, name: str, *, limit: float, only: re.Pattern[str]
+) -> None:
+    """Adds the table of one shape, of the kernels whose names match, within about so many seconds; every search is printed
+    as soon as it is done."""
     until, rows = time.monotonic() + limit, list[list[Cell]]()
     for search in searches(shape, loads):
+        if not only.search(search.name):
+            continue
         if time.monotonic() > until:
             print(f"{name} {search.load} {search.name}: no time left", flush=True)
             continue

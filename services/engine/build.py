@@ -256,6 +256,7 @@ def _gpu_room(
             num_slots=capacity.max_sequences,
             max_len=settings.max_model_len or model.max_positions,
             heads=model.spec.heads,
+            kv_heads=model.kv_shape.kv_heads,
             head_dim=model.spec.head_dim,
         )
     slots = memory.slot_bytes(

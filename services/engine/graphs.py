@@ -204,10 +204,10 @@ def logits_rows(*, num_slots: int, most_tokens: int) -> int:
     return num_slots + sum(rows for rows in _rows(num_slots, most_tokens) if rows <= FEW_ROWS)
 
 
-def scratch_bytes(*, num_slots: int, max_len: int, heads: int, head_dim: int) -> int:
+def scratch_bytes(*, num_slots: int, max_len: int, heads: int, kv_heads: int, head_dim: int) -> int:
     """Bytes in which decodes leave what their chunks found, at most."""
     return max(
-        decode_attention.scratch_bytes(size, max_len=max_len, heads=heads, head_dim=head_dim)
+        decode_attention.scratch_bytes(size, max_len=max_len, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
         for size in decode_sizes(num_slots)
     )
 

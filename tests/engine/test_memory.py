@@ -70,8 +70,10 @@ def test_what_decodes_leave_is_counted_for_the_longest_context() -> None:
     pytest.importorskip("triton")
     from services.engine.graphs import logits_rows, num_forms, scratch_bytes
 
-    assert scratch_bytes(num_slots=256, max_len=131072, heads=32, head_dim=128) == 2 * 256 * 32 * 32 * 129 * 4
-    assert scratch_bytes(num_slots=1, max_len=131072, heads=32, head_dim=128) == 2 * 256 * 32 * 129 * 4
+    assert (
+        scratch_bytes(num_slots=256, max_len=131072, heads=32, kv_heads=8, head_dim=128) == 2 * 256 * 32 * 32 * 129 * 4
+    )
+    assert scratch_bytes(num_slots=1, max_len=131072, heads=32, kv_heads=8, head_dim=128) == 2 * 256 * 32 * 129 * 4
     assert num_forms(num_slots=4, most_tokens=100) == 3 + 4
     assert logits_rows(num_slots=4, most_tokens=100) == 4 + (1 + 2 + 4) + 4 * 4
     assert num_forms(num_slots=4, most_tokens=2048) == 3 + 21

@@ -17,9 +17,9 @@ class RMSNorm:
         self._eps = eps
 
     def __call__(self, x: Tensor, form: Form = None) -> Activations:
-        """The scaled rows, in this form where one is asked for."""
+        """The scaled rows, in this form where one is asked for; a single row on a GPU as it is."""
+        if form is not None and x.is_cuda and x.shape[0] == 1:
+            return Unnormed(x, self.weight, self._eps)
         if isinstance(form, RowScaled):
             return rms_norm_quantized(x, self.weight, self._eps, form)
-        if form is Unnormed and x.is_cuda and x.shape[0] == 1:
-            return Unnormed(x, self.weight, self._eps)
         return rms_norm(x, self.weight, self._eps)

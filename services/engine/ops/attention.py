@@ -56,7 +56,7 @@ class AttentionPlan:
         """What the kernels of a GPU share."""
         from services.engine.ops.kernels.attention import PagedPlan
 
-        return PagedPlan(self._batch, invariant=self._invariant)
+        return PagedPlan(self._batch, self._cache, invariant=self._invariant)
 
     def groups(self, window: int | None) -> list[Group]:
         """The groups for layers of this window; the same list at every call."""
@@ -166,7 +166,10 @@ class Group:
 def plan(batch: Batch, cache: KVCache, *, invariant: bool = False) -> AttentionPlan:
     """What all layers share in the step that computes `batch`. `invariant`: on a GPU a token gathers the same bits whether it
     decodes or stands in a chunk, and whatever stands beside it."""
-    return AttentionPlan(batch, cache, invariant=invariant)
+    plan = AttentionPlan(batch, cache, invariant=invariant)
+    if batch.positions_N.is_cuda:
+        plan.kernels  # noqa: B018 - lists the work before the first layer has any
+    return plan
 
 
 def paged_attention(

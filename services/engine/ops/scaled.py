@@ -6,12 +6,13 @@ Shapes: O outputs, I inputs, N rows.
 from __future__ import annotations
 
 from functools import cache
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from services.engine.ops import linear
-from services.engine.ops.forms import Quantized
+from services.engine.ops.forms import Activations, Quantized, Unnormed
 
 ROWS, COLUMNS = 64, 64
 """A matrix must fall into tiles of that to be multiplied on a GPU."""
@@ -49,6 +50,31 @@ def scaled_linear(
         if term is not None:
             out_NO.add_(term)
     return out_NO.to(dtype)
+
+
+def takes_row(x: Activations, weight_OI: Tensor, *, gated: bool = False) -> TypeGuard[Tensor | Unnormed]:
+    """Whether `row_linear` multiplies these activations: a single row on a GPU that is not in eight bits."""
+    if isinstance(x, Quantized) or not weight_OI.is_cuda or (x.x_1I if isinstance(x, Unnormed) else x).shape[0] > 1:
+        return False
+    from services.engine.ops.kernels import gemv
+
+    return gemv.is_supported(weight_OI, gated=gated)
+
+
+def row_linear(
+    x: Tensor | Unnormed,
+    weight_OI: Tensor,
+    scales_O: Tensor,
+    *,
+    bias_O: Tensor | None,
+    add: Tensor | None = None,
+    dtype: torch.dtype,
+    gated: bool = False,
+) -> Tensor:
+    """(x @ weight.T) * scales + bias + add, [1, O], in `dtype`; gated, silu of the first half of that times the second. Rounded once."""
+    from services.engine.ops.kernels import gemv
+
+    return gemv.gemv(x, weight_OI, scales_O=scales_O, bias_O=bias_O, add=add, dtype=dtype, gated=gated)
 
 
 def _widened(values_NI: Tensor, dtype: torch.dtype) -> Tensor:

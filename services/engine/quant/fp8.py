@@ -1,7 +1,7 @@
 """Weights and activations in eight-bit floating point, e4m3 (Micikevicius et al. 2022, "FP8 Formats for Deep Learning").
 
 Each output of the matrix has a scale, found once; each row of activations has one, found in every step. Nothing is
-calibrated.
+calibrated. A single row on a GPU keeps its 16 bits: to round it would take kernels and save none of the bytes of the matrix.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from holdfast.errors import ConfigurationError
 from services.engine.ops.activation import silu_mul, silu_mul_quantized
 from services.engine.ops.forms import Activations, Form, Quantized, RowScaled, Unnormed
 from services.engine.ops.linear import counters_for
+from services.engine.ops.norm import rms_norm_quantized
 from services.engine.ops.quantize import by_torch, quantize
-from services.engine.ops.scaled import COLUMNS, ROWS, packed, scaled_linear
+from services.engine.ops.scaled import COLUMNS, ROWS, packed, row_linear, scaled_linear, takes_row
 from services.engine.quant import Buffers
 
 _ROWS_AT_ONCE = 1024
@@ -44,12 +45,19 @@ class Fp8:
     def apply(
         self, x: Activations, buffers: Buffers, *, bias_O: Tensor | None, add: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        assert not isinstance(x, Unnormed)
-        rows = x if isinstance(x, Quantized) else quantize(x, self.takes)
-        return scaled_linear(rows, *buffers, bias_O=bias_O, add=add, dtype=dtype)
+        if takes_row(x, buffers[0]):
+            return row_linear(x, *buffers[:2], bias_O=bias_O, add=add, dtype=dtype)
+        return scaled_linear(self._in_eight_bits(x), *buffers, bias_O=bias_O, add=add, dtype=dtype)
 
     def gated(
         self, x: Activations, buffers: Buffers, *, bias_O: Tensor | None, dtype: torch.dtype, form: Form
     ) -> Activations:
+        if takes_row(x, buffers[0], gated=True):
+            return row_linear(x, *buffers[:2], bias_O=bias_O, dtype=dtype, gated=True)
         gate_up = self.apply(x, buffers, bias_O=bias_O, add=None, dtype=dtype)
         return silu_mul_quantized(gate_up, form) if isinstance(form, RowScaled) else silu_mul(gate_up)
+
+    def _in_eight_bits(self, x: Activations) -> Quantized:
+        if isinstance(x, Unnormed):
+            return rms_norm_quantized(*x, self.takes)
+        return x if isinstance(x, Quantized) else quantize(x, self.takes)

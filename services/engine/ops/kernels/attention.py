@@ -71,13 +71,14 @@ class Works:
 class PagedPlan:
     """What the layers of one step share."""
 
-    def __init__(self, batch: Batch, *, invariant: bool = False) -> None:
-        """`invariant`: all works go through one kernel, which takes keys in the same tiles in the same order for every
-        token, and treats all of them alike."""
+    def __init__(self, batch: Batch, cache: KVCache, *, invariant: bool = False) -> None:
+        """Lists the work of the decodes, so that it is long known when the first layer attends. `invariant`: all works go
+        through one kernel, which takes keys in the same tiles in the same order for every token, and treats all of them alike."""
         self._invariant = invariant
         self._works = Works.as_chunks(batch) if invariant else batch.works or Works.of(batch)
         self._tables = batch.block_tables
-        self._decodes: tuple[decode_attention.Work, decode_attention.Scratch] | None = None
+        self._decodes = self._listed_decodes(cache)
+        self._scratch: decode_attention.Scratch | None = None
         self._prefill: prefill_attention.Work | None = None
         self._out_NHD: Tensor | None = None
 
@@ -87,29 +88,37 @@ class PagedPlan:
             self._begin(q_NHD, cache)
         assert self._out_NHD is not None
         if self._decodes is not None:
-            decode_attention.attend(q_NHD, self._out_NHD, cache, layer, *self._decodes, scale=scale, window=window)
+            assert self._scratch is not None
+            decode_attention.attend(
+                q_NHD, self._out_NHD, cache, layer, self._decodes, self._scratch, scale=scale, window=window
+            )
         if self._prefill is not None:
             prefill_attention.attend(
                 q_NHD, self._out_NHD, cache, layer, self._prefill, scale=scale, window=window, alike=self._invariant
             )
         return self._out_NHD
 
+    def _listed_decodes(self, cache: KVCache) -> decode_attention.Work | None:
+        works, tables = self._works, self._tables
+        if not (num_decodes := len(works.decode_rows_D)):
+            return None
+        longest, kv_heads = tables.shape[1] * cache.block_size, cache.shape.kv_heads
+        # Sequences share blocks only as prefixes, so their chunks may be more than the cache holds.
+        return decode_attention.plan(
+            tables,
+            works.decode_rows_D,
+            works.decode_lengths_D,
+            chunk=decode_attention.chunk_size(num_decodes, kv_heads, longest),
+            most_items=decode_attention.most_items(num_decodes, kv_heads, longest),
+        )
+
     def _begin(self, q_NHD: Tensor, cache: KVCache) -> None:
-        """Lists the work of all layers, by the shape of the first one's queries."""
+        """What all layers share that depends on the shape of the first one's queries."""
         works, tables, heads = self._works, self._tables, q_NHD.shape[1]
         # Rows of a captured step that are nobody's hold what they hold here.
         self._out_NHD = torch.zeros_like(q_NHD) if works.most_prefill else torch.empty_like(q_NHD)
-        if num_decodes := len(works.decode_rows_D):
-            longest = tables.shape[1] * cache.block_size
-            # Sequences share blocks only as prefixes, so their chunks may be more than the cache holds.
-            work = decode_attention.plan(
-                tables,
-                works.decode_rows_D,
-                works.decode_lengths_D,
-                chunk=decode_attention.chunk_size(num_decodes, longest),
-                most_items=decode_attention.most_items(num_decodes, longest),
-            )
-            self._decodes = work, decode_attention.scratch(work, heads=heads, cache=cache)
+        if self._decodes is not None:
+            self._scratch = decode_attention.scratch(self._decodes, heads=heads, cache=cache)
         if works.most_prefill:
             self._prefill = prefill_attention.plan(
                 tables,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from services.engine.kv_cache import KVCache
 from services.engine.ops.kernels import kv_quant, softmax
-from services.engine.ops.kernels.overlap import overlapped, wait
+from services.engine.ops.kernels.overlap import overlapped, prefetch, wait
 
 LOG2_E = 1.4426950408889634
 
@@ -35,8 +35,12 @@ class Tuning(NamedTuple):
     stages: int
 
 
-TUNING = {8: Tuning(192, 2, 3), 16: Tuning(384, 2, 2), 32: Tuning(1280, 2, 3), sys.maxsize: Tuning(4096, 4, 2)}
-"""For batches of at most so many sequences (measured on an H200). A large one fills the GPU without being cut."""
+TUNING = {64: Tuning(192, 2, 3), 128: Tuning(384, 2, 2), 256: Tuning(1280, 2, 3), sys.maxsize: Tuning(4096, 2, 4)}
+"""For batches of at most so many pairs of a sequence and a kv head (measured on an H200, with 8 kv heads). A large one fills the
+GPU without being cut."""
+
+_EARLY_PAGES = 3
+"""Of its first item, what a program asks for while the kernel before ends."""
 
 _PROGRAMS = 1024
 """Programs that a launch has where there are so many items, or one for each sequence and head if these are more. There may be
@@ -75,15 +79,15 @@ class Scratch:
     """int32, [S, K]: chunks done. Zero between two launches."""
 
 
-def chunk_size(num_sequences: int, max_len: int) -> int:
+def chunk_size(num_sequences: int, kv_heads: int, max_len: int) -> int:
     """Most tokens of a chunk: few enough that a small batch fills the GPU, many enough that adding up the longest
     sequence's takes no longer than they do."""
-    return max(tuning(num_sequences).chunk, triton.next_power_of_2(max_len // 256))
+    return max(tuning(num_sequences, kv_heads).chunk, triton.next_power_of_2(max_len // 256))
 
 
-def tuning(num_sequences: int) -> Tuning:
+def tuning(num_sequences: int, kv_heads: int) -> Tuning:
     """What `TUNING` has for such a batch."""
-    return next(tuning for most, tuning in TUNING.items() if num_sequences <= most)
+    return next(tuning for most, tuning in TUNING.items() if num_sequences * kv_heads <= most)
 
 
 def _rows(group: int) -> int:
@@ -102,14 +106,14 @@ def scratch(work: Work, *, heads: int, cache: KVCache) -> Scratch:
     )
 
 
-def most_items(num_sequences: int, max_len: int) -> int:
+def most_items(num_sequences: int, kv_heads: int, max_len: int) -> int:
     """Chunks of so many sequences that are no longer than that."""
-    return num_sequences * -(-max_len // chunk_size(num_sequences, max_len))
+    return num_sequences * -(-max_len // chunk_size(num_sequences, kv_heads, max_len))
 
 
-def scratch_bytes(num_sequences: int, *, max_len: int, heads: int, head_dim: int) -> int:
+def scratch_bytes(num_sequences: int, *, max_len: int, heads: int, kv_heads: int, head_dim: int) -> int:
     """Of a `Scratch` for so many sequences, at most: a group of heads is padded to less than twice its size."""
-    return 2 * most_items(num_sequences, max_len) * heads * (head_dim + 1) * 4
+    return 2 * most_items(num_sequences, kv_heads, max_len) * heads * (head_dim + 1) * 4
 
 
 def plan(tables: Tensor, slots_S: Tensor, lengths_S: Tensor, *, chunk: int, most_items: int) -> Work:
@@ -138,7 +142,7 @@ def attend(
     num_sequences, (_, heads, head_dim) = work.num_sequences, q_NHD.shape
     kv_heads = cache.shape.kv_heads
     kv, scales = cache.layers[layer].kv, cache.layers[layer].scales
-    _, warps, stages = tuning(num_sequences)
+    _, warps, stages = tuning(num_sequences, kv_heads)
     most_items = len(work.items_M4)
     programs = min(most_items, max(num_sequences, _PROGRAMS // kv_heads))
     _attend[(programs, kv_heads)](
@@ -172,6 +176,7 @@ def attend(
         PARTS=8,
         PRECISION="ieee" if q_NHD.dtype is torch.float32 else "tf32",
         ONE_EACH=programs == most_items,
+        PAGES=_EARLY_PAGES,
         num_warps=warps,
         num_stages=stages,
         **overlapped(q_NHD),
@@ -234,12 +239,19 @@ def _attend(
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     ONE_EACH: tl.constexpr,
+    PAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One item, or as many as fall to this program."""
-    wait(OVERLAP)
     item, head = tl.program_id(0), tl.program_id(1)
+    # The plan is older than the kernel before this one. What of the cache is asked for early is looked at late.
     num_items = tl.load(first + num_sequences)
+    if OVERLAP:
+        _prefetch_item(
+            item, item < num_items, head, kv, tables, items, chunk, table_stride,
+            block_stride, v_stride, head_stride, D, T, TILE, PAGES,
+        )  # fmt: skip
+    wait(OVERLAP)
     if ONE_EACH:
         if item >= num_items:
             return
@@ -256,6 +268,31 @@ def _attend(
                 block_stride, v_stride, head_stride, scale_stride, G, K, D, WIDTH, ROWS, T, TILE, WINDOW, GROUP, PARTS,
                 PRECISION,
             )  # fmt: skip
+
+
+@triton.jit
+def _prefetch_item(
+    item, is_there, head, kv, tables, items, chunk, table_stride, block_stride, v_stride, head_stride,
+    D: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr, PAGES: tl.constexpr,
+):  # fmt: skip
+    """Asks for the first pages of an item."""
+    LINE: tl.constexpr = 128 // kv.dtype.element_ty.primitive_bitwidth * 8
+    LINES: tl.constexpr = triton.next_power_of_2(T * D // LINE)
+    slot = tl.load(items + item * 4 + 1, mask=is_there, other=0)
+    length, number = (
+        tl.load(items + item * 4 + 2, mask=is_there, other=0),
+        tl.load(items + item * 4 + 3, mask=is_there, other=0),
+    )
+    chunk_tiles = tl.cdiv(tl.cdiv(length, TILE), tl.maximum(tl.cdiv(length, chunk), 1))
+    page = number * chunk_tiles * TILE // T
+    end = tl.cdiv(tl.minimum((number + 1) * chunk_tiles * TILE, length), T)
+    line = tl.minimum(tl.arange(0, LINES), T * D // LINE - 1)
+    for at in tl.static_range(PAGES):
+        if page + at < end:
+            block = tl.load(tables + slot.to(tl.int64) * table_stride + page + at).to(tl.int64)
+            start = kv + block * block_stride + head * head_stride + line * LINE
+            prefetch(start, True)
+            prefetch(start + v_stride, True)
 
 
 @triton.jit
@@ -310,7 +347,6 @@ def _attend_item(
     if scales is not None:
         queries, largest = kv_quant.normed(queries)
         row_scale = largest * scale
-        unit = kv_quant.first_unit()
     if WINDOW > 0:
         start = tl.maximum(start, (tl.maximum(length - WINDOW, 0) // TILE) * TILE)
     block = tl.load(table + start // T)
@@ -326,8 +362,8 @@ def _attend_item(
                 K, D, T, WIDTH,
             )  # fmt: skip
             block = tl.load(table + (tile + TILE) // T, mask=tile + TILE < end, other=0)
-            peak, total, found, unit = kv_quant.take_in(
-                queries, keys, values, key_scales, value_scales, seen[None, :], peak, total, found, unit, row_scale,
+            peak, total, found = kv_quant.take_in(
+                queries, keys, values, key_scales, value_scales, seen[None, :], peak, total, found, row_scale,
                 True, PRECISION,
             )  # fmt: skip
         else:
@@ -345,8 +381,6 @@ def _attend_item(
             scores = tl.dot(queries, keys.T, input_precision=PRECISION) * scale
             peak, total, weights, fade = softmax.take_in(scores, seen[None, :], peak, total, True)
             found = found * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
-    if scales is not None:
-        found = found * unit
     if num_chunks == 1:
         tl.store(out + at, found / total[:, None], mask=held)
     else:

@@ -8,40 +8,41 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.ops.forms import Unnormed
-from services.engine.ops.kernels.overlap import overlapped, wait
+from services.engine.ops.kernels.overlap import lines_of, overlapped, prefetch, wait
+
+ROWS, COLUMNS, WARPS, STAGES = 4, 1024, 4, 4
+"""Of the matrix, what a program takes at a time, and how it runs (measured on an H200). Fewer columns where a row has no
+multiple of those."""
+
+EARLY_BYTES = 0
+"""Of each row behind its first columns, what a program asks for while the kernel before ends."""
 
 
 def is_supported(weight_OI: Tensor, *, gated: bool = False) -> bool:
     """Whether the matrix, or gate and up, fall into whole tiles."""
     outputs, inputs = weight_OI.shape
-    rows, columns, _ = _tile(outputs, inputs)
-    per_program = rows if not gated else 2 * (rows // 2)
-    return weight_OI.dtype.itemsize == 2 and outputs % per_program == 0 and inputs % columns == 0
+    return weight_OI.itemsize <= 2 and outputs % ROWS == 0 and inputs % _columns(inputs) == 0
 
 
-def _tile(outputs: int, inputs: int) -> tuple[int, int, int]:
-    """Rows and columns of the matrix a program takes at a time, and its warps (measured on an H200)."""
-    if inputs <= 1024:
-        return 2, 1024, 4
-    if outputs <= 2048:
-        return 2, 1024, 2
-    return 16, 256, 4
+def _columns(inputs: int) -> int:
+    return next((columns for columns in (COLUMNS, COLUMNS // 2) if inputs % columns == 0), COLUMNS // 4)
 
 
 def gemv(
     x: Tensor | Unnormed,
     weight_OI: Tensor,
     *,
+    scales_O: Tensor | None = None,
     bias_O: Tensor | None = None,
     add: Tensor | None = None,
     dtype: torch.dtype | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """x @ weight.T + bias + add, [1, O], in the dtype of x or another one; or, of that, silu of the first half times the
+    """x @ weight.T * scales + bias + add, [1, O], in the dtype of x or another one; or, of that, silu of the first half times the
     second. Where x is to be normed, the product is with what the norm gives before that is rounded."""
     x_1I, norm_I, eps = x if isinstance(x, Unnormed) else (x, x, 0.0)
     outputs, inputs = weight_OI.shape
-    rows, columns, warps = _tile(outputs, inputs)
+    rows, columns = ROWS, _columns(inputs)
     if gated:
         rows, outputs = rows // 2, outputs // 2
     out = torch.empty((1, outputs), dtype=dtype or x_1I.dtype, device=x_1I.device)
@@ -49,6 +50,7 @@ def gemv(
         x_1I,
         weight_OI,
         out,
+        scales_O,
         x_1I if bias_O is None else bias_O,
         x_1I if add is None else add,
         norm_I,
@@ -61,7 +63,9 @@ def gemv(
         ADD=add is not None,
         NORM=isinstance(x, Unnormed),
         GATED=gated,
-        num_warps=warps,
+        STAGES=STAGES,
+        EARLY=lines_of(min(EARLY_BYTES, (inputs - columns) * weight_OI.itemsize)),
+        num_warps=WARPS,
         **overlapped(x_1I),
     )
     return out
@@ -72,6 +76,7 @@ def _gemv(
     x,
     weight,
     out,
+    scales,
     bias,
     add,
     norm,
@@ -84,6 +89,8 @@ def _gemv(
     ADD: tl.constexpr,
     NORM: tl.constexpr,
     GATED: tl.constexpr,
+    STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -92,6 +99,12 @@ def _gemv(
     first = tl.load(at)  # on its way while the kernel before ends
     if GATED:
         first_up = tl.load(at + O * I)
+    if EARLY > 0:
+        line = COLUMNS + tl.arange(0, EARLY) * (128 // weight.dtype.element_ty.primitive_bitwidth * 8)
+        behind = weight + row.to(tl.int64)[:, None] * I + line[None, :]
+        prefetch(behind, OVERLAP)
+        if GATED:
+            prefetch(behind + O * I, OVERLAP)
     if NORM:
         first_norm = tl.load(norm + column)
     wait(OVERLAP)
@@ -103,7 +116,7 @@ def _gemv(
     total = first.to(tl.float32) * values[None, :]
     if GATED:
         total_up = first_up.to(tl.float32) * values[None, :]
-    for start in tl.range(COLUMNS, I, COLUMNS, num_stages=4):
+    for start in tl.range(COLUMNS, I, COLUMNS, num_stages=STAGES):
         values = tl.load(x + start + column).to(tl.float32)
         if NORM:
             squares += values * values
@@ -115,12 +128,16 @@ def _gemv(
     if NORM:
         scale = tl.rsqrt(tl.sum(squares, 0) / I + eps)
         found *= scale
+    if scales is not None:
+        found *= tl.load(scales + row)
     if BIAS:
         found += tl.load(bias + row).to(tl.float32)
     if GATED:
         up = tl.sum(total_up, 1)
         if NORM:
             up *= scale
+        if scales is not None:
+            up *= tl.load(scales + O + row)
         if BIAS:
             up += tl.load(bias + O + row).to(tl.float32)
         found = found * tl.sigmoid(found) * up

@@ -2,7 +2,8 @@
 
 What is multiplied is widened to 16 bits and not scaled: every 8-bit number is one of float16, which has both more places
 than bfloat16 and an instruction that widens fp8. Its range is small, so queries are divided by the largest of their row,
-and weights are counted in a unit that follows the largest scale of a value so far, as the softmax follows its peak.
+and a key's weight is taken with the scale of its value: as a power of two that is a term of the score. The softmax then keeps the largest
+of these products at one, and its sum counts each of them without the scale.
 """
 
 from __future__ import annotations
@@ -43,12 +44,6 @@ def normed(queries):
     queries = queries.to(tl.float32)
     largest = tl.maximum(tl.max(tl.abs(queries), 1), _SMALLEST)
     return (queries / largest[:, None]).to(WIDE), largest
-
-
-@triton.jit
-def first_unit():
-    """Of weights, before there are any: smaller than any scale makes it."""
-    return 1e-37
 
 
 @triton.jit
@@ -102,17 +97,16 @@ def load_tile(
 
 @triton.jit
 def take_in(
-    queries, keys, values, key_scales, value_scales, seen, peak, total, found, unit, scale,
+    queries, keys, values, key_scales, value_scales, seen, peak, total, found, scale,
     SOME_HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One more tile of keys and values: the highest score of each row so far, the sum of its weights, what it found by
-    them, and in which unit. `scale` is of a row; `seen` is looked at where some keys are hidden, whose scales are 0."""
+    """One more tile of keys and values: the highest score of each row so far, with the scale of its value in it; the sum of
+    its weights; and what it found by them. `scale` is of a row; `seen` is looked at where some keys are hidden, whose scales are 0
+    behind a sequence's end."""
     scores = tl.dot(queries, widened(keys, queries.dtype).T, input_precision=PRECISION)
-    scores = scores * scale[:, None] * key_scales[None, :]
-    peak, total, weights, fade = softmax.take_in(scores, seen, peak, total, SOME_HIDDEN)
-    # At most 2^15 of them, which float16 holds, and a billionth of that with all its places.
-    larger = tl.maximum(unit, tl.max(value_scales, 0) * 2**-15)
-    weights = weights * (value_scales / larger)[None, :]
-    found = found * (fade * (unit / larger))[:, None]
+    value_scales = tl.where(value_scales == 0, 1.0, value_scales)
+    scores = scores * scale[:, None] * key_scales[None, :] + tl.log2(value_scales)[None, :]
+    peak, total, weights, fade = softmax.take_in(scores, seen, peak, total, SOME_HIDDEN, 1.0 / value_scales)
+    found = found * fade[:, None]
     found = tl.dot(weights.to(queries.dtype), widened(values, queries.dtype), found, input_precision=PRECISION)
-    return peak, total, found, larger
+    return peak, total, found

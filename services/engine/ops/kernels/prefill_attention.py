@@ -213,7 +213,7 @@ def _attend(
     block = tl.load(table + start // T)
     if scales is not None:
         queries, largest = kv_quant.normed(queries)
-        row_scale, unit = largest * scale, kv_quant.first_unit()
+        row_scale = largest * scale
     for tile in range(start, whole, TILE):
         if scales is not None:
             inside = tl.multiple_of(tile % T, TILE) + tl.arange(0, TILE)
@@ -222,8 +222,8 @@ def _attend(
                 tl.num_programs(1), D, T, WIDTH,
             )  # fmt: skip
             block = tl.load(table + (tile + TILE) // T, mask=tile + TILE < whole, other=0)
-            peak, total, found, unit = kv_quant.take_in(
-                queries, keys, values, key_scales, value_scales, inside, peak, total, found, unit, row_scale,
+            peak, total, found = kv_quant.take_in(
+                queries, keys, values, key_scales, value_scales, inside, peak, total, found, row_scale,
                 False, PRECISION,
             )  # fmt: skip
         else:
@@ -253,14 +253,12 @@ def _attend(
         if WINDOW > 0:
             seen = seen & (behind < WINDOW)
         if scales is not None:
-            peak, total, found, unit = kv_quant.take_in(
-                queries, keys, values, key_scales, value_scales, seen, peak, total, found, unit, row_scale,
+            peak, total, found = kv_quant.take_in(
+                queries, keys, values, key_scales, value_scales, seen, peak, total, found, row_scale,
                 True, PRECISION,
             )  # fmt: skip
         else:
             peak, total, found = _take_in(queries, keys, values, seen, peak, total, found, scale, True, PRECISION)
-    if scales is not None:
-        found = found * unit
     tl.store(out + at, found / tl.where(total > 0, total, 1.0)[:, None], mask=held)
 
 

@@ -98,6 +98,10 @@ def _prepare(
     inside = (place < D // 2) & (head < H + 2 * K)
     turned = head < H + K
     source = qkv + (token * (H + 2 * K) + head) * D + place
+    # Where tokens stand is older than the kernel before this one.
+    cos = tl.load(cosines + token * D + place, mask=place < D // 2, other=0.0)
+    sin = tl.load(sines + token * D + D // 2 + place, mask=place < D // 2, other=0.0)
+    slot = tl.load(write_slots + token)
     wait(OVERLAP)
     low = tl.load(source, mask=inside, other=0.0)
     high = tl.load(source + D // 2, mask=inside, other=0.0)
@@ -112,15 +116,12 @@ def _prepare(
         # Rounded as the norm alone would leave it.
         x = (x * scale * tl.where(head < H, q_low, k_low)).to(low.dtype).to(tl.float32)
         y = (y * scale * tl.where(head < H, q_high, k_high)).to(low.dtype).to(tl.float32)
-    cos = tl.load(cosines + token * D + place, mask=place < D // 2, other=0.0)
-    sin = tl.load(sines + token * D + D // 2 + place, mask=place < D // 2, other=0.0)
     low = tl.where(turned, (x * cos - y * sin).to(low.dtype), low)
     high = tl.where(turned, (y * cos + x * sin).to(high.dtype), high)
     is_query = inside & (head < H)
     target = q_out + (token * H + head) * D + place
     tl.store(target, low, mask=is_query)
     tl.store(target + D // 2, high, mask=is_query)
-    slot = tl.load(write_slots + token)
     kept = inside & (head >= H)
     kv_head = tl.where(turned, head - H, head - H - K)
     if scales is None:

@@ -8,9 +8,10 @@ import triton.language as tl
 
 
 @triton.jit
-def take_in(scores, seen, peak, total, SOME_HIDDEN: tl.constexpr):
+def take_in(scores, seen, peak, total, SOME_HIDDEN: tl.constexpr, counts=None):
     """One more tile of scores: the highest of each row so far, the sum of its weights, the tile's weights, and what
-    those before are to be multiplied with. `seen` is looked at where some keys are hidden."""
+    those before are to be multiplied with. `seen` is looked at where some keys are hidden; `counts`, how much of a key's weight
+    goes into the sum, where that is not all of it once."""
     if SOME_HIDDEN:
         scores = tl.where(seen, scores, -1e30)
     higher = tl.maximum(peak, tl.max(scores, 1))
@@ -18,5 +19,6 @@ def take_in(scores, seen, peak, total, SOME_HIDDEN: tl.constexpr):
     if SOME_HIDDEN:
         weights = tl.where(seen, weights, 0.0)
     fade = tl.exp2(peak - higher)
-    total = total * fade + tl.sum(weights, 1)
+    counted = weights if counts is None else weights * counts[None, :]
+    total = total * fade + tl.sum(counted, 1)
     return higher, total, weights, fade

@@ -48,7 +48,7 @@ def attended(
     cache = filled_cache(kv_heads, head_dim, block_size, format, dtype)
     batch = batch_of(*chunks(lengths, block_size=block_size), block_size=block_size)
     q = torch.randn(len(batch.token_ids_N), heads, head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
-    mine = PagedPlan(batch).attend(q, cache, 1, scale=0.2, window=window)
+    mine = PagedPlan(batch, cache).attend(q, cache, 1, scale=0.2, window=window)
     return mine, paged_attention(q, cache, 1, plan(batch, cache), scale=0.2, window=window)
 
 
@@ -116,7 +116,7 @@ def test_keys_and_values_of_any_size_fit_16_bits(format: KVFormat, size: float) 
         cache.write(1, kv_N2KD, cache.locate(slots))
     batch = batch_of(*chunks([(300, 1), (70, 20)], block_size=64), block_size=64)
     q = (torch.randn(21, 8, 64) * size).bfloat16()
-    mine = PagedPlan(batch).attend(q, halves, 1, scale=0.02, window=None).float()
+    mine = PagedPlan(batch, halves).attend(q, halves, 1, scale=0.02, window=None).float()
     expected = paged_attention(q.float(), floats, 1, plan(batch, floats), scale=0.02)
     assert ((mine - expected).norm(dim=-1) <= 0.01 * expected.norm(dim=-1)).all()
 
@@ -133,7 +133,7 @@ def test_what_is_no_number_spoils_those_alone_that_see_it(format: KVFormat, part
     at = [works[0].table[0] * 64 + 5, works[1].table[0] * 64 + 10, works[2].table[0] * 64 + 30]
     cache.write(1, spoiled, cache.locate(torch.tensor(at)))
     batch = batch_of(*works, block_size=64)
-    out = PagedPlan(batch).attend(torch.randn(68, 8, 64), cache, 1, scale=0.2, window=None)
+    out = PagedPlan(batch, cache).attend(torch.randn(68, 8, 64), cache, 1, scale=0.2, window=None)
     assert out[0].isnan().all() and out[1].isfinite().all() and out[32:].isnan().all()
 
 

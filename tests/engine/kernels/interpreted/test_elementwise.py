@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from services.engine.kv_cache import KVCache, KVShape
 from services.engine.kv_format import KVFormat
 from services.engine.ops import qkv as specified
+from services.engine.ops import quantize
 from services.engine.ops.activation import silu_mul
 from services.engine.ops.attention import plan
-from services.engine.ops.forms import Unnormed
+from services.engine.ops.forms import RowScaled, Unnormed
 from services.engine.ops.kernels import activation, gemv, norm, qkv, rotary, skinny, step
 from services.engine.ops.kv_quant import PEAKS
 from services.engine.ops.norm import rms_norm
@@ -97,12 +98,26 @@ def test_keys_and_values_become_the_8_bits_of_the_specification(format: KVFormat
 
 def test_one_row_times_a_matrix() -> None:
     """With a bias and something to add, in the dtype asked for."""
-    x, weight = torch.randn(1, 2048).bfloat16(), torch.randn(6, 2048).bfloat16()
-    bias, add = torch.randn(6).bfloat16(), torch.randn(1, 6).bfloat16()
+    x, weight = torch.randn(1, 2048).bfloat16(), torch.randn(8, 2048).bfloat16()
+    bias, add = torch.randn(8).bfloat16(), torch.randn(1, 8).bfloat16()
     assert gemv.is_supported(weight) and not gemv.is_supported(weight[:, :576])
     expected = x.float() @ weight.float().T
     torch.testing.assert_close(gemv.gemv(x, weight, dtype=torch.float32), expected)
     torch.testing.assert_close(gemv.gemv(x, weight, bias_O=bias, add=add), (expected + bias + add).bfloat16())
+
+
+def test_one_row_times_a_matrix_in_8_bits() -> None:
+    """The row as it is, normed and gated on the way or not; the matrix by a scale for each of its rows."""
+    x, norm_weight, bias, add = (torch.randn(*shape).half() for shape in ((1, 1536), (1536,), (8,), (1, 8)))
+    matrix = quantize.by_torch(torch.randn(8, 1536) * 0.05, RowScaled(torch.float8_e4m3fn))
+    plain = matrix.values_NI.double() * matrix.scales_N[:, None]
+    same = {"scales_O": matrix.scales_N, "bias_O": bias, "dtype": torch.float32}
+    got = gemv.gemv(x, matrix.values_NI, add=add, **same)
+    torch.testing.assert_close(got.double(), x.double() @ plain.T + bias + add, atol=1e-4, rtol=1e-4)
+    normed = F.rms_norm(x.double(), (1536,), norm_weight.double(), 1e-5)
+    gate, up = F.linear(normed, plain, bias.double()).chunk(2, -1)
+    got = gemv.gemv(Unnormed(x, norm_weight, 1e-5), matrix.values_NI, gated=True, **same)
+    torch.testing.assert_close(got.double(), F.silu(gate) * up, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 32])
