@@ -240,7 +240,7 @@ def product_searches(
         if form == "fp8":
             x8, cut = by_torch(x, Fp8.takes), scaled.tiling(outputs, inputs, padded)
             start = {"rows": 64, **cut._asdict()}
-            serving = label(start)
+            serving = label(start) if load.tokens <= scaled.most_rows(outputs) else "cuBLAS"
             calls = partial(_skinny8, x8, packed, counters)
             others = {"cuBLAS": [partial(_cublas8, x8, weight) for weight in packed]}
             expected = partial(_product, x8.values_NI.float() * x8.scales_N[:, None], _plain(packed[0]))

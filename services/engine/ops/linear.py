@@ -75,7 +75,7 @@ def gated_linear(x: Tensor | Unnormed, weight_OI: Tensor, *counters: Tensor, bia
     if row.is_cuda and row.shape[0] == 1:
         from services.engine.ops.kernels import gemv
 
-        if gemv.is_supported(weight_OI, gated=True):
+        if gemv.is_supported(weight_OI):
             return gemv.gemv(x, weight_OI, bias_O=bias_O, gated=True)
     return silu_mul(linear(x, weight_OI, *counters, bias_O=bias_O))
 

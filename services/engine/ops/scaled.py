@@ -52,13 +52,13 @@ def scaled_linear(
     return out_NO.to(dtype)
 
 
-def takes_row(x: Activations, weight_OI: Tensor, *, gated: bool = False) -> TypeGuard[Tensor | Unnormed]:
+def takes_row(x: Activations, weight_OI: Tensor) -> TypeGuard[Tensor | Unnormed]:
     """Whether `row_linear` multiplies these activations: a single row on a GPU that is not in eight bits."""
     if isinstance(x, Quantized) or not weight_OI.is_cuda or (x.x_1I if isinstance(x, Unnormed) else x).shape[0] > 1:
         return False
     from services.engine.ops.kernels import gemv
 
-    return gemv.is_supported(weight_OI, gated=gated)
+    return gemv.is_supported(weight_OI)
 
 
 def row_linear(
@@ -100,7 +100,7 @@ def _on_gpu(
 ) -> Tensor:
     from services.engine.ops.kernels import scaled
 
-    if x.values_NI.shape[0] <= scaled.MOST_ROWS:
+    if x.values_NI.shape[0] <= scaled.most_rows(weight_OI.shape[0]):
         return scaled.matmul(x, weight_OI, scales_O, counters, bias_O=bias_O, add=add, dtype=dtype)
     out_NO = torch._scaled_mm(
         x.values_NI,

@@ -52,7 +52,7 @@ class Fp8:
     def gated(
         self, x: Activations, buffers: Buffers, *, bias_O: Tensor | None, dtype: torch.dtype, form: Form
     ) -> Activations:
-        if takes_row(x, buffers[0], gated=True):
+        if takes_row(x, buffers[0]):
             return row_linear(x, *buffers[:2], bias_O=bias_O, dtype=dtype, gated=True)
         gate_up = self.apply(x, buffers, bias_O=bias_O, add=None, dtype=dtype)
         return silu_mul_quantized(gate_up, form) if isinstance(form, RowScaled) else silu_mul(gate_up)

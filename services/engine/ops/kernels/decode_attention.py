@@ -21,7 +21,7 @@ from torch import Tensor
 
 from services.engine.kv_cache import KVCache
 from services.engine.ops.kernels import kv_quant, softmax
-from services.engine.ops.kernels.overlap import overlapped, prefetch, wait
+from services.engine.ops.kernels.overlap import overlapped, wait
 
 LOG2_E = 1.4426950408889634
 
@@ -35,12 +35,9 @@ class Tuning(NamedTuple):
     stages: int
 
 
-TUNING = {64: Tuning(192, 2, 3), 128: Tuning(384, 2, 2), 256: Tuning(1280, 2, 3), sys.maxsize: Tuning(4096, 2, 4)}
+TUNING = {64: Tuning(192, 2, 3), 128: Tuning(384, 2, 2), 256: Tuning(1280, 4, 4), sys.maxsize: Tuning(4096, 4, 4)}
 """For batches of at most so many pairs of a sequence and a kv head (measured on an H200, with 8 kv heads). A large one fills the
 GPU without being cut."""
-
-_EARLY_PAGES = 3
-"""Of its first item, what a program asks for while the kernel before ends."""
 
 _PROGRAMS = 1024
 """Programs that a launch has where there are so many items, or one for each sequence and head if these are more. There may be
@@ -176,7 +173,6 @@ def attend(
         PARTS=8,
         PRECISION="ieee" if q_NHD.dtype is torch.float32 else "tf32",
         ONE_EACH=programs == most_items,
-        PAGES=_EARLY_PAGES,
         num_warps=warps,
         num_stages=stages,
         **overlapped(q_NHD),
@@ -239,19 +235,12 @@ def _attend(
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     ONE_EACH: tl.constexpr,
-    PAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One item, or as many as fall to this program."""
     item, head = tl.program_id(0), tl.program_id(1)
-    # The plan is older than the kernel before this one. What of the cache is asked for early is looked at late.
-    num_items = tl.load(first + num_sequences)
-    if OVERLAP:
-        _prefetch_item(
-            item, item < num_items, head, kv, tables, items, chunk, table_stride,
-            block_stride, v_stride, head_stride, D, T, TILE, PAGES,
-        )  # fmt: skip
     wait(OVERLAP)
+    num_items = tl.load(first + num_sequences)
     if ONE_EACH:
         if item >= num_items:
             return
@@ -268,31 +257,6 @@ def _attend(
                 block_stride, v_stride, head_stride, scale_stride, G, K, D, WIDTH, ROWS, T, TILE, WINDOW, GROUP, PARTS,
                 PRECISION,
             )  # fmt: skip
-
-
-@triton.jit
-def _prefetch_item(
-    item, is_there, head, kv, tables, items, chunk, table_stride, block_stride, v_stride, head_stride,
-    D: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr, PAGES: tl.constexpr,
-):  # fmt: skip
-    """Asks for the first pages of an item."""
-    LINE: tl.constexpr = 128 // kv.dtype.element_ty.primitive_bitwidth * 8
-    LINES: tl.constexpr = triton.next_power_of_2(T * D // LINE)
-    slot = tl.load(items + item * 4 + 1, mask=is_there, other=0)
-    length, number = (
-        tl.load(items + item * 4 + 2, mask=is_there, other=0),
-        tl.load(items + item * 4 + 3, mask=is_there, other=0),
-    )
-    chunk_tiles = tl.cdiv(tl.cdiv(length, TILE), tl.maximum(tl.cdiv(length, chunk), 1))
-    page = number * chunk_tiles * TILE // T
-    end = tl.cdiv(tl.minimum((number + 1) * chunk_tiles * TILE, length), T)
-    line = tl.minimum(tl.arange(0, LINES), T * D // LINE - 1)
-    for at in tl.static_range(PAGES):
-        if page + at < end:
-            block = tl.load(tables + slot.to(tl.int64) * table_stride + page + at).to(tl.int64)
-            start = kv + block * block_stride + head * head_stride + line * LINE
-            prefetch(start, True)
-            prefetch(start + v_stride, True)
 
 
 @triton.jit
@@ -350,12 +314,13 @@ def _attend_item(
     if WINDOW > 0:
         start = tl.maximum(start, (tl.maximum(length - WINDOW, 0) // TILE) * TILE)
     block = tl.load(table + start // T)
-    for tile in range(start, end, TILE):
-        token = tile + tl.arange(0, TILE)
-        seen = token < end
-        if WINDOW > 0:
-            seen = seen & (token >= length - WINDOW)
-        if scales is not None:
+    if scales is not None:
+        # Nothing behind the end but scales must be hidden.
+        for tile in range(start, end, TILE):
+            token = tile + tl.arange(0, TILE)
+            seen = token < end
+            if WINDOW > 0:
+                seen = seen & (token >= length - WINDOW)
             inside = tl.multiple_of(tile % T, TILE) + tl.arange(0, TILE)
             keys, values, key_scales, value_scales = kv_quant.load_tile(
                 kv, scales, block, inside, seen, head, place, block_stride, v_stride, head_stride, scale_stride,
@@ -363,22 +328,31 @@ def _attend_item(
             )  # fmt: skip
             block = tl.load(table + (tile + TILE) // T, mask=tile + TILE < end, other=0)
             peak, total, found = kv_quant.take_in(
-                queries, keys, values, key_scales, value_scales, seen[None, :], peak, total, found, row_scale,
-                True, PRECISION,
+                queries, keys, values, key_scales, value_scales, seen, peak, total, found, row_scale, False, PRECISION,
             )  # fmt: skip
-        else:
+    else:
+        # Tiles that are seen as a whole, and then the one at the end; in a window all are taken for such.
+        whole = start if WINDOW > 0 else start + (end - start) // TILE * TILE
+        for tile in range(start, whole, TILE):
+            keys, values = _load_tile(
+                kv, table, block, tile, end, 0, head, place, block_stride, v_stride, head_stride, D, T, TILE, WIDTH, False
+            )  # fmt: skip
             if TILE <= T:
                 # Looked up one tile ahead, so that the loads need not wait for it.
-                base = block.to(tl.int64) * block_stride + head * head_stride
-                base += (tl.multiple_of(tile % T, TILE) + tl.arange(0, TILE)) * D
                 block = tl.load(table + (tile + TILE) // T, mask=tile + TILE < end, other=0)
-            else:
-                blocks = tl.load(table + token // T, mask=token < end, other=0).to(tl.int64)
-                base = blocks * block_stride + head * head_stride + (token % T) * D
-            held_here = seen[:, None] & (place < D)[None, :]
-            keys = tl.load(kv + base[:, None] + place[None, :], mask=held_here, other=0.0)
-            values = tl.load(kv + v_stride + base[:, None] + place[None, :], mask=held_here, other=0.0)
             scores = tl.dot(queries, keys.T, input_precision=PRECISION) * scale
+            peak, total, weights, fade = softmax.take_in(scores, scores, peak, total, False)
+            found = found * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
+        for tile in range(whole, end, TILE):
+            begin = tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
+            token = tile + tl.arange(0, TILE)
+            keys, values = _load_tile(
+                kv, table, block, tile, end, begin, head, place, block_stride, v_stride, head_stride, D, T, TILE, WIDTH, True
+            )  # fmt: skip
+            if TILE <= T:
+                block = tl.load(table + (tile + TILE) // T, mask=tile + TILE < end, other=0)
+            scores = tl.dot(queries, keys.T, input_precision=PRECISION) * scale
+            seen = (token < end) & (token >= begin)
             peak, total, weights, fade = softmax.take_in(scores, seen[None, :], peak, total, True)
             found = found * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
     if num_chunks == 1:
@@ -395,6 +369,46 @@ def _attend_item(
             tl.store(counter, 0)
             to = out + (sequence.to(tl.int64) * K + head) * G * D
             _add_up(to, parts, sums, item - number, item - number + num_chunks, head, K, G, D, WIDTH, GROUP, PARTS)
+
+
+@triton.jit
+def _load_tile(
+    kv,
+    table,
+    block,
+    tile,
+    end,
+    begin,
+    head,
+    place,
+    block_stride,
+    v_stride,
+    head_stride,
+    D: tl.constexpr,
+    T: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SOME_HIDDEN: tl.constexpr,
+):
+    """Keys and values of the tokens from `tile` on, in this block where it holds all of them; zeros for tokens before `begin` and from
+    `end` on, where some are."""
+    token = tile + tl.arange(0, TILE)
+    if TILE <= T:
+        base = block.to(tl.int64) * block_stride + head * head_stride
+        base += (tl.multiple_of(tile % T, TILE) + tl.arange(0, TILE)) * D
+    else:
+        blocks = tl.load(table + token // T, mask=token < end, other=0).to(tl.int64)
+        base = blocks * block_stride + head * head_stride + (token % T) * D
+    of_keys = kv + base[:, None] + place[None, :]
+    if SOME_HIDDEN:
+        there = ((token < end) & (token >= begin))[:, None] & (place < D)[None, :]
+        keys, values = tl.load(of_keys, mask=there, other=0.0), tl.load(of_keys + v_stride, mask=there, other=0.0)
+    elif WIDTH != D:
+        there = place[None, :] < D
+        keys, values = tl.load(of_keys, mask=there, other=0.0), tl.load(of_keys + v_stride, mask=there, other=0.0)
+    else:
+        keys, values = tl.load(of_keys), tl.load(of_keys + v_stride)
+    return keys, values
 
 
 @triton.jit

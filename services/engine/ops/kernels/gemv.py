@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from services.engine.ops.forms import Unnormed
-from services.engine.ops.kernels.overlap import lines_of, overlapped, prefetch, wait
-
-ROWS, COLUMNS, WARPS, STAGES = 4, 1024, 4, 4
-"""Of the matrix, what a program takes at a time, and how it runs (measured on an H200). Fewer columns where a row has no
-multiple of those."""
-
-EARLY_BYTES = 0
-"""Of each row behind its first columns, what a program asks for while the kernel before ends."""
+from services.engine.ops.kernels.overlap import overlapped, wait
 
 
-def is_supported(weight_OI: Tensor, *, gated: bool = False) -> bool:
-    """Whether the matrix, or gate and up, fall into whole tiles."""
+class Tile(NamedTuple):
+    """Of the matrix, what a program takes at a time, and how it runs."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+TILES = {1: Tile(8, 1024, 2, 4), 2: Tile(4, 1024, 4, 4)}
+"""By the bytes of a number (measured on an H200). Fewer columns where a row has no multiple of those."""
+
+
+def is_supported(weight_OI: Tensor) -> bool:
+    """Whether the matrix falls into whole tiles; gate and up one over the other do as well then."""
     outputs, inputs = weight_OI.shape
-    return weight_OI.itemsize <= 2 and outputs % ROWS == 0 and inputs % _columns(inputs) == 0
+    if (tile := TILES.get(weight_OI.itemsize)) is None:
+        return False
+    return outputs % tile.rows == 0 and inputs % _columns(inputs, tile) == 0
 
 
-def _columns(inputs: int) -> int:
-    return next((columns for columns in (COLUMNS, COLUMNS // 2) if inputs % columns == 0), COLUMNS // 4)
+def _columns(inputs: int, tile: Tile) -> int:
+    return next((tile.columns // part for part in (1, 2) if inputs % (tile.columns // part) == 0), tile.columns // 4)
 
 
 def gemv(
@@ -42,7 +52,8 @@ def gemv(
     second. Where x is to be normed, the product is with what the norm gives before that is rounded."""
     x_1I, norm_I, eps = x if isinstance(x, Unnormed) else (x, x, 0.0)
     outputs, inputs = weight_OI.shape
-    rows, columns = ROWS, _columns(inputs)
+    rows, _, warps, stages = tile = TILES[weight_OI.itemsize]
+    columns = _columns(inputs, tile)
     if gated:
         rows, outputs = rows // 2, outputs // 2
     out = torch.empty((1, outputs), dtype=dtype or x_1I.dtype, device=x_1I.device)
@@ -63,9 +74,9 @@ def gemv(
         ADD=add is not None,
         NORM=isinstance(x, Unnormed),
         GATED=gated,
-        STAGES=STAGES,
-        EARLY=lines_of(min(EARLY_BYTES, (inputs - columns) * weight_OI.itemsize)),
-        num_warps=WARPS,
+        SIDE=16 // weight_OI.itemsize,
+        STAGES=stages,
+        num_warps=warps,
         **overlapped(x_1I),
     )
     return out
@@ -89,8 +100,8 @@ def _gemv(
     ADD: tl.constexpr,
     NORM: tl.constexpr,
     GATED: tl.constexpr,
+    SIDE: tl.constexpr,
     STAGES: tl.constexpr,
-    EARLY: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -99,12 +110,6 @@ def _gemv(
     first = tl.load(at)  # on its way while the kernel before ends
     if GATED:
         first_up = tl.load(at + O * I)
-    if EARLY > 0:
-        line = COLUMNS + tl.arange(0, EARLY) * (128 // weight.dtype.element_ty.primitive_bitwidth * 8)
-        behind = weight + row.to(tl.int64)[:, None] * I + line[None, :]
-        prefetch(behind, OVERLAP)
-        if GATED:
-            prefetch(behind + O * I, OVERLAP)
     if NORM:
         first_norm = tl.load(norm + column)
     wait(OVERLAP)
@@ -113,17 +118,17 @@ def _gemv(
         # The root of the mean square is known at the end, and divides a sum as well as what is added up.
         squares = values * values
         values *= first_norm.to(tl.float32)
-    total = first.to(tl.float32) * values[None, :]
+    total = _dots(first, values, ROWS, COLUMNS, SIDE)
     if GATED:
-        total_up = first_up.to(tl.float32) * values[None, :]
+        total_up = _dots(first_up, values, ROWS, COLUMNS, SIDE)
     for start in tl.range(COLUMNS, I, COLUMNS, num_stages=STAGES):
         values = tl.load(x + start + column).to(tl.float32)
         if NORM:
             squares += values * values
             values *= tl.load(norm + start + column).to(tl.float32)
-        total += tl.load(at + start).to(tl.float32) * values[None, :]
+        total += _dots(tl.load(at + start), values, ROWS, COLUMNS, SIDE)
         if GATED:
-            total_up += tl.load(at + O * I + start).to(tl.float32) * values[None, :]
+            total_up += _dots(tl.load(at + O * I + start), values, ROWS, COLUMNS, SIDE)
     found = tl.sum(total, 1)
     if NORM:
         scale = tl.rsqrt(tl.sum(squares, 0) / I + eps)
@@ -144,3 +149,10 @@ def _gemv(
     if ADD:
         found += tl.load(add + row).to(tl.float32)
     tl.store(out + row, found)
+
+
+@triton.jit
+def _dots(weight, values, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIDE: tl.constexpr):
+    """The products of a tile, of which those are added up that one thread loads at once: [ROWS, COLUMNS / SIDE]."""
+    products = weight.to(tl.float32) * values[None, :]
+    return tl.sum(tl.reshape(products, (ROWS, COLUMNS // SIDE, SIDE)), 2)

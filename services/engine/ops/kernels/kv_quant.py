@@ -71,6 +71,16 @@ def widened(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _log2(x):
+    """The logarithm to base 2, of 0 one below all others."""
+    if _IS_COMPILED:  # within 2^-22, by one instruction instead of twenty
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.where(x == 0, -1e30, tl.log2(tl.where(x == 0, 1.0, x)))
+
+
+@triton.jit
 def load_tile(
     kv, scales, block, inside, seen, head, place, block_stride, v_stride, head_stride, scale_stride,
     K: tl.constexpr, D: tl.constexpr, T: tl.constexpr, WIDTH: tl.constexpr,
@@ -101,12 +111,13 @@ def take_in(
     SOME_HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One more tile of keys and values: the highest score of each row so far, with the scale of its value in it; the sum of
-    its weights; and what it found by them. `scale` is of a row; `seen` is looked at where some keys are hidden, whose scales are 0
-    behind a sequence's end."""
+    its weights; and what it found by them. `scale` is of a row. Keys with a scale of 0 weigh nothing; `seen` is looked at where
+    others are hidden."""
     scores = tl.dot(queries, widened(keys, queries.dtype).T, input_precision=PRECISION)
-    value_scales = tl.where(value_scales == 0, 1.0, value_scales)
-    scores = scores * scale[:, None] * key_scales[None, :] + tl.log2(value_scales)[None, :]
-    peak, total, weights, fade = softmax.take_in(scores, seen, peak, total, SOME_HIDDEN, 1.0 / value_scales)
+    powers = _log2(value_scales)
+    scores = scores * scale[:, None] * key_scales[None, :] + powers[None, :]
+    counts = tl.exp2(tl.minimum(-powers, 126.0))
+    peak, total, weights, fade = softmax.take_in(scores, seen, peak, total, SOME_HIDDEN, counts)
     found = found * fade[:, None]
     found = tl.dot(weights.to(queries.dtype), widened(values, queries.dtype), found, input_precision=PRECISION)
     return peak, total, found

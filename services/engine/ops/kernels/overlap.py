@@ -21,25 +21,10 @@ def overlapped(x: Tensor) -> dict[str, Any]:
     return {"OVERLAP": True, "launch_pdl": True} if x.is_cuda and _is_able(x.device) else {"OVERLAP": False}
 
 
-def lines_of(num_bytes: int) -> int:
-    """How many times 128 bytes `prefetch` may ask for there: the most that are a power of two, of so many bytes at most."""
-    return 1 << (num_bytes // 128).bit_length() - 1 if num_bytes >= 128 else 0
-
-
 @cache
 def _is_able(device: torch.device) -> bool:
     """Hopper is the first that is."""
     return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-@triton.jit
-def prefetch(at, OVERLAP: tl.constexpr):
-    """Asks for the 128 bytes at each of these pointers to be brought to the L2 cache, where the kernels before may still write
-    them: nothing is read yet."""
-    if OVERLAP:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-        )
 
 
 @triton.jit

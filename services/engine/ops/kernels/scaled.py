@@ -19,7 +19,14 @@ from services.engine.ops.forms import Quantized
 from services.engine.ops.kernels import skinny
 
 MOST_ROWS = 256
-"""Of x. A step of Llama-3.1-8B on an H200 takes 3.48 ms of products with 256 rows, and 3.82 by torch's own kernel."""
+"""Of x, where the matrix has few rows."""
+_MANY_OUTPUTS, _MOST_ROWS_OF_MANY = 16384, 64
+"""With more rows torch's own kernel fills the GPU with a matrix of so many, and multiplies it sooner."""
+
+
+def most_rows(outputs: int) -> int:
+    """Of x, up to which a matrix of so many rows is multiplied here (measured on an H200)."""
+    return _MOST_ROWS_OF_MANY if outputs >= _MANY_OUTPUTS else MOST_ROWS
 
 
 class _Tiling(NamedTuple):
@@ -60,25 +67,16 @@ def matmul(
 
 @cache
 def tiling(outputs: int, inputs: int, padded_rows: int) -> _Tiling:
-    """For so many rows of x, the most programs and then the widest tile that the columns fall into."""
-    widest, stages, most_split = _TILES[padded_rows]
-    most_split = min(most_split, skinny.programs_for(outputs))
+    """For so many rows of x, the most programs and then the widest tile that the columns fall into (measured on an H200 with the
+    matrices of Llama-3.1-8B). Of 256 rows the parts are as large as the matrix: programs share it where each has many columns."""
+    many = padded_rows > 128
+    most_split = min(skinny.programs_for(outputs), 4 if padded_rows <= 64 else 2)
     columns, split = next(
         (columns, split)
         for split in (4, 2, 1)
         for columns in (256, 128, 64)
-        if split <= most_split and columns <= widest and inputs % (columns * split) == 0
+        if split <= most_split
+        and not (many and (columns > 128 or (split > 1 and inputs // split < 4096)))
+        and inputs % (columns * split) == 0
     )
-    # The sums of 64 x 256 leave four warps no registers to add up those of others.
-    return _Tiling(columns, split, 8 if padded_rows == 256 and split > 1 else 4, stages)
-
-
-_TILES = {16: (256, 6, 4), 32: (256, 6, 4), 64: (256, 4, 4), 128: (128, 4, 2), 256: (128, 4, 2)}
-"""For so many rows of x: the most columns of a tile of 64 rows of the matrix, the stages of the pipeline, and the most
-programs that share a tile of rows.
-
-Measured on an H200: tiles of 64 x 256 up to 64 rows and of 64 x 128 above, with 4 warps and 4 to 6 stages, were the fastest.
-Not yet measured: how many of those stages each size wants, which matrices want how many programs (as many as in 16 bits now),
-and whether sharing still pays above 64 rows, where
-the parts that are added up are as large as the matrix.
-"""
+    return _Tiling(columns, split, warps=8 if many else 4, stages=6 if split > 1 and padded_rows <= 32 else 4)

@@ -12,14 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.engine.ops.kernels.overlap import lines_of, overlapped, prefetch, wait
+from services.engine.ops.kernels.overlap import overlapped, wait
 
 MOST_ROWS = 32
 """Of x: with more, cuBLAS is as fast."""
 
-
-EARLY_BYTES = 1024
-"""Of each row of its tile, what a program asks for while the kernel before ends."""
 
 _ROWS, _COLUMNS = 64, 128
 """Of the matrix, a tile: what a program takes at a time (measured on an H200, as what follows)."""
@@ -88,7 +85,6 @@ def matmul(
         SPLIT=split,
         BIAS=bias_O is not None,
         ADD=add is not None,
-        EARLY=lines_of(min(EARLY_BYTES, inputs // split * weight_OI.itemsize)),
         num_warps=warps,
         num_stages=stages,
         **overlapped(x_MI),
@@ -116,7 +112,6 @@ def _matmul(
     SPLIT: tl.constexpr,
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
-    EARLY: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     SHARE: tl.constexpr = I // SPLIT
@@ -127,9 +122,6 @@ def _matmul(
     column = part * SHARE + tl.arange(0, COLUMNS)
     weights = weight + output.to(tl.int64)[:, None] * I + column[None, :]
     values = x + row[None, :] * I + column[:, None]
-    if EARLY > 0:
-        line = tl.arange(0, EARLY) * (128 // weight.dtype.element_ty.primitive_bitwidth * 8)
-        prefetch(weight + output.to(tl.int64)[:, None] * I + part * SHARE + line[None, :], OVERLAP)
     wait(OVERLAP)
     total = tl.zeros((ROWS, M), tl.float32)
     for start in tl.range(0, SHARE, COLUMNS):
