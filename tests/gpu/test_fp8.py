@@ -18,6 +18,7 @@ from services.engine.ops.activation import silu_mul, silu_mul_quantized
 from services.engine.ops.forms import Quantized
 from services.engine.ops.norm import rms_norm, rms_norm_quantized
 from services.engine.ops.quantize import by_torch, quantize
+from services.engine.ops.scaled import takes_row
 from services.engine.quant.fp8 import Fp8
 from tests.engine.batches import Chunk, batch_of
 from tests.gpu.test_engine import answers
@@ -59,7 +60,8 @@ def test_products(shape: tuple[int, int], num_rows: int) -> None:
     bias, add = torch.randn(outputs, device="cuda").bfloat16(), torch.randn(num_rows, outputs, device="cuda").bfloat16()
     fp8 = Fp8()
     buffers = fp8.pack(weight)
-    product = dequantized(quantize(x, FORM)) @ dequantized(by_torch(weight, FORM)).T
+    rows = x.double() if takes_row(x, buffers[0]) else dequantized(quantize(x, FORM))
+    product = rows @ dequantized(by_torch(weight, FORM)).T
     for _ in range(2):
         got = fp8.apply(x, buffers, bias_O=bias, add=add.clone(), dtype=torch.bfloat16)
         torch.testing.assert_close(got.double(), product + bias + add, atol=0.1, rtol=2e-2)
@@ -83,7 +85,8 @@ def test_a_row_that_is_not_finite_spoils_no_other(num_rows: int) -> None:
 @pytest.mark.parametrize("num_tokens", [1, 40, 300])
 def test_a_model_of_real_shape_computes_what_a_cpu_does(num_tokens: int, tmp_path: Path) -> None:
     """Two layers as wide as Llama-3.1-8B's: what differs is the order of sums, and the few values that it tips over to the
-    next step of eight bits. Beside the same model in 16 bits both are as far off."""
+    next step of eight bits. Beside the same model in 16 bits both are as far off; a single token, whose activations a GPU does not
+    round, less."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -100,6 +103,9 @@ def test_a_model_of_real_shape_computes_what_a_cpu_does(num_tokens: int, tmp_pat
     found, on_cpu = (logits(tmp_path, num_tokens, device=device, quantization="fp8") for device in ("cuda", "cpu"))
     truth = logits(tmp_path, num_tokens, device="cuda", quantization="none")
     error, error_on_cpu = ((each - truth).norm() / truth.norm() for each in (found, on_cpu))
+    if num_tokens == 1:
+        assert 0.005 < error < error_on_cpu
+        return
     assert 0.01 < error < 0.3 and error == pytest.approx(error_on_cpu, rel=0.25)
     assert (found - on_cpu).norm() < (found - truth).norm()
 
