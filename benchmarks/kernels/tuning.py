@@ -170,7 +170,8 @@ def searches(shape: Shape, loads: Sequence[Load]) -> Iterator[Search]:
 
 def decode_search(shape: Shape, load: Load, format: KVFormat) -> Search:
     """Decode attention: how long a chunk, and how a program runs."""
-    start = decode_attention.tuning(load.sequences, shape.spec.kv_heads)._asdict()
+    itemsize = 1 if format.is_quantized else 2
+    start = decode_attention.tuning(load.sequences, shape.spec.kv_heads, itemsize)._asdict()
     calls, expected = _attention(shape, load, format)
     return Search(
         f"attention {format}",
@@ -180,7 +181,9 @@ def decode_search(shape: Shape, load: Load, format: KVFormat) -> Search:
         [{"chunk": (128, 192, 256, 384, 512, 768, 1280, 4096)}, {"warps": (1, 2, 4), "stages": (2, 3, 4)}],
         lambda _: calls(),
         expected,
-        under=lambda each: replaced(decode_attention, TUNING={sys.maxsize: decode_attention.Tuning(**each)}),
+        under=lambda each: replaced(
+            decode_attention, TUNING={itemsize: {sys.maxsize: decode_attention.Tuning(**each)}}
+        ),
     )
 
 

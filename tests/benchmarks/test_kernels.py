@@ -265,7 +265,7 @@ class TestTuning:
         shape, (decode, prefill) = Shape(ModelSpec.from_config(MIXTURE), CPU), (Load.decode(3, 70), Load.prefill(80))
         auto = KVFormat.AUTO
         with tuning.decode_search(shape, decode, auto).under({"chunk": 128, "warps": 1, "stages": 4}):
-            assert decode_attention.tuning(3, 8) == decode_attention.tuning(300, 8) == (128, 1, 4)
+            assert decode_attention.tuning(3, 8, 2) == decode_attention.tuning(300, 8, 2) == (128, 1, 4)
         with tuning.prefill_search(shape, prefill, auto).under({"rows": 128, "keys": 32, "warps": 8, "stages": 2}):
             assert prefill_attention.TUNING[2] == (128, 32, 8, 2)
         assert shape.spec.moe is not None
@@ -282,12 +282,12 @@ class TestTuning:
         from services.engine.ops.kernels import decode_attention
 
         before = decode_attention.TUNING
-        other = {1 << 30: decode_attention.Tuning(64, 1, 1)}
+        other = {2: {1 << 30: decode_attention.Tuning(64, 1, 1)}}
 
         def within() -> AbstractContextManager[None]:
             return replaced(decode_attention, TUNING=other)
 
         with pytest.raises(RuntimeError, match="meanwhile"), within():
-            assert decode_attention.tuning(3, 8) == (64, 1, 1)
+            assert decode_attention.tuning(3, 8, 2) == (64, 1, 1)
             raise RuntimeError("meanwhile")
         assert decode_attention.TUNING is before

@@ -103,13 +103,15 @@ class PagedPlan:
         if not (num_decodes := len(works.decode_rows_D)):
             return None
         longest, kv_heads = tables.shape[1] * cache.block_size, cache.shape.kv_heads
-        # Sequences share blocks only as prefixes, so their chunks may be more than the cache holds.
+        narrowest = min(layer.kv.itemsize for layer in cache.layers)
+        chunk = decode_attention.chunk_size(num_decodes, kv_heads, longest, itemsize=narrowest)
         return decode_attention.plan(
             tables,
             works.decode_rows_D,
             works.decode_lengths_D,
-            chunk=decode_attention.chunk_size(num_decodes, kv_heads, longest),
-            most_items=decode_attention.most_items(num_decodes, kv_heads, longest),
+            chunk=chunk,
+            # Sequences share blocks only as prefixes, so their chunks may be more than the cache holds.
+            most_items=decode_attention.most_items(num_decodes, longest, chunk=chunk),
         )
 
     def _begin(self, q_NHD: Tensor, cache: KVCache) -> None:

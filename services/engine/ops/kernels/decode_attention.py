@@ -35,9 +35,14 @@ class Tuning(NamedTuple):
     stages: int
 
 
-TUNING = {64: Tuning(192, 2, 3), 128: Tuning(384, 2, 2), 256: Tuning(1280, 4, 4), sys.maxsize: Tuning(4096, 4, 4)}
-"""For batches of at most so many pairs of a sequence and a kv head (measured on an H200, with 8 kv heads). A large one fills the
-GPU without being cut."""
+_FEW, _SOME, _ALL = 64, 256, sys.maxsize
+
+TUNING = {
+    1: {_FEW: Tuning(192, 2, 3), _SOME: Tuning(640, 2, 3), _ALL: Tuning(4096, 1, 4)},
+    2: {_FEW: Tuning(192, 2, 3), _FEW * 2: Tuning(384, 2, 2), _SOME: Tuning(1280, 2, 4), _ALL: Tuning(4096, 2, 3)},
+}
+"""By the bytes of a cached number, for batches of at most so many pairs of a sequence and a kv head (measured on an H200 with 8 kv
+heads). A large batch fills the GPU without being cut."""
 
 _PROGRAMS = 1024
 """Programs that a launch has where there are so many items, or one for each sequence and head if these are more. There may be
@@ -76,15 +81,16 @@ class Scratch:
     """int32, [S, K]: chunks done. Zero between two launches."""
 
 
-def chunk_size(num_sequences: int, kv_heads: int, max_len: int) -> int:
+def chunk_size(num_sequences: int, kv_heads: int, max_len: int, *, itemsize: int) -> int:
     """Most tokens of a chunk: few enough that a small batch fills the GPU, many enough that adding up the longest
-    sequence's takes no longer than they do."""
-    return max(tuning(num_sequences, kv_heads).chunk, triton.next_power_of_2(max_len // 256))
+    sequence's takes no longer than they do. `itemsize`: of the narrowest layer, in bytes; the others are cut alike."""
+    return max(tuning(num_sequences, kv_heads, itemsize).chunk, triton.next_power_of_2(max_len // 256))
 
 
-def tuning(num_sequences: int, kv_heads: int) -> Tuning:
+def tuning(num_sequences: int, kv_heads: int, itemsize: int) -> Tuning:
     """What `TUNING` has for such a batch."""
-    return next(tuning for most, tuning in TUNING.items() if num_sequences * kv_heads <= most)
+    by_pairs = TUNING[min(itemsize, 2)]
+    return next(tuning for most, tuning in by_pairs.items() if num_sequences * kv_heads <= most)
 
 
 def _rows(group: int) -> int:
@@ -103,14 +109,15 @@ def scratch(work: Work, *, heads: int, cache: KVCache) -> Scratch:
     )
 
 
-def most_items(num_sequences: int, kv_heads: int, max_len: int) -> int:
+def most_items(num_sequences: int, max_len: int, *, chunk: int) -> int:
     """Chunks of so many sequences that are no longer than that."""
-    return num_sequences * -(-max_len // chunk_size(num_sequences, kv_heads, max_len))
+    return num_sequences * -(-max_len // chunk)
 
 
 def scratch_bytes(num_sequences: int, *, max_len: int, heads: int, kv_heads: int, head_dim: int) -> int:
     """Of a `Scratch` for so many sequences, at most: a group of heads is padded to less than twice its size."""
-    return 2 * most_items(num_sequences, kv_heads, max_len) * heads * (head_dim + 1) * 4
+    chunk = chunk_size(num_sequences, kv_heads, max_len, itemsize=1)
+    return 2 * most_items(num_sequences, max_len, chunk=chunk) * heads * (head_dim + 1) * 4
 
 
 def plan(tables: Tensor, slots_S: Tensor, lengths_S: Tensor, *, chunk: int, most_items: int) -> Work:
@@ -139,7 +146,7 @@ def attend(
     num_sequences, (_, heads, head_dim) = work.num_sequences, q_NHD.shape
     kv_heads = cache.shape.kv_heads
     kv, scales = cache.layers[layer].kv, cache.layers[layer].scales
-    _, warps, stages = tuning(num_sequences, kv_heads)
+    _, warps, stages = tuning(num_sequences, kv_heads, kv.itemsize)
     most_items = len(work.items_M4)
     programs = min(most_items, max(num_sequences, _PROGRAMS // kv_heads))
     _attend[(programs, kv_heads)](

@@ -22,20 +22,26 @@ class Tile(NamedTuple):
     stages: int
 
 
-TILES = {1: Tile(8, 1024, 2, 4), 2: Tile(4, 1024, 4, 4)}
-"""By the bytes of a number (measured on an H200). Fewer columns where a row has no multiple of those."""
+NARROW, WIDE, EIGHT_BITS = Tile(4, 1024, 4, 4), Tile(8, 1024, 4, 4), Tile(8, 2048, 4, 3)
+"""For a matrix in 16 bits with few columns, with many, and for one in 8 bits (measured on an H200)."""
+
+_MANY_COLUMNS = 4096
 
 
 def is_supported(weight_OI: Tensor) -> bool:
     """Whether the matrix falls into whole tiles; gate and up one over the other do as well then."""
     outputs, inputs = weight_OI.shape
-    if (tile := TILES.get(weight_OI.itemsize)) is None:
-        return False
-    return outputs % tile.rows == 0 and inputs % _columns(inputs, tile) == 0
+    return weight_OI.itemsize <= 2 and outputs % 8 == 0 and inputs % 256 == 0
 
 
-def _columns(inputs: int, tile: Tile) -> int:
-    return next((tile.columns // part for part in (1, 2) if inputs % (tile.columns // part) == 0), tile.columns // 4)
+def tile_of(weight_OI: Tensor) -> Tile:
+    """The tile that serves, with fewer columns where a row has no multiple of those."""
+    inputs = weight_OI.shape[1]
+    tile = EIGHT_BITS if weight_OI.itemsize == 1 else WIDE if inputs >= _MANY_COLUMNS else NARROW
+    columns = tile.columns
+    while inputs % columns:
+        columns //= 2
+    return tile._replace(columns=columns)
 
 
 def gemv(
@@ -52,8 +58,7 @@ def gemv(
     second. Where x is to be normed, the product is with what the norm gives before that is rounded."""
     x_1I, norm_I, eps = x if isinstance(x, Unnormed) else (x, x, 0.0)
     outputs, inputs = weight_OI.shape
-    rows, _, warps, stages = tile = TILES[weight_OI.itemsize]
-    columns = _columns(inputs, tile)
+    rows, columns, warps, stages = tile_of(weight_OI)
     if gated:
         rows, outputs = rows // 2, outputs // 2
     out = torch.empty((1, outputs), dtype=dtype or x_1I.dtype, device=x_1I.device)
@@ -74,7 +79,7 @@ def gemv(
         ADD=add is not None,
         NORM=isinstance(x, Unnormed),
         GATED=gated,
-        SIDE=16 // weight_OI.itemsize,
+        SIDE=16 // weight_OI.itemsize if rows > 4 else 1,
         STAGES=stages,
         num_warps=warps,
         **overlapped(x_1I),
@@ -153,6 +158,7 @@ def _gemv(
 
 @triton.jit
 def _dots(weight, values, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIDE: tl.constexpr):
-    """The products of a tile, of which those are added up that one thread loads at once: [ROWS, COLUMNS / SIDE]."""
+    """The products of a tile, each SIDE of them that lie side by side added up: [ROWS, COLUMNS / SIDE]. One thread has loaded
+    them at once, and keeps one sum instead of so many."""
     products = weight.to(tl.float32) * values[None, :]
     return tl.sum(tl.reshape(products, (ROWS, COLUMNS // SIDE, SIDE)), 2)
