@@ -1,7 +1,9 @@
 """Programmatic dependent launch: a kernel is set up while the one before it ends.
 
-A kernel that is launched so must wait before it touches anything that another kernel writes; weights it may read before.
-Since every kernel waits, one that has waited knows that all before it are done, not only the last.
+A kernel that is launched so must wait before it touches anything that the kernel before it writes; weights it may read
+earlier. Since every kernel waits, one that has waited knows that all before it are done, not only the last. And since none lets
+the next be set up before it has waited itself, one that is set up finds all done but the last: what is two kernels old - where
+tokens stand, the angles of a step - may be read early as well.
 """
 
 from __future__ import annotations
