@@ -260,8 +260,9 @@ def product_searches(
             serving,
             start,
             [
-                {"split": (1, 2, 4), "columns": (64, 128) if form == "bf16" else (128, 256)},
-                {"rows": (64, 128), "warps": (4, 8)},
+                # Taller tiles read x less often and want more programs for each: one is of no use without the other.
+                {"rows": (64, 128), "split": (1, 2, 4), "warps": (4, 8)},
+                {"columns": (64, 128) if form == "bf16" else (128, 256)},
                 {"stages": (3, 4, 6)},
             ],
             calls,
