@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import structlog
@@ -134,16 +134,31 @@ class Emitter:
                 self._add(streams, request, each)
         self._put(streams, confirmed)
 
-    def refuse(self, request: Request, reason: FinishReason, error: HoldfastError | None = None) -> None:
-        """Ends a request that gets no sequence: all its choices, before any token."""
+    def refuse(
+        self,
+        request: Request,
+        reason: FinishReason,
+        error: HoldfastError | None = None,
+        *,
+        choices: Iterable[int] | None = None,
+    ) -> None:
+        """Ends choices that get no sequence, all of them if none are named: behind the tokens that they have."""
         streams: _Streams = defaultdict(list)
-        for choice in range(request.num_choices):
-            finish = pb.Finish(reason=_REASONS[reason], usage=pb.Usage())
+        for choice in range(request.num_choices) if choices is None else choices:
+            prefix = request.prefixes[choice]
+            finish = pb.Finish(reason=_REASONS[reason], usage=pb.Usage(completion_tokens=prefix.count))
             if error is not None:
                 finish.error.CopyFrom(_error(error))
-            stream = pb.StreamTokens(request_id=request.request_id, choice=choice, finish=finish)
+            stream = pb.StreamTokens(
+                request_id=request.request_id,
+                choice=choice,
+                first_index=prefix.count,
+                prefix_hash=prefix.hash,
+                finish=finish,
+            )
             streams[request.reply_partition, request.source].append((stream, request))
             self._metrics.refused(reason.value)
+            self._requests.told(request, choice)
         self._put(streams, lambda: None)
 
     async def run(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Generic, TypeVar
 
 import structlog
@@ -20,6 +20,7 @@ from services.engine.offload import Cache, Store
 from services.engine.requests import Requests
 from services.engine.scheduler import Scheduler
 from services.engine.sequence import News
+from services.engine.takeover import Takeover
 from services.engine.validation import Served
 
 L = TypeVar("L")
@@ -51,6 +52,9 @@ class Engine(Generic[L]):
         self._drain_seconds = drain_seconds
         self._emitter = Emitter(bus, self.requests, engine=name, epoch_of=epochs.get, metrics=metrics, tracer=tracer)
         self.steps = StepLoop(scheduler, runner, deliver=self._deliver, metrics=metrics, store=store)
+        self._takeover = Takeover(
+            bus, engine=name, epoch_of=epochs.get, outbid=lambda source: self.intake.leave(source)
+        )
         self.intake = Intake(
             bus,
             self.requests,
@@ -59,6 +63,7 @@ class Engine(Generic[L]):
             served=served,
             commits=commits,
             epochs=epochs,
+            takeover=self._takeover,
             metrics=metrics,
             max_sequences=scheduler.limits.max_sequences,
             batch_share=scheduler.limits.batch_share,
@@ -73,10 +78,13 @@ class Engine(Generic[L]):
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """The engine at work, from the moment it owns its share of the requests. Leaving the block drains it."""
-        async with self.steps.running(), running(self.steps.watch(), self._emitter.run(), self.intake.run()):
+        async with self.steps.running(), self._at_work():
             await self.intake.until_joined()
             yield
             await self._drain()
+
+    def _at_work(self) -> AbstractAsyncContextManager[None]:
+        return running(self.steps.watch(), self._emitter.run(), self._takeover.run(), self.intake.run())
 
     async def _drain(self) -> None:
         try:

@@ -7,7 +7,8 @@ interactive requests that take the slots of batch ones make it hold more. A reco
 with the reason; one that is no request at all is logged and passed over.
 
 A rebalance gives and takes partitions. What is kept goes on (its records come again and are known by their
-offsets); what is lost is dropped without another word: the new owner answers now.
+offsets); what is lost is dropped without another word: the new owner answers now. A request that another engine may have
+begun waits until it is known how far that came (`takeover`); those behind it do not.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -26,7 +28,7 @@ from google.protobuf.message import DecodeError
 
 from holdfast import topics
 from holdfast.bus import NOTHING_OWNED, Bus, Member, Ownership, Position, Reader, Record, TopicPartition
-from holdfast.errors import AlreadyExists, HoldfastError, NotOwner, RequestError, Unavailable
+from holdfast.errors import AlreadyExists, HoldfastError, NotOwner, RequestError, StreamFailed, Unavailable
 from holdfast.topics import Topic
 from holdfast.v1 import generation_pb2 as pb
 from services.engine.commits import Commits
@@ -34,6 +36,7 @@ from services.engine.emit import Emitter
 from services.engine.metrics import EngineMetrics
 from services.engine.requests import Request, Requests
 from services.engine.sequence import FinishReason, Sequence
+from services.engine.takeover import Standing, Takeover
 from services.engine.validation import MAX_CHOICES, Served, deadline_of, sequences_of
 
 COMMIT_SECONDS = 1.0
@@ -87,6 +90,7 @@ class Intake:
         served: Served,
         commits: Commits,
         epochs: dict[TopicPartition, int],
+        takeover: Takeover,
         metrics: EngineMetrics,
         max_sequences: int,
         batch_share: int,
@@ -102,6 +106,7 @@ class Intake:
         self._served = served
         self._commits = commits
         self._epochs = epochs
+        self._takeover = takeover
         self._metrics = metrics
         self._max_sequences = max_sequences
         self._batch_share = batch_share
@@ -242,10 +247,16 @@ class Intake:
         """Another engine answers their requests now."""
         for partition in partitions:
             self._epochs.pop(partition, None)
+        self._takeover.lose(partitions)
         self._commits.lose(partitions)
         for request in self._requests.drop(partitions):
             log.info("request left to another engine", request_id=request.request_id)
-            self._steps.cancel(request.sequences)
+            if request.has_begun:
+                self._steps.cancel(request.sequences)
+
+    def leave(self, partition: TopicPartition) -> None:
+        """A later owner has written for this partition: the group has moved, and tells us later."""
+        self._lose([partition])
 
     async def _commit_regularly(self) -> None:
         while not self._drained.is_set():
@@ -262,7 +273,7 @@ class Intake:
     def _take(self, record: Record, *, interactive: bool) -> None:
         """Takes one request, or answers why not. A record that was taken before is passed over."""
         source = record.topic_partition
-        if not self._commits.begin(source, record.offset):
+        if source not in self._epochs or not self._commits.begin(source, record.offset):
             return
         message = self._readable(record)
         if message is None:
@@ -286,8 +297,39 @@ class Intake:
             log.info("request refused", request_id=request.request_id, reason=reason.value, error=str(error or ""))
             self._emitter.refuse(request, reason, error)
             return
+        if self._takeover.is_fresh(source, message):
+            self._begin(request)
+        else:
+            self._takeover.ask(source, message, len(sequences), partial(self._go_on, request))
+
+    def _go_on(self, request: Request, standings: list[Standing]) -> None:
+        """What other engines told of a request is known now."""
+        if not self._requests.holds(request):
+            return
+        for sequence, standing in zip(request.sequences, standings, strict=True):
+            request.prefixes[sequence.choice] = standing.prefix
+            sequence.go_on_after(standing.token_ids)
+            if standing.has_ended:
+                self._requests.told(request, sequence.choice)
+                self._requests.settle(request, sequence.choice)
+        if broken := [index for index, each in enumerate(standings) if each.is_broken]:
+            error = StreamFailed("two engines told different tokens of it, and nobody can go on")
+            self._emitter.refuse(request, FinishReason.ERROR, error, choices=broken)
+        if full := [each.choice for each in request.sequences if each.choice in request.open and each.is_full]:
+            self._emitter.refuse(request, FinishReason.LENGTH, choices=full)
+        self._begin(request)
+
+    def _begin(self, request: Request) -> None:
+        """The scheduler takes what is open of the request."""
+        request.has_begun = True
+        sequences = [each for each in request.sequences if each.choice in request.open]
+        if request.sequences[0] not in sequences:
+            for each in sequences:
+                each.shares_prompt_with = None
+        self._metrics.resumed(sequences)
         self._steps.add(sequences)
-        self._steps.cancel([each for each in sequences if self._was_cancelled(record, message.request_id, each.choice)])
+        cancelled = (each for each in sequences if self._was_cancelled(request, each.choice))
+        self._steps.cancel(list(cancelled))
 
     def _readable(self, record: Record) -> pb.GenerationRequest | None:
         """The request in a record; None where there is none, or nowhere to answer it."""
@@ -307,7 +349,7 @@ class Intake:
         if self._requests.running(message.request_id) is not None:
             error = AlreadyExists(f"a request with the id {message.request_id} runs; choose another, or none")
             return (), FinishReason.ERROR, error
-        if self._was_cancelled(record, message.request_id, None):
+        if self._cancelled_at(message.request_id, None) >= record.timestamp_ms:
             return (), FinishReason.CANCELLED, None
         deadline = deadline_of(message)
         if deadline is not None and deadline <= self._clock():
@@ -353,9 +395,14 @@ class Intake:
         if len(self._cancels) > MAX_CANCELS:
             self._cancels.popitem(last=False)
         request = self._requests.running(cancel.request_id)
-        if request is not None and request.timestamp_ms <= timestamp_ms:
+        if request is not None and request.has_begun and request.timestamp_ms <= timestamp_ms:
             self._steps.cancel([each for each in request.sequences if choice in (None, each.choice)])
 
-    def _was_cancelled(self, record: Record, request_id: str, choice: int | None) -> bool:
-        """Whether that was asked for after the record was written: an id may be used again."""
-        return self._cancels.get((request_id, choice), -1) >= record.timestamp_ms
+    def _was_cancelled(self, request: Request, choice: int) -> bool:
+        """Whether that was asked for after the request was written: an id may be used again."""
+        asked = max(self._cancelled_at(request.request_id, choice), self._cancelled_at(request.request_id, None))
+        return asked >= request.timestamp_ms
+
+    def _cancelled_at(self, request_id: str, choice: int | None) -> int:
+        """When that was asked for last, in milliseconds since the epoch; -1 if never."""
+        return self._cancels.get((request_id, choice), -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -53,6 +53,8 @@ class EngineMetrics:
         )
         self.unreadable_records = counter("unreadable_records", "Records of the request topics that are no request.")
         self.resent_records = counter("resent_records", "Token records that were sent again for want of an ack.")
+        self._resumed = counter("resumed_requests", "Choices that go on where another engine left them.")
+        self._resumed_tokens = counter("resumed_tokens", "Tokens that other engines had generated of those.")
         self.blocks_fetched = counter("store_blocks_fetched", "Blocks fetched from the KV store.")
         self.blocks_saved = counter("store_blocks_saved", "Blocks sent to the KV store.")
         self.store_failures = counter("store_failures", "Calls to the KV store that failed or came too late.")
@@ -80,6 +82,13 @@ class EngineMetrics:
     def refused(self, reason: str) -> None:
         """A choice ended before it was ever scheduled."""
         self._ended.labels(reason).inc()
+
+    def resumed(self, sequences: Iterable[Sequence]) -> None:
+        """Sequences are about to begin, some of them with tokens of another engine."""
+        for each in sequences:
+            if each.output_ids:
+                self._resumed.inc()
+                self._resumed_tokens.inc(len(each.output_ids))
 
     def ended(self, sequence: Sequence) -> None:
         """A sequence ended."""

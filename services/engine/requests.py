@@ -33,6 +33,8 @@ class Request:
     num_choices: int
     sequences: tuple[Sequence, ...] = ()
     """One for each choice; none where the request was refused."""
+    has_begun: bool = False
+    """Whether the scheduler has its sequences: not before it is known what other engines told of it."""
 
     # `Requests` fills these.
     open: set[int] = field(default_factory=set)
@@ -69,6 +71,10 @@ class Requests:
     def running(self, request_id: str) -> Request | None:
         """The request that runs under this id."""
         return self._running.get(request_id)
+
+    def holds(self, request: Request) -> bool:
+        """Whether it is held still: neither done nor dropped."""
+        return request in self._held
 
     def of(self, sequence: Sequence) -> Request | None:
         """The running request that a sequence answers; None where it was dropped, though it may have come again."""

@@ -179,14 +179,21 @@ class Sequence:
     def is_finished(self) -> bool:
         return self.phase is Phase.FINISHED
 
+    def go_on_after(self, token_ids: Seq[int]) -> None:
+        """Another engine has told these already: they are part of the output, and this one's begins behind them."""
+        assert not self.output_ids
+        self.output_ids = list(token_ids)
+        self.num_told = len(token_ids)
+
     def tell(self) -> News:
         """What was not told yet."""
         first, self.num_told = self.num_told, len(self.output_ids)
+        num_foreign = len(self.output_ids) - len(self.output_logprobs) if self.output_logprobs else 0
         return News(
             sequence=self,
             first_index=first,
             token_ids=tuple(self.output_ids[first:]),
-            logprobs=tuple(self.output_logprobs[first:]),
+            logprobs=tuple(self.output_logprobs[max(0, first - num_foreign) :]),
             finish=self.finish,
         )
 
@@ -199,6 +206,11 @@ class Sequence:
             return self.output_ids[start - num_prompt : end - num_prompt]
         return [*self.prompt_ids[start:], *self.output_ids[: end - num_prompt]]
 
+    @property
+    def is_full(self) -> bool:
+        """Whether it may get no token more."""
+        return len(self.output_ids) >= self.stop.max_tokens
+
     def append(self, token_id: int, logprobs: TokenLogprobs | None = None) -> FinishReason | None:
         """Adds a sampled token and says whether, and why, the sequence ends with it."""
         self.output_ids.append(token_id)
@@ -206,6 +218,4 @@ class Sequence:
             self.output_logprobs.append(logprobs)
         if token_id in self.stop.stop_token_ids and len(self.output_ids) >= self.stop.min_tokens:
             return FinishReason.STOP
-        if len(self.output_ids) >= self.stop.max_tokens:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if self.is_full else None

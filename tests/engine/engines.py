@@ -34,8 +34,8 @@ async def until(holds: Callable[[], bool]) -> None:
 class GatedRunner(FakeRunner):
     """A runner that can be held, and let go step by step."""
 
-    def __init__(self, pool: BlockPool) -> None:
-        super().__init__(pool)
+    def __init__(self, pool: BlockPool, taste: int = 0) -> None:
+        super().__init__(pool, taste)
         self._gate = threading.Condition()
         self._num_allowed = float("inf")
         self.engine_stops: Callable[[], bool] = lambda: False
@@ -91,11 +91,12 @@ async def engine(
     drain_seconds: float = 10.0,
     lookahead: int = 0,
     tracer: Tracer | None = None,
+    taste: int = 0,
 ) -> AsyncIterator[Running]:
     await bus.create_topics(TOPICS)
     pool = BlockPool(num_blocks, block_size=4)
     limits = Limits(max_sequences=max_sequences, max_step_tokens=32, lookahead=lookahead)
-    runner, registry = GatedRunner(pool), CollectorRegistry()
+    runner, registry = GatedRunner(pool, taste), CollectorRegistry()
     made = Engine(
         bus,
         Scheduler(pool, limits),

@@ -23,17 +23,29 @@ def digest(before: int, token_id: int) -> int:
     return zlib.crc32(token_id.to_bytes(4, "little"), before)
 
 
-def next_token(entry: int, choice: int) -> int:
-    return zlib.crc32(choice.to_bytes(1, "little"), entry) % VOCABULARY
+def next_token(entry: int, choice: int, taste: int = 0) -> int:
+    return zlib.crc32(bytes([choice, taste]) if taste else bytes([choice]), entry) % VOCABULARY
 
 
-def expected_output(prompt_ids: Seq[int], stop: StopRules, choice: int = 0) -> list[int]:
+def possible_output(prompt_ids: Seq[int], output_ids: Seq[int], tastes: Seq[int], choice: int = 0) -> bool:
+    """Whether each token is one that a runner of one of these tastes adds to those before it."""
+    entry = 0
+    for token_id in prompt_ids:
+        entry = digest(entry, token_id)
+    for token_id in output_ids:
+        if token_id not in {next_token(entry, choice, taste) for taste in tastes}:
+            return False
+        entry = digest(entry, token_id)
+    return True
+
+
+def expected_output(prompt_ids: Seq[int], stop: StopRules, choice: int = 0, taste: int = 0) -> list[int]:
     """What the model answers where nothing interferes."""
     entry, output = 0, []
     for token_id in prompt_ids:
         entry = digest(entry, token_id)
     while True:
-        token_id = next_token(entry, choice)
+        token_id = next_token(entry, choice, taste)
         output.append(token_id)
         if len(output) == stop.max_tokens or (token_id in stop.stop_token_ids and len(output) >= stop.min_tokens):
             return output
@@ -61,8 +73,10 @@ class Launched:
 class FakeRunner:
     """Runs steps in the order of their launches, as a device does."""
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, taste: int = 0) -> None:
+        """Runners of different tastes continue the same text differently, as engines do whose sums differ."""
         self.pool = pool
+        self.taste = taste
         self.slots: dict[int, Slot] = {}
         self.cache: dict[tuple[int, int], tuple[int, int]] = {}
         """(block, offset) → (position, digest)."""
@@ -106,7 +120,7 @@ class FakeRunner:
         if not work.samples:
             return None
         assert work.end == len(slot.token_ids), "a row is sampled that is not the last"
-        slot.token_ids.append(next_token(entry, slot.admission.choice))
+        slot.token_ids.append(next_token(entry, slot.admission.choice, self.taste))
         return slot.token_ids[-1]
 
     def _check_prefix(self, slot: Slot, end: int) -> int:

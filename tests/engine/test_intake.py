@@ -146,6 +146,7 @@ async def test_interactive_requests_take_the_slots_of_batch_ones(memory: MemoryB
         await heard.until(lambda: bool(heard["b0"].token_ids and heard["b1"].token_ids))
         await publish(memory, request("i", [9], max_tokens=3, ignore_eos=True))
         await until(lambda: running.num_open() == 1)
+        await until(lambda: (found := running.engine.requests.running("i")) is not None and found.has_begun)
         running.runner.allow(5)
         await heard.finished("i")
         assert running.engine.steps.load.num_preemptions == 1
