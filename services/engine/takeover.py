@@ -183,11 +183,12 @@ class _Scan:
     """What records up to the markers say of some requests. Pure: fed with records in the order of the log."""
 
     def __init__(self, wanted: Collection[_Wanted], markers: dict[TopicPartition, int]) -> None:
+        """`markers`: the offset of each source partition's. What comes behind one is of no lower epoch than ours, and ours has
+        told nothing of these requests yet."""
         self.start = min((each.start for each in wanted), default=0)
         self.end = max((markers[each.source] for each in wanted), default=-1)
         self.standings = {each: nothing_told(each.num_choices) for each in wanted}
         self._epochs = Epochs()
-        self._markers = {_source(source): offset for source, offset in markers.items()}
         self._wanted = {(_source(each.source), each.request_id): each for each in wanted}
 
     def highest(self, source: TopicPartition) -> int:
@@ -201,10 +202,11 @@ class _Scan:
         except DecodeError:
             return
         source = Source(batch.source.request_class, batch.source.partition)
-        if record.offset > self._markers.get(source, -1) or not self._epochs.admit(source, batch.epoch):
+        if not self._epochs.admit(source, batch.epoch):
             return
         for stream in batch.streams:
             wanted = self._wanted.get((source, stream.request_id))
+            # An id may have been used before.
             if wanted is not None and record.offset >= wanted.start and stream.choice < wanted.num_choices:
                 _judge(self.standings[wanted][stream.choice], stream)
 
