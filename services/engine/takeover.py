@@ -141,11 +141,15 @@ class Takeover:
     async def _mark(self, lane: _Lane) -> None:
         """Puts the markers that are missing."""
         reply = lane.partition.partition
+        missing: list[dict[int, int]] = []
+        acks: list[asyncio.Future[int]] = []
         for source in {each.source for each in lane.waiting}:
             epoch, markers = self._epoch_of(source), self._markers[source]
             if epoch is not None and reply not in markers:
-                # Where the partition is lost meanwhile these are no longer the markers that count.
-                markers[reply] = await self._bus.publish(lane.partition, self._marker(source, epoch))
+                acks.append(await self._bus.send(lane.partition, self._marker(source, epoch)))
+                missing.append(markers)
+        for markers, offset in zip(missing, await asyncio.gather(*acks), strict=True):
+            markers[reply] = offset  # where the partition was lost meanwhile, these are no longer the ones that count
 
     async def _read(self, lane: _Lane) -> None:
         """Finds out what is known of the requests whose source partition has its marker here, and lets them go on."""
