@@ -1,4 +1,4 @@
-"""The `holdfast` command: chat, generate, cancel, status, pull.
+"""The `holdfast` command: chat, generate, resume, cancel, status, pull.
 
 Exit codes: 0 done, 1 failed, 2 asked for what cannot be, 130 interrupted. What went wrong is one line on standard error.
 """
@@ -25,7 +25,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from holdfast import __version__, rpc
 from holdfast.client import DEFAULT_ADDRESS, Answer, Client, Message, Options
 from holdfast.errors import ConfigurationError, HoldfastError, InvalidRequest, from_rpc_error
-from holdfast.events import Accepted, Event, FinishReason, Tokens
+from holdfast.events import Accepted, Event, FinishReason, Resumed, Tokens
 from holdfast.stopwatch import Stopwatch
 from holdfast.v1 import engine_pb2, engine_pb2_grpc
 
@@ -105,6 +105,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_options(verb, "generate")
 
+    verb = _verb(verbs, "resume", resume, "go on with an answer where it stood, at any gateway of the mesh")
+    verb.add_argument("cursor", help="as an event had it")
+    verb.add_argument("--json", action="store_true", help="print every event as a line of JSON")
+
     verb = _verb(verbs, "cancel", cancel, "end a request, wherever it runs")
     verb.add_argument("request_id")
 
@@ -127,7 +131,7 @@ def _verb(verbs: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser
 
 def _add_address(parser: argparse.ArgumentParser, *, default: str) -> None:
     """The same flag before and after the command."""
-    what = f"the gateway, host:port (also by {ADDRESS_VARIABLE}; otherwise {DEFAULT_ADDRESS})"
+    what = f"the gateway, host:port, or several with commas between (also by {ADDRESS_VARIABLE}; otherwise {DEFAULT_ADDRESS})"
     parser.add_argument("--address", default=default, help=what)
 
 
@@ -296,11 +300,37 @@ def generate(arguments: argparse.Namespace) -> int:
                             _tell(await show(answer, limit=limit, came=came))
                 except asyncio.CancelledError:
                     if arguments.no_cancel:
-                        again = f"holdfast cancel {answer.request_id}"
-                        print(f"\n{answer.request_id} runs on; `{again}` ends it", file=sys.stderr, end="")
+                        _tell_that_it_runs_on(answer)
                     raise
 
             await _limited(ask, _options(arguments), _LIMITS["generate"])
+        return 0
+
+    return asyncio.run(stream())
+
+
+def _tell_that_it_runs_on(answer: Answer) -> None:
+    ways = [f"`holdfast cancel {answer.request_id}` ends it"]
+    if answer.cursor:
+        ways.append(f"`holdfast resume {answer.cursor}` goes on with it")
+    print(f"\n{answer.request_id} runs on; {', '.join(ways)}", file=sys.stderr, end="")
+
+
+def resume(arguments: argparse.Namespace) -> int:
+    """The rest of an answer, as it grows."""
+
+    async def stream() -> int:
+        async with Client(arguments.address) as client:
+            answer = client.resume(arguments.cursor)
+            try:
+                if arguments.json:
+                    await show_json(answer)
+                else:
+                    async with _waits_told(client) as came:
+                        _tell(await show(answer, came=came))
+            except asyncio.CancelledError:
+                _tell_that_it_runs_on(answer)
+                raise
         return 0
 
     return asyncio.run(stream())
@@ -337,7 +367,7 @@ async def show(
     async with answer:
         async for event in answer:
             watch.see(event)
-            if not isinstance(event, Accepted):
+            if not isinstance(event, Accepted | Resumed):
                 came()
             if isinstance(event, Tokens):
                 print(event.text, end="", flush=True)

@@ -14,22 +14,42 @@ comes twice is an error, never a silent gap.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Literal, Self, TypedDict, Unpack
 
-import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_status import rpc_status
 
-from holdfast import rpc
-from holdfast.errors import Cancelled, InvalidRequest, StreamFailed, Unavailable, from_rpc_error
-from holdfast.events import Accepted, Event, Finished, Model, Submitted, Tokens, event_from_wire, model_from_wire
-from holdfast.v1 import gateway_pb2, gateway_pb2_grpc, generation_pb2, tokenizer_pb2
+from holdfast.errors import (
+    HoldfastError,
+    Interrupted,
+    InvalidRequest,
+    RequestError,
+    RetryableError,
+    StreamFailed,
+    Unavailable,
+)
+from holdfast.events import (
+    Accepted,
+    Event,
+    Finished,
+    Model,
+    Result,
+    Resumed,
+    Submitted,
+    Tokens,
+    event_from_wire,
+    model_from_wire,
+    result_from_wire,
+)
+from holdfast.gateways import PATIENT, Gateway, Gateways, Patience, broke, translated
+from holdfast.v1 import gateway_pb2, generation_pb2, tokenizer_pb2
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 """Where a gateway listens unless it is told otherwise."""
@@ -42,6 +62,11 @@ NEEDS = ("log", "tokenizer", "engine")
 _LATE = 5.0
 """Seconds that a call may outlive the deadline of its request: the gateway ends the answer, not the connection."""
 
+
+_Call = (
+    grpc.aio.UnaryStreamCall[gateway_pb2.GenerateRequest, gateway_pb2.GenerateResponse]
+    | grpc.aio.UnaryStreamCall[gateway_pb2.ResumeRequest, gateway_pb2.ResumeResponse]
+)
 
 Message = Mapping[str, object]
 """One message of a conversation: `role`, `content`, and what else the model's template reads."""
@@ -87,23 +112,40 @@ class Client:
     """A connection to a gateway, opened and closed as an async context manager. One client carries any number of
     answers at once; it belongs to one event loop.
 
+    `address` is that of a gateway, or those of several (a sequence, or with commas between): one is used, and the next
+    where that does not answer. `patience` says how it tries to go on with answers whose connection is lost.
+
     `timeout`, in seconds, is for the calls that do not stream. Every method raises `holdfast.errors`: `Unavailable`
     where no gateway answers. Opening raises `ConfigurationError` where there can be no such address.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout: float = 30.0) -> None:
-        self.address = address
+    def __init__(
+        self, address: str | Sequence[str] = DEFAULT_ADDRESS, *, timeout: float = 30.0, patience: Patience = PATIENT
+    ) -> None:
+        addresses = [each.strip() for each in address.split(",")] if isinstance(address, str) else list(address)
+        self._gateways = Gateways(addresses)
         self._timeout = timeout
+        self._patience = patience
+        self._answers: weakref.WeakSet[Answer] = weakref.WeakSet()
+
+    @property
+    def address(self) -> str:
+        """Where the gateway listens that is in use; all addresses before the client is open."""
+        return self._gateways.address
 
     async def __aenter__(self) -> Self:
-        self._channel = rpc.channel(self.address)
-        self._gateway: gateway_pb2_grpc.GatewayServiceAsyncStub = gateway_pb2_grpc.GatewayServiceStub(self._channel)
+        self._opened = AsyncExitStack()
+        await self._opened.enter_async_context(self._gateways.open())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self._channel.close()
+        try:
+            for answer in list(self._answers):
+                await answer.aclose()
+        finally:
+            await self._opened.aclose()
 
     def generate(
         self,
@@ -112,21 +154,39 @@ class Client:
         messages: Sequence[Message] | None = None,
         token_ids: Sequence[int] | None = None,
         cancel_on_exit: bool = True,
+        resume: bool = True,
         **options: Unpack[Options],
     ) -> Answer:
         """The answer, as it grows, to exactly one of these: a prompt; the messages of a conversation; token ids, taken
         as they are. Nothing is sent before the answer is entered or its first event awaited.
 
-        With `cancel_on_exit`, leaving the answer before its end, or losing the connection, cancels the request;
-        without, it runs on and only the listening ends.
+        With `cancel_on_exit`, leaving the answer before its end cancels the request; without, it runs on and only the
+        listening ends. Where the connection or the gateway is lost, the answer goes on at the next gateway, as if
+        nothing had been, and the request runs on meanwhile. With `resume=False` the answer breaks instead, and with
+        `cancel_on_exit` the connection is the request's lifetime: losing it cancels the request.
 
         Raises:
             InvalidRequest: an option that cannot be sent, or not exactly one input. What only the mesh can judge is
                 raised by the answer.
         """
         request = _request(prompt, messages, token_ids, options)
-        request.cancel_on_disconnect = cancel_on_exit
-        return Answer(self._gateway, request, address=self.address)
+        request.cancel_on_disconnect = cancel_on_exit and not resume
+        answer = Answer(
+            self._gateways,
+            request,
+            patience=self._patience if resume else None,
+            cancel_on_exit=cancel_on_exit and resume,
+            own_id=not options.get("request_id"),
+        )
+        self._answers.add(answer)
+        return answer
+
+    def resume(self, cursor: str) -> Answer:
+        """The answer that a cursor is of, from there on: `Resumed`, then what comes after it. The answer goes on by itself
+        as `generate` says; leaving it ends the request only where that was asked for with `resume=False`."""
+        answer = Answer(self._gateways, None, cursor=cursor, patience=self._patience)
+        self._answers.add(answer)
+        return answer
 
     async def submit(
         self,
@@ -138,20 +198,34 @@ class Client:
     ) -> Submitted:
         """Has a request run in the background; returns when the log has it. Arguments and errors as `generate`."""
         request = gateway_pb2.SubmitRequest(request=_request(prompt, messages, token_ids, options))
-        with _translated(self.address):
-            response = await self._gateway.Submit(request, timeout=self._timeout)
+        gateway = await self._gateways.reachable()
+        with translated(gateway.address):
+            response = await gateway.stub.Submit(request, timeout=self._timeout)
         return Submitted(request_id=response.request_id, cursor=response.cursor)
+
+    async def result(self, cursor: str, *, wait: float | None = None) -> Result:
+        """The whole answer to a request, from the cursor of its start (`Submitted.cursor`): awaited, or after `wait`
+        seconds what there is of it."""
+        request = gateway_pb2.GetResultRequest(cursor=cursor)
+        if wait is not None:
+            request.wait.FromNanoseconds(round(wait * 1e9))
+        gateway = await self._gateways.reachable()
+        with translated(gateway.address):
+            response = await gateway.stub.GetResult(request, timeout=None if wait is None else wait + self._timeout)
+        return result_from_wire(response)
 
     async def cancel(self, request_id: str) -> None:
         """Ends a request, wherever it runs. Returns when the log has the wish; cancelling what has ended changes
         nothing."""
-        with _translated(self.address):
-            await self._gateway.Cancel(gateway_pb2.CancelRequest(request_id=request_id), timeout=self._timeout)
+        gateway = await self._gateways.reachable()
+        with translated(gateway.address):
+            await gateway.stub.Cancel(gateway_pb2.CancelRequest(request_id=request_id), timeout=self._timeout)
 
     async def models(self) -> list[Model]:
         """The models that the mesh serves."""
-        with _translated(self.address):
-            response = await self._gateway.ListModels(gateway_pb2.ListModelsRequest(), timeout=self._timeout)
+        gateway = await self._gateways.reachable()
+        with translated(gateway.address):
+            response = await gateway.stub.ListModels(gateway_pb2.ListModelsRequest(), timeout=self._timeout)
         return [model_from_wire(model) for model in response.models]
 
     async def health(self) -> bool:
@@ -164,8 +238,9 @@ class Client:
 
     async def _healthy(self, name: str) -> bool:
         request = health_pb2.HealthCheckRequest(service=name)
-        with _translated(self.address):
-            response = await health_pb2_grpc.HealthStub(self._channel).Check(request, timeout=self._timeout)
+        gateway = await self._gateways.reachable()
+        with translated(gateway.address):
+            response = await health_pb2_grpc.HealthStub(gateway.channel).Check(request, timeout=self._timeout)
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
 
@@ -173,30 +248,54 @@ class Answer(AsyncIterator[Event]):
     """The events of one request: `Accepted`, then `Tokens`, then `Finished` once for each choice.
 
     Leaving the block, `aclose`, cancelling the task that waits, and dropping the last reference (as `break` does to an
-    answer that only its loop holds) all end the call at once; `Client.generate` says what that means for the request.
+    answer that only its loop holds) all end the call at once; `Client.generate` says what that means for the request,
+    and for an answer whose connection is lost.
 
     Awaiting the next event raises any of `holdfast.errors`: a refusal, `StreamFailed` where the mesh could not finish
-    or the events do not fit together, `Cancelled` where another task closed the answer meanwhile.
+    or the events do not fit together, `Interrupted` where no gateway could be found to go on, `Cancelled` where another
+    task closed the answer meanwhile.
     """
 
     def __init__(
         self,
-        gateway: gateway_pb2_grpc.GatewayServiceAsyncStub,
-        request: gateway_pb2.GenerateRequest,
+        gateways: Gateways,
+        request: gateway_pb2.GenerateRequest | None,
         *,
-        address: str,
+        cursor: str = "",
+        patience: Patience | None = None,
+        cancel_on_exit: bool = False,
+        own_id: bool = False,
     ) -> None:
-        self._gateway = gateway
+        """`request`: None to go on from `cursor`. `patience`: None to break with the connection. `own_id`: the id was
+        drawn here, and may be drawn anew where nobody knows whether the mesh has the request."""
+        self._gateways = gateways
         self._request = request
-        self._address = address
-        self._proof = _Proof(request.num_choices or 1, with_ids=request.return_token_ids)
-        self._call: grpc.aio.UnaryStreamCall[gateway_pb2.GenerateRequest, gateway_pb2.GenerateResponse] | None = None
+        self._patience = patience
+        self._cancel_on_exit = cancel_on_exit
+        self._own_id = own_id
+        self._proof = _Proof(request)
+        self._request_id = request.request_id if request is not None else ""
+        self._first_cursor = self._cursor = cursor
+        self._call: _Call | None = None
+        self._gateway: Gateway | None = None
+        self._until: float | None = None
+        """Loop time until which the whole answer may take."""
+        self._num_failed = 0
+        self._resuming = False
         self._closed = False
+        self._over = False
+        """Whether there is nothing to cancel: it has not begun, has ended, or the mesh said why it will not go on."""
 
     @property
     def request_id(self) -> str:
-        """The request's id, known from the start."""
-        return self._request.request_id
+        """The request's id. It is certain once the request was accepted: until then it is drawn anew where another
+        gateway has to be asked, unless it was given. Empty where a cursor's stream has not gone on yet."""
+        return self._request_id
+
+    @property
+    def cursor(self) -> str:
+        """Where the stream stands after the last event; empty before the first one."""
+        return self._cursor
 
     async def text(self) -> AsyncIterator[str]:
         """The text of choice 0, piece by piece. The answer is closed when it ends or is left."""
@@ -211,12 +310,12 @@ class Answer(AsyncIterator[Event]):
 
     async def aclose(self) -> None:
         """Ends the call, however far it is. May be called twice, early, and from another task."""
-        self._closed = True
-        if self._call is not None:
-            self._call.cancel()
+        if (farewell := self._leave()) is not None:
+            await asyncio.wait([farewell])
 
     async def __aenter__(self) -> Self:
-        self._begin()
+        with contextlib.suppress(Unavailable):  # the first event says so, or finds a gateway
+            await self._begin()
         return self
 
     async def __aexit__(
@@ -228,13 +327,11 @@ class Answer(AsyncIterator[Event]):
         if self._closed:
             raise StopAsyncIteration
         try:
-            with _translated(self._address):
-                response = await anext(self._begin())
-            event = event_from_wire(response)
-            self._proof.check(event)
+            while (event := await self._next()) is None:
+                pass
             return event
         except StopAsyncIteration:
-            self._closed = True
+            self._closed = self._over = True
             self._proof.check_end()
             raise
         except BaseException:
@@ -243,22 +340,121 @@ class Answer(AsyncIterator[Event]):
 
     def __del__(self) -> None:
         # grpcio 1.83 and later does not end a call that nobody refers to any more (grpc/grpc#43462).
-        call = getattr(self, "_call", None)
-        if call is not None and not call.done():
-            call.cancel()
+        if getattr(self, "_call", None) is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is gone
+                self._leave()
 
-    def _begin(self) -> AsyncIterator[gateway_pb2.GenerateResponse]:
+    async def _next(self) -> Event | None:
+        """The next event; None where the stream was resumed, or will be."""
+        try:
+            call = await self._begin()
+            assert self._gateway is not None
+            with translated(self._gateway.address):
+                event = event_from_wire(await anext(aiter(call)))
+        except HoldfastError as error:
+            await self._recover(error)
+            return None
+        self._proof.check(event)
+        self._cursor = event.cursor
+        if isinstance(event, Resumed):
+            self._resuming, first = False, not self._request_id
+            self._request_id = event.request_id
+            return event if first else None
+        self._num_failed = 0
+        return event
+
+    async def _begin(self) -> _Call:
+        """The call that is open, or a new one."""
         if self._call is None:
-            timeout = self._request.timeout.ToNanoseconds() / 1e9
-            self._call = self._gateway.Generate(self._request, timeout=timeout + _LATE if timeout else None)
-        return aiter(self._call)
+            self._gateway = gateway = await self._gateways.reachable()
+            if self._cursor or self._request is None:
+                self._resuming = True
+                resume = gateway_pb2.ResumeRequest(cursor=self._cursor)
+                self._call = gateway.stub.Resume(resume, timeout=self._time_left())
+            else:
+                self._call = gateway.stub.Generate(self._request, timeout=self._time_left())
+        return self._call
+
+    def _time_left(self) -> float | None:
+        """Seconds that the call may take; None for ever."""
+        if self._request is None or not self._request.HasField("timeout"):
+            return None
+        now = asyncio.get_running_loop().time()
+        if self._until is None:
+            self._until = now + self._request.timeout.ToNanoseconds() / 1e9 + _LATE
+        return max(_LATE, self._until - now)
+
+    async def _recover(self, error: HoldfastError) -> None:
+        """Gets ready for another call after this error, and waits until it is time for it.
+
+        Raises:
+            HoldfastError: the error, or what became of it, where there is no use in that.
+        """
+        if self._closed:
+            raise error
+        if self._patience is None or not (isinstance(error, RetryableError) or broke(error)):
+            self._over = True
+            if self._resuming and self._cursor != self._first_cursor and isinstance(error, RequestError):
+                raise StreamFailed(
+                    f"the stream broke and cannot be resumed: {error} (its last cursor: {self._cursor})"
+                ) from error
+            raise error
+        if not self._cursor:
+            self._ask_another(error)
+        elif self._num_failed >= self._patience.tries:
+            self._over = True
+            raise Interrupted(
+                f"the stream broke, and {self._num_failed} tries to go on with it failed, the last one so: {error} "
+                f"(its last cursor: {self._cursor})",
+                cursor=self._cursor,
+            ) from error
+        self._drop_call()
+        if self._cursor:
+            self._num_failed += 1
+            await asyncio.sleep(self._patience.before(self._num_failed - 1))
+
+    def _ask_another(self, error: HoldfastError) -> None:
+        """After an error before anybody said that the mesh has the request: it may have it all the same. So another
+        gateway is asked for a request of another id, and the mesh told to end the first one."""
+        self._num_failed += 1
+        if not self._own_id or not isinstance(error, Unavailable) or self._num_failed >= len(self._gateways.addresses):
+            self._over = True
+            raise error
+        assert self._request is not None
+        left = self._request_id
+        self._request_id = self._request.request_id = uuid.uuid4().hex
+        if self._gateway is not None:
+            self._gateways.move_on(self._gateway)
+        self._gateways.farewell(left)
+
+    def _drop_call(self) -> None:
+        if self._call is not None:
+            self._call.cancel()
+            self._call = None
+        if self._gateway is not None:
+            self._gateways.move_on(self._gateway)
+            self._gateway = None
+
+    def _leave(self) -> asyncio.Task[None] | None:
+        """Ends the call; returns what has the request end where that is wanted."""
+        self._closed = True
+        if self._call is None:
+            return None
+        self._call.cancel()
+        self._call = None
+        if self._over or not self._cancel_on_exit:
+            return None
+        self._over = True
+        return self._gateways.farewell(self._request_id)
 
 
 class _Proof:
     """What an answer has shown so far, so that nothing is missed and nothing comes twice."""
 
-    def __init__(self, num_choices: int, *, with_ids: bool) -> None:
-        self._with_ids = with_ids
+    def __init__(self, request: gateway_pb2.GenerateRequest | None) -> None:
+        """`request`: None where the stream goes on from a cursor, and its first event says where it stands."""
+        self._with_ids = request is not None and request.return_token_ids
+        num_choices = (request.num_choices or 1) if request is not None else 0
         self._accepted = False
         self._num_tokens = [0] * num_choices
         self._open = set(range(num_choices))
@@ -273,6 +469,9 @@ class _Proof:
             _require(not self._accepted, "the request was accepted twice")
             self._accepted = True
             return
+        if isinstance(event, Resumed):
+            self._check_resumed(event)
+            return
         _require(self._accepted, f"{type(event).__name__} came before the request was accepted")
         _require(event.choice in self._open, f"choice {event.choice} has ended, or was not asked for")
         if isinstance(event, Finished):
@@ -286,6 +485,17 @@ class _Proof:
         _require(not self._with_ids or len(event.token_ids) == event.num_tokens, "an event lacks its token ids")
         self._num_tokens[event.choice] += event.num_tokens
 
+    def _check_resumed(self, resumed: Resumed) -> None:
+        if not self._accepted:  # its first event: nothing is known here of what came before
+            self._accepted = True
+            self._num_tokens = list(resumed.next_index)
+            self._open = set(range(len(resumed.next_index))) - set(resumed.ended)
+        expected = [index for index in range(len(self._num_tokens)) if index not in self._open]
+        _require(
+            (list(resumed.next_index), sorted(resumed.ended)) == (self._num_tokens, expected),
+            f"the stream went on at tokens {list(resumed.next_index)} where {self._num_tokens} were due",
+        )
+
     def check_end(self) -> None:
         """Takes the end of the events.
 
@@ -298,24 +508,6 @@ class _Proof:
 def _require(holds: bool, otherwise: str) -> None:
     if not holds:
         raise StreamFailed(f"{otherwise}; the gateway broke its promise, the text so far is all that can be trusted")
-
-
-@contextmanager
-def _translated(address: str) -> Iterator[None]:
-    """Turns what a call raises into our errors."""
-    try:
-        yield
-    except grpc.RpcError as error:
-        ours = from_rpc_error(error)
-        if type(ours) is Unavailable and rpc_status.from_call(error) is None:  # not said by a gateway, but about it
-            raise Unavailable(f"no gateway answers at {address}; is one running there? ({ours})") from error
-        raise ours from error
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        # The task goes on: it was the call that somebody cancelled.
-        raise Cancelled("the answer was closed while its next event was awaited") from None
 
 
 _CLASSES = {

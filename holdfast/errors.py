@@ -10,7 +10,8 @@
     ├── RetryableError            the same call may succeed later; `retry_after` says when
     │   ├── Overloaded              too much is running or waiting
     │   └── Unavailable             a part of the mesh, or the log, cannot be reached
-    │       └── NotOwner              a rebalance took the partition away
+    │       ├── NotOwner              a rebalance took the partition away
+    │       └── Interrupted           a stream broke, and no gateway went on with it; `cursor` says from where one can
     ├── FinalError                trying again is no use
     │   ├── Cancelled               somebody cancelled the request
     │   ├── DeadlineExceeded        its time is over
@@ -82,6 +83,15 @@ class Unavailable(RetryableError):
 
 class NotOwner(Unavailable):
     """A rebalance took the partition away."""
+
+
+class Interrupted(Unavailable):
+    """A stream broke, and no gateway went on with it in time. `cursor` is the last one that came: from there it can be
+    resumed later."""
+
+    def __init__(self, message: str, *, cursor: str) -> None:
+        super().__init__(message)
+        self.cursor = cursor
 
 
 class FinalError(HoldfastError):

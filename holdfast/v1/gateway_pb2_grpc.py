@@ -46,6 +46,16 @@ class GatewayServiceStub:
                 request_serializer=holdfast_dot_v1_dot_gateway__pb2.SubmitRequest.SerializeToString,
                 response_deserializer=holdfast_dot_v1_dot_gateway__pb2.SubmitResponse.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/holdfast.v1.GatewayService/Resume',
+                request_serializer=holdfast_dot_v1_dot_gateway__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=holdfast_dot_v1_dot_gateway__pb2.ResumeResponse.FromString,
+                _registered_method=True)
+        self.GetResult = channel.unary_unary(
+                '/holdfast.v1.GatewayService/GetResult',
+                request_serializer=holdfast_dot_v1_dot_gateway__pb2.GetResultRequest.SerializeToString,
+                response_deserializer=holdfast_dot_v1_dot_gateway__pb2.GetResultResponse.FromString,
+                _registered_method=True)
         self.Cancel = channel.unary_unary(
                 '/holdfast.v1.GatewayService/Cancel',
                 request_serializer=holdfast_dot_v1_dot_gateway__pb2.CancelRequest.SerializeToString,
@@ -77,6 +87,21 @@ class GatewayServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Resume(self, request, context):
+        """Goes on with a stream where a cursor stands: resumed, then what Generate would have sent after it. Any gateway of
+        the mesh can do it, as long as the log keeps the tokens (6 hours), however often, and also beside the first stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetResult(self, request, context):
+        """The whole answer to a request, from the cursor of its start. Asking neither ends a request nor keeps it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Cancel(self, request, context):
         """Ends a request, wherever it runs. Returns when the log has the wish; cancelling what has ended changes nothing.
         """
@@ -103,6 +128,16 @@ def add_GatewayServiceServicer_to_server(servicer, server):
                     servicer.Submit,
                     request_deserializer=holdfast_dot_v1_dot_gateway__pb2.SubmitRequest.FromString,
                     response_serializer=holdfast_dot_v1_dot_gateway__pb2.SubmitResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=holdfast_dot_v1_dot_gateway__pb2.ResumeRequest.FromString,
+                    response_serializer=holdfast_dot_v1_dot_gateway__pb2.ResumeResponse.SerializeToString,
+            ),
+            'GetResult': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetResult,
+                    request_deserializer=holdfast_dot_v1_dot_gateway__pb2.GetResultRequest.FromString,
+                    response_serializer=holdfast_dot_v1_dot_gateway__pb2.GetResultResponse.SerializeToString,
             ),
             'Cancel': grpc.unary_unary_rpc_method_handler(
                     servicer.Cancel,
@@ -171,6 +206,60 @@ class GatewayService:
             '/holdfast.v1.GatewayService/Submit',
             holdfast_dot_v1_dot_gateway__pb2.SubmitRequest.SerializeToString,
             holdfast_dot_v1_dot_gateway__pb2.SubmitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/holdfast.v1.GatewayService/Resume',
+            holdfast_dot_v1_dot_gateway__pb2.ResumeRequest.SerializeToString,
+            holdfast_dot_v1_dot_gateway__pb2.ResumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetResult(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/holdfast.v1.GatewayService/GetResult',
+            holdfast_dot_v1_dot_gateway__pb2.GetResultRequest.SerializeToString,
+            holdfast_dot_v1_dot_gateway__pb2.GetResultResponse.FromString,
             options,
             channel_credentials,
             insecure,

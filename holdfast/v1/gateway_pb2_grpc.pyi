@@ -39,6 +39,12 @@ class GatewayServiceStub:
     """Accepts a request and streams its answer: accepted, then tokens, then finished once for each choice."""
     Submit: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.SubmitRequest, _gateway_pb2.SubmitResponse]
     """Accepts a request and returns when the log has it. The request runs whether or not anybody listens."""
+    Resume: _grpc.UnaryStreamMultiCallable[_gateway_pb2.ResumeRequest, _gateway_pb2.ResumeResponse]
+    """Goes on with a stream where a cursor stands: resumed, then what Generate would have sent after it. Any gateway of
+    the mesh can do it, as long as the log keeps the tokens (6 hours), however often, and also beside the first stream.
+    """
+    GetResult: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.GetResultRequest, _gateway_pb2.GetResultResponse]
+    """The whole answer to a request, from the cursor of its start. Asking neither ends a request nor keeps it."""
     Cancel: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.CancelRequest, _gateway_pb2.CancelResponse]
     """Ends a request, wherever it runs. Returns when the log has the wish; cancelling what has ended changes nothing."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.ListModelsRequest, _gateway_pb2.ListModelsResponse]
@@ -55,6 +61,12 @@ class GatewayServiceAsyncStub(GatewayServiceStub):
     """Accepts a request and streams its answer: accepted, then tokens, then finished once for each choice."""
     Submit: _aio.UnaryUnaryMultiCallable[_gateway_pb2.SubmitRequest, _gateway_pb2.SubmitResponse]  # type: ignore[assignment]
     """Accepts a request and returns when the log has it. The request runs whether or not anybody listens."""
+    Resume: _aio.UnaryStreamMultiCallable[_gateway_pb2.ResumeRequest, _gateway_pb2.ResumeResponse]  # type: ignore[assignment]
+    """Goes on with a stream where a cursor stands: resumed, then what Generate would have sent after it. Any gateway of
+    the mesh can do it, as long as the log keeps the tokens (6 hours), however often, and also beside the first stream.
+    """
+    GetResult: _aio.UnaryUnaryMultiCallable[_gateway_pb2.GetResultRequest, _gateway_pb2.GetResultResponse]  # type: ignore[assignment]
+    """The whole answer to a request, from the cursor of its start. Asking neither ends a request nor keeps it."""
     Cancel: _aio.UnaryUnaryMultiCallable[_gateway_pb2.CancelRequest, _gateway_pb2.CancelResponse]  # type: ignore[assignment]
     """Ends a request, wherever it runs. Returns when the log has the wish; cancelling what has ended changes nothing."""
     ListModels: _aio.UnaryUnaryMultiCallable[_gateway_pb2.ListModelsRequest, _gateway_pb2.ListModelsResponse]  # type: ignore[assignment]
@@ -80,6 +92,24 @@ class GatewayServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_gateway_pb2.SubmitResponse, _abc.Awaitable[_gateway_pb2.SubmitResponse]]:
         """Accepts a request and returns when the log has it. The request runs whether or not anybody listens."""
+
+    @_abc_1.abstractmethod
+    def Resume(
+        self,
+        request: _gateway_pb2.ResumeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_gateway_pb2.ResumeResponse], _abc.AsyncIterator[_gateway_pb2.ResumeResponse]]:
+        """Goes on with a stream where a cursor stands: resumed, then what Generate would have sent after it. Any gateway of
+        the mesh can do it, as long as the log keeps the tokens (6 hours), however often, and also beside the first stream.
+        """
+
+    @_abc_1.abstractmethod
+    def GetResult(
+        self,
+        request: _gateway_pb2.GetResultRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.GetResultResponse, _abc.Awaitable[_gateway_pb2.GetResultResponse]]:
+        """The whole answer to a request, from the cursor of its start. Asking neither ends a request nor keeps it."""
 
     @_abc_1.abstractmethod
     def Cancel(

@@ -267,6 +267,7 @@ class GenerationRequest(_message.Message):
     REPLY_PARTITION_FIELD_NUMBER: _builtins.int
     REPLY_START_OFFSET_FIELD_NUMBER: _builtins.int
     ACCEPTED_AT_FIELD_NUMBER: _builtins.int
+    PRESENTATION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique in the mesh; chosen by the client or drawn by the gateway."""
     model: _builtins.str
@@ -303,6 +304,10 @@ class GenerationRequest(_message.Message):
     def accepted_at(self) -> _timestamp_pb2.Timestamp:
         """When the gateway admitted the request."""
 
+    @_builtins.property
+    def presentation(self) -> Global___Presentation:
+        """How the client wants its answer: for a gateway that resumes it, of no meaning to an engine."""
+
     def __init__(
         self,
         *,
@@ -319,14 +324,45 @@ class GenerationRequest(_message.Message):
         reply_partition: _builtins.int = ...,
         reply_start_offset: _builtins.int = ...,
         accepted_at: _timestamp_pb2.Timestamp | None = ...,
+        presentation: Global___Presentation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted_at", b"accepted_at", "deadline", b"deadline", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted_at", b"accepted_at", "deadline", b"deadline", "presentation", b"presentation", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_at", b"accepted_at", "deadline", b"deadline", "grammar", b"grammar", "model", b"model", "num_choices", b"num_choices", "prompt_token_ids", b"prompt_token_ids", "reply_partition", b"reply_partition", "reply_start_offset", b"reply_start_offset", "request_class", b"request_class", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_at", b"accepted_at", "deadline", b"deadline", "grammar", b"grammar", "model", b"model", "num_choices", b"num_choices", "presentation", b"presentation", "prompt_token_ids", b"prompt_token_ids", "reply_partition", b"reply_partition", "reply_start_offset", b"reply_start_offset", "request_class", b"request_class", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerationRequest: _TypeAlias = GenerationRequest  # noqa: Y015
+
+@_typing.final
+class Presentation(_message.Message):
+    """What a request says about its answer that its tokens do not depend on; as in GenerateRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CANCEL_ON_DISCONNECT_FIELD_NUMBER: _builtins.int
+    RETURN_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    SHOW_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    cancel_on_disconnect: _builtins.bool
+    """Cancel the request when a call that streams its answer ends early."""
+    return_token_ids: _builtins.bool
+    """Put token ids beside the text."""
+    show_special_tokens: _builtins.bool
+    """Show special tokens in the text."""
+    def __init__(
+        self,
+        *,
+        cancel_on_disconnect: _builtins.bool = ...,
+        return_token_ids: _builtins.bool = ...,
+        show_special_tokens: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_on_disconnect", b"cancel_on_disconnect", "return_token_ids", b"return_token_ids", "show_special_tokens", b"show_special_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Presentation: _TypeAlias = Presentation  # noqa: Y015
 
 @_typing.final
 class SourcePartition(_message.Message):
@@ -622,7 +658,7 @@ Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
 
 @_typing.final
 class Cursor(_message.Message):
-    """Where a reader of a stream stands; clients see it only as an opaque string."""
+    """Where a reader of a stream stands; clients see it only as an opaque string, signed by the mesh."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -633,6 +669,8 @@ class Cursor(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     PREFIX_HASH_FIELD_NUMBER: _builtins.int
+    REQUEST_OFFSET_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
     reply_partition: _builtins.int
     """The partition of the token topic that holds the stream."""
     offset: _builtins.int
@@ -640,7 +678,9 @@ class Cursor(_message.Message):
     request_id: _builtins.str
     """The request."""
     epoch: _builtins.int
-    """The highest epoch seen of the request's source partition."""
+    """The highest epoch of the request's source partition that was seen before the offset or in its record."""
+    request_offset: _builtins.int
+    """The offset of the request's record in its source partition."""
     @_builtins.property
     def next_index(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """For each choice the number of tokens already delivered."""
@@ -653,6 +693,10 @@ class Cursor(_message.Message):
     def prefix_hash(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """For each choice the CRC-32 of the delivered tokens, as StreamTokens.prefix_hash."""
 
+    @_builtins.property
+    def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___CursorChoice]:
+        """For each choice what its text and its end depend on besides the tokens to come."""
+
     def __init__(
         self,
         *,
@@ -663,11 +707,87 @@ class Cursor(_message.Message):
         epoch: _builtins.int = ...,
         source: Global___SourcePartition | None = ...,
         prefix_hash: _abc.Iterable[_builtins.int] | None = ...,
+        request_offset: _builtins.int = ...,
+        choices: _abc.Iterable[Global___CursorChoice] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "next_index", b"next_index", "offset", b"offset", "prefix_hash", b"prefix_hash", "reply_partition", b"reply_partition", "request_id", b"request_id", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "epoch", b"epoch", "next_index", b"next_index", "offset", b"offset", "prefix_hash", b"prefix_hash", "reply_partition", b"reply_partition", "request_id", b"request_id", "request_offset", b"request_offset", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Cursor: _TypeAlias = Cursor  # noqa: Y015
+
+@_typing.final
+class CursorChoice(_message.Message):
+    """Where a reader stands in one choice."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    NUM_CHARACTERS_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    held: _builtins.str
+    """Text of delivered tokens that was held back, because a stop string begins with it."""
+    num_characters: _builtins.int
+    """Characters of the delivered tokens, each spelled by itself, where that was asked for."""
+    @_builtins.property
+    def context(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The last tokens delivered, of the prompt where the choice has fewer: they decide how the next ones are spelled."""
+
+    @_builtins.property
+    def end(self) -> Global___CursorEnd:
+        """How the choice ended. Absent: not yet."""
+
+    def __init__(
+        self,
+        *,
+        context: _abc.Iterable[_builtins.int] | None = ...,
+        held: _builtins.str = ...,
+        num_characters: _builtins.int = ...,
+        end: Global___CursorEnd | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "end", b"end", "held", b"held", "num_characters", b"num_characters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CursorChoice: _TypeAlias = CursorChoice  # noqa: Y015
+
+@_typing.final
+class CursorEnd(_message.Message):
+    """How a choice ended towards its client."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    DELIVERED_FIELD_NUMBER: _builtins.int
+    reason: Global___FinishReason.ValueType
+    """Why."""
+    stop: _builtins.str
+    """The stop string that was found, if that ended it."""
+    delivered: _builtins.bool
+    """Whether the client was told."""
+    @_builtins.property
+    def usage(self) -> Global___Usage:
+        """What it cost."""
+
+    def __init__(
+        self,
+        *,
+        reason: Global___FinishReason.ValueType = ...,
+        usage: Global___Usage | None = ...,
+        stop: _builtins.str = ...,
+        delivered: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delivered", b"delivered", "reason", b"reason", "stop", b"stop", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CursorEnd: _TypeAlias = CursorEnd  # noqa: Y015

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 
+import structlog
 from prometheus_client import CollectorRegistry
 
 from holdfast import rpc
@@ -18,17 +20,22 @@ from holdfast.topics import TOPICS
 from services.gateway import http, web
 from services.gateway.admission import Admission
 from services.gateway.cancel import Canceller
+from services.gateway.cursor import Cursors
 from services.gateway.detokenize import Detokenizer
 from services.gateway.generate import Gateway
 from services.gateway.metrics import Metrics
 from services.gateway.observation import Observer
 from services.gateway.readiness import Readiness
+from services.gateway.resume import Resumer
 from services.gateway.servicer import servicer
 from services.gateway.settings import GatewaySettings
 from services.gateway.streams import Streams
+from services.gateway.tails import Tails
 from services.gateway.tasks import running, together
 from services.gateway.tokenizer import Tokenizer
 from services.gateway.watch import Watch
+
+logger = structlog.get_logger(__name__)
 
 LAST_WORDS_SECONDS = 1.0
 """How long calls may take beyond the drain: their answers have ended, or end now."""
@@ -66,15 +73,13 @@ async def serve(
         tokenizer = Tokenizer(channel, seconds=settings.tokenize_seconds)
         detokenizer = Detokenizer(tokenizer, readiness)
         canceller = Canceller(log)
-        streams = Streams(
-            log,
-            reply_partition=settings.reply_partition,
-            tokenizer=tokenizer,
-            detokenizer=detokenizer,
-            readiness=readiness,
-            metrics=metrics,
+        make_streams = functools.partial(
+            Streams, log, tokenizer=tokenizer, detokenizer=detokenizer, readiness=readiness, metrics=metrics
         )
-        await parts.enter_async_context(running(streams.run(), detokenizer.run()))
+        streams = make_streams(reply_partition=settings.reply_partition)
+        tails = Tails(streams, lambda partition: make_streams(reply_partition=partition))
+        cursors = Cursors(_keys(settings, kept=bus is None))
+        await parts.enter_async_context(running(streams.run(), tails.run(), detokenizer.run()))
         await parts.enter_async_context(canceller.publishing())
         gateway = Gateway(
             settings,
@@ -82,6 +87,8 @@ async def serve(
             tokenizer=tokenizer,
             streams=streams,
             canceller=canceller,
+            cursors=cursors,
+            resumer=Resumer(settings, bus=log, tokenizer=tokenizer, tails=tails, canceller=canceller, cursors=cursors),
             admission=admission,
             readiness=readiness,
             observer=Observer(metrics, parts.enter_context(tracing("gateway"))),
@@ -120,6 +127,16 @@ async def _kafka(settings: GatewaySettings) -> AsyncIterator[Bus]:
     client_id = f"gateway-{settings.reply_partition}"
     async with KafkaBus(settings.kafka, client_id=client_id, namespace=settings.kafka_namespace) as bus:
         yield bus
+
+
+def _keys(settings: GatewaySettings, *, kept: bool) -> list[bytes]:
+    """The keys that sign cursors; `kept`: whether the log, and so what cursors point to, outlives this process."""
+    keys = [key.strip().encode() for key in settings.cursor_keys.get_secret_value().split(",") if key.strip()]
+    if kept and not keys:
+        logger.warning(
+            "cursor_keys is not set: no other gateway can resume the streams of this one, nor this one after a restart"
+        )
+    return keys
 
 
 def main() -> None:

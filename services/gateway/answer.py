@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
-from holdfast.accept import Source
 from holdfast.errors import AlreadyExists, HoldfastError, Overloaded, StreamFailed
 from holdfast.events import Finished, FinishReason, Tokens
-from holdfast.v1 import generation_pb2
-from services.gateway import cursor
-from services.gateway.choice import Choice, ChoiceEnd, Manner, Part, Piece
+from services.gateway.choice import Choice, ChoiceEnd, Manner, Mark, Part, Piece
+from services.gateway.cursor import Cursor, Cursors
 
 
 class State(enum.Enum):
@@ -28,7 +28,7 @@ class State(enum.Enum):
 
 
 class Answer:
-    """The answer to one request.
+    """The answer to one request, from a cursor on.
 
     Three hands touch it, all in one event loop: what comes from the log (`accept`, `decoded`), the clock (`expire`),
     and the one client that takes events (`next`) until `at_end`. Nothing but `next` waits.
@@ -39,15 +39,11 @@ class Answer:
 
     def __init__(
         self,
-        request_id: str,
+        start: Cursor,
         *,
-        prompt_ids: list[int],
-        num_choices: int,
+        prompt_tokens: int,
         manner: Manner,
-        source: Source,
-        reply_partition: int,
-        start_offset: int,
-        epoch: int,
+        cursors: Cursors,
         cancel_on_disconnect: bool,
         flush: float,
         max_waiting: int,
@@ -57,9 +53,9 @@ class Answer:
         """`cancel_on_disconnect`: the request ends with a client that leaves, or reads too slowly. `flush`: seconds
         between two events of the middle. `on_end`: called once, when the answer leaves OPEN. `cancel`: wishes that a
         choice of the request, or all of it, end, and says why."""
-        self.request_id = request_id
-        self.source = source
-        self.prompt_tokens = len(prompt_ids)
+        self.request_id = start.request_id
+        self.source = start.source
+        self.prompt_tokens = prompt_tokens
         self.state = State.OPEN
         self.error: HoldfastError | None = None
         self.first_token_at: float | None = None
@@ -68,19 +64,21 @@ class Answer:
         self._on_end = on_end
         self._cancel = cancel
         self._choices = [
-            Choice(index, prompt_ids=prompt_ids, manner=manner, on_stop=self._stop_string)
-            for index in range(num_choices)
+            Choice(index, start=place, num_prompt=prompt_tokens, manner=manner, on_stop=self._stop_string)
+            for index, place in enumerate(start.places)
         ]
         self._loop = asyncio.get_running_loop()
         self._flush = flush
-        self._max_waiting = max_waiting * num_choices
-        self._reply_partition = reply_partition
-        self._next_offset = start_offset
-        self._epoch = epoch
+        self._max_waiting = max_waiting * len(start.places)
+        self._start = start
+        self._cursors = cursors
+        self._encode_cursor = cursors.encoder(start)
+        self._read = start.mark
+        """What comes next from the log, and under which epoch."""
         self._cancel_on_disconnect = cancel_on_disconnect
-        self._num_open = num_choices
+        self._num_open = sum(not choice.is_closed for choice in self._choices)
         self._num_waiting = 0
-        self._news: dict[Choice, None] = {}
+        self._news: dict[Choice, None] = {choice: None for choice in self._choices if choice.has_news}
         """The choices that have something to take, in the order they got it."""
 
         # When events are due.
@@ -88,32 +86,32 @@ class Answer:
         self._next_flush = 0.0
         self._client: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._taken = asyncio.Event()
+        """Set when the client has taken something, and at the end."""
+        if self._num_open == 0:
+            self._end(State.FINISHED)
+
+    def published(self, request_offset: int) -> None:
+        """The request's record lies there. Cursors are good from now on."""
+        self._encode_cursor = self._cursors.encoder(replace(self._start, request_offset=request_offset))
 
     # The client's side.
 
     @property
     def cursor(self) -> str:
         """Where the client stands."""
-        unread = [c.oldest_offset for c in self._choices if c.oldest_offset is not None]
-        return cursor.encode(
-            generation_pb2.Cursor(
-                reply_partition=self._reply_partition,
-                offset=min(unread, default=self._next_offset),
-                request_id=self.request_id,
-                next_index=[choice.taken.count for choice in self._choices],
-                prefix_hash=[choice.taken.hash for choice in self._choices],
-                epoch=self._epoch,
-                source=generation_pb2.SourcePartition(
-                    request_class=generation_pb2.RequestClass.ValueType(self.source.request_class),
-                    partition=self.source.partition,
-                ),
-            )
-        )
+        unread = [mark for choice in self._choices if (mark := choice.oldest) is not None]
+        return self._encode_cursor(min(unread, default=self._read), [choice.place for choice in self._choices])
 
     @property
     def at_end(self) -> bool:
         """Whether the client has every choice's end."""
         return self._num_open == 0 and not self._news
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the source partition below which a record counts for nothing here."""
+        return self._read.epoch
 
     @property
     def ends(self) -> list[ChoiceEnd]:
@@ -149,6 +147,7 @@ class Answer:
         self._urgent = False
         self._next_flush = self._loop.time() + self._flush
         news, self._news, self._num_waiting = self._news, {}, 0
+        self._taken.set()
         return [event for choice in news for event in choice.take(lambda: self.cursor)]
 
     def close(self) -> None:
@@ -160,20 +159,30 @@ class Answer:
 
     # The log's side.
 
+    async def room(self) -> None:
+        """Returns when there is room for more, or no need of it."""
+        while self.state is State.OPEN and sum(c.num_pending for c in self._choices) * 2 > self._max_waiting:
+            self._taken.clear()
+            await self._taken.wait()
+
+    def read_to(self, mark: Mark) -> None:
+        """What comes next from the log lies at or after that."""
+        self._read = mark
+
     def accept(self, part: Part, *, offset: int, epoch: int) -> Choice | None:
         """Takes what a record at `offset` says about one choice. Returns the choice if it may have something to decode."""
         if self.state is not State.OPEN:
             return None
-        self._next_offset, self._epoch = offset + 1, epoch
+        self._read = Mark(offset + 1, epoch)
         if part.choice >= len(self._choices):
             self.fail(StreamFailed(f"the log holds tokens of choice {part.choice} of {len(self._choices)}"))
             return None
         choice = self._choices[part.choice]
-        return None if choice.is_closed else self._accept(choice, part, offset)
+        return None if choice.is_closed else self._accept(choice, part, Mark(offset, epoch))
 
-    def _accept(self, choice: Choice, part: Part, offset: int) -> Choice | None:
+    def _accept(self, choice: Choice, part: Part, mark: Mark) -> Choice | None:
         try:
-            choice.accept(part, offset=offset)
+            choice.accept(part, mark=mark)
         except AlreadyExists as error:
             self.lose(error)  # the request that has the id is another one: a cancellation would end that
             return None
@@ -210,6 +219,18 @@ class Answer:
         if self.state is State.OPEN:
             self._break(error)
 
+    @contextmanager
+    def expiring(self, time_left: float | None) -> Iterator[None]:
+        """Ends the answer after so many seconds, though no engine should be there to do it; None for never."""
+        if time_left is None:
+            yield
+            return
+        timer = self._loop.call_later(time_left, self.expire)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     def expire(self) -> None:
         """The deadline passed: every open choice ends with what it has."""
         if self.state is not State.OPEN:
@@ -242,6 +263,7 @@ class Answer:
     def _end(self, state: State) -> None:
         assert self.state is State.OPEN
         self.state = state
+        self._taken.set()
         self._on_end(self)
 
     # When events are due.

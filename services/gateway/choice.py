@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Self
 
 from holdfast.accept import End, Prefix, Verdict, judge
 from holdfast.errors import HoldfastError, StreamFailed
@@ -101,41 +102,73 @@ class ChoiceEnd:
     """The stop string that was found, if that ended it."""
 
 
+class Mark(NamedTuple):
+    """A record of the log, and the epoch that held of the source partition once it was read."""
+
+    offset: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a client stands in one choice: with it, and the tokens to come, the rest is shown just as it would have been
+    if the client had stayed."""
+
+    prefix: Prefix = field(default_factory=Prefix)
+    """The tokens it has."""
+    context: tuple[int, ...] = ()
+    """The last of them, of the prompt where there are fewer: they decide how the next ones are spelled."""
+    held: str = ""
+    """Text of theirs that was held back: a stop string may begin with it."""
+    num_characters: int = 0
+    """Of their spellings, where tokens are spelled."""
+    end: ChoiceEnd | None = None
+    end_taken: bool = False
+    """Whether the client was told of the end."""
+
+    @classmethod
+    def at_start(cls, prompt_ids: Sequence[int]) -> Self:
+        """Before the first token after this prompt."""
+        return cls(context=tuple(prompt_ids[-CONTEXT:]))
+
+
 class Choice:
-    """One choice. `on_stop` is told when a stop string ends it while its engine may still go on."""
+    """One choice, from a place on. `on_stop` is told when a stop string ends it while its engine may still go on."""
 
     def __init__(
-        self, index: int, *, prompt_ids: Sequence[int], manner: Manner, on_stop: Callable[[int], None]
+        self, index: int, *, start: Place, num_prompt: int, manner: Manner, on_stop: Callable[[int], None]
     ) -> None:
         self.index = index
         self._manner = manner
         self._on_stop = on_stop
-        self._num_prompt = len(prompt_ids)
+        self._num_prompt = num_prompt
 
         # From the log.
-        self._accepted = Prefix()
+        self._accepted = start.prefix
         self._ids: list[int] = []
         """Accepted, not yet shown; the first of them `_num_unfinished`."""
         self._logprobs: list[TokenLogprobs] = []
-        self._records: deque[tuple[int, int]] = deque()
-        """Offset, and accepted count after it, of each record that holds tokens not yet taken."""
+        self._records: deque[tuple[Mark, int]] = deque()
+        """Each record that holds tokens not yet taken, and the accepted count after it."""
         self._finish: Finish | None = None
+        self._finish_mark: Mark | None = None
 
         # Of decoding.
-        self._context = list(prompt_ids[-CONTEXT:])
-        self._stops = StopStrings(manner.stop)
+        self._context = list(start.context)
+        self._stops = StopStrings(manner.stop, held=start.held)
         self._num_unfinished = 0
         """How many ids were decoded before and wait for the rest of their character."""
         self._asked: list[int] = []
 
         # For the client.
-        self.taken = Prefix()
+        self._taken = start
+        """Without the end, which is told by itself."""
         self._text = ""
         self._shown_ids: list[int] = []
         self._shown_logprobs: list[TokenLogprobs] = []
         self._spellings: list[Spelling] = []
-        self.end: ChoiceEnd | None = None
-        self._end_taken = False
+        self.end = start.end
+        self._end_taken = start.end_taken
 
     @property
     def is_closed(self) -> bool:
@@ -150,7 +183,12 @@ class Choice:
     @property
     def num_shown(self) -> int:
         """Tokens that have their text, taken or not."""
-        return self.taken.count + len(self._shown_ids)
+        return self._taken.prefix.count + len(self._shown_ids)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that were accepted and not taken."""
+        return 0 if self.is_closed else self._accepted.count - self._taken.prefix.count
 
     @property
     def num_waiting(self) -> int:
@@ -163,11 +201,26 @@ class Choice:
         return bool(self._shown_ids or self._text) or (self.is_closed and not self._end_taken)
 
     @property
-    def oldest_offset(self) -> int | None:
-        """Offset of the oldest record with a token that was not taken; None where there is none."""
-        return self._records[0][0] if self._records else None
+    def end_taken(self) -> bool:
+        """Whether the client was told of the end."""
+        return self._end_taken
 
-    def accept(self, part: Part, *, offset: int) -> None:
+    @property
+    def place(self) -> Place:
+        """Where the client stands. The end is part of it once nothing stands before it."""
+        if self.end is None or self._shown_ids or self._text:
+            return self._taken
+        return replace(self._taken, end=self.end, end_taken=self._end_taken)
+
+    @property
+    def oldest(self) -> Mark | None:
+        """The oldest record that `place` needs read again: with a token that was not taken, or with the end; None where
+        there is none."""
+        if self.place.end is not None:
+            return None
+        return self._records[0][0] if self._records else self._finish_mark
+
+    def accept(self, part: Part, *, mark: Mark) -> None:
         """Takes what a record says, by rule R.
 
         Raises:
@@ -186,9 +239,10 @@ class Choice:
         if ruling.verdict is Verdict.ACCEPTED:
             self._ids += part.token_ids[ruling.num_known :]
             self._logprobs += part.logprobs[ruling.num_known :]
-            self._records.append((offset, ruling.prefix.count))
+            self._records.append((mark, ruling.prefix.count))
             self._accepted = ruling.prefix
         if ruling.ends and part.finish is not None:
+            self._finish_mark = mark
             self._ended(part.finish)
         elif ruling.verdict in (Verdict.GAP, Verdict.CONFLICT):
             raise StreamFailed(self._contradiction(ruling.verdict, part))
@@ -239,7 +293,6 @@ class Choice:
             events.append(self._take_tokens(cursor))
         if self.end is not None and not self._end_taken:
             self._end_taken = True
-            self._records.clear()
             end = self.end
             events.append(Finished(self.index, reason=end.reason, usage=end.usage, stop=end.stop, cursor=cursor()))
         return events
@@ -247,9 +300,14 @@ class Choice:
     def _take_tokens(self, cursor: Callable[[], str]) -> Tokens:
         ids, logprobs, spellings, text = self._shown_ids, self._shown_logprobs, self._spellings, self._text
         self._shown_ids, self._shown_logprobs, self._spellings, self._text = [], [], [], ""
-        first_index = self.taken.count
-        self.taken = self.taken.extended(ids)
-        while self._records and self._records[0][1] <= self.taken.count:
+        first_index = self._taken.prefix.count
+        self._taken = Place(
+            prefix=self._taken.prefix.extended(ids),
+            context=tuple(self._context),
+            held=self._stops.held,
+            num_characters=self._taken.num_characters + sum(len(each.token) for each in spellings),
+        )
+        while self._records and self._records[0][1] <= self._taken.prefix.count:
             self._records.popleft()
         return SpelledTokens(
             choice=self.index,

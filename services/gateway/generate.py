@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from opentelemetry.context import Context
@@ -12,7 +12,7 @@ from opentelemetry.context import Context
 from holdfast.accept import Source
 from holdfast.bus import Bus
 from holdfast.errors import InvalidRequest, Unavailable
-from holdfast.events import Accepted, Model
+from holdfast.events import Accepted, Finished, Model, Result, Tokens, collected
 from holdfast.telemetry import inject
 from holdfast.topics import REQUESTS
 from holdfast.v1 import gateway_pb2
@@ -20,9 +20,11 @@ from holdfast.v1 import generation_pb2 as pb
 from services.gateway.admission import Admission, Admitted
 from services.gateway.answer import Answer
 from services.gateway.cancel import Canceller
-from services.gateway.choice import Manner
+from services.gateway.choice import Manner, Mark, Place
+from services.gateway.cursor import Cursor, Cursors
 from services.gateway.observation import Observation, Observer
 from services.gateway.readiness import Readiness
+from services.gateway.resume import Resumer, Resumption
 from services.gateway.routing import Routing
 from services.gateway.settings import GatewaySettings
 from services.gateway.streams import Streams
@@ -59,6 +61,8 @@ class Gateway:
         tokenizer: Tokenizer,
         streams: Streams,
         canceller: Canceller,
+        cursors: Cursors,
+        resumer: Resumer,
         admission: Admission,
         readiness: Readiness,
         observer: Observer,
@@ -68,6 +72,8 @@ class Gateway:
         self._tokenizer = tokenizer
         self._streams = streams
         self._canceller = canceller
+        self._cursors = cursors
+        self._resumer = resumer
         self._admission = admission
         self._readiness = readiness
         self._observer = observer
@@ -86,9 +92,9 @@ class Gateway:
             with self._routing.partition(admitted.request_class) as partition:
                 answer = self._answer(admitted, prompt_ids, partition, spelled=call.spelled)
                 with self._streams.open(answer):
-                    await self._publish(admitted, prompt_ids, partition, seen)
+                    answer.published(await self._publish(admitted, prompt_ids, partition, seen))
                     seen.answer = answer
-                    with _expiring(answer, admitted):
+                    with answer.expiring(admitted.time_left()):
                         yield answer
 
     async def submit(self, request: gateway_pb2.GenerateRequest, call: Call) -> Accepted:
@@ -106,8 +112,34 @@ class Gateway:
             prompt_ids = await self._tokenize(admitted, call, seen)
             with self._routing.partition(admitted.request_class) as partition:
                 answer = self._answer(admitted, prompt_ids, partition)
-                await self._publish(admitted, prompt_ids, partition, seen)
+                answer.published(await self._publish(admitted, prompt_ids, partition, seen))
         return Accepted(admitted.request_id, cursor=answer.cursor, prompt_tokens=len(prompt_ids))
+
+    @asynccontextmanager
+    async def resume(self, cursor: str, call: Call, *, only_ask: bool = False) -> AsyncIterator[Resumption]:
+        """The answer to a request from a cursor on, whichever gateway gave it out. Leaving the block early cancels the
+        request where it asked for that; with `only_ask` not even there."""
+        with self._observer.resumption(face=call.face, parent=call.trace) as seen, self._admission.place():
+            self._readiness.check("log")
+            async with self._resumer.resume(cursor, spelled=call.spelled, only_ask=only_ask) as resumption:
+                seen.answer = resumption.answer
+                yield resumption
+
+    async def result(self, cursor: str, call: Call, *, wait: float | None) -> Result:
+        """The whole answer, from the cursor of its start; after `wait` seconds what there is of it."""
+        async with self.resume(cursor, call, only_ask=True) as resumption:
+            answer, places = resumption.answer, resumption.start.places
+            if any(place.prefix.count or place.end for place in places):
+                raise InvalidRequest(
+                    "the cursor stands within the stream; a result needs the one of its start, as Submit gave it",
+                    field="cursor",
+                )
+            events: list[Tokens | Finished] = []
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    while not answer.at_end:
+                        events += await answer.next()
+        return collected(answer.request_id, prompt_tokens=answer.prompt_tokens, num_choices=len(places), events=events)
 
     async def cancel(self, request_id: str) -> None:
         """Has a request end, wherever it runs; returns once the log has the wish."""
@@ -139,8 +171,8 @@ class Gateway:
             rules.max_tokens = min(call.default_max_tokens, model.context_length - len(prompt_ids))
         return prompt_ids
 
-    async def _publish(self, admitted: Admitted, prompt_ids: list[int], partition: int, seen: Observation) -> None:
-        """Returns once the log has the request."""
+    async def _publish(self, admitted: Admitted, prompt_ids: list[int], partition: int, seen: Observation) -> int:
+        """Returns once the log has the request: its offset."""
         record = pb.GenerationRequest(
             request_id=admitted.request_id,
             model=self._tokenizer.model.name,
@@ -151,6 +183,11 @@ class Gateway:
             num_choices=admitted.num_choices,
             reply_partition=self._streams.reply_partition,
             reply_start_offset=self._streams.position,
+            presentation=pb.Presentation(
+                cancel_on_disconnect=admitted.request.cancel_on_disconnect,
+                return_token_ids=admitted.request.return_token_ids,
+                show_special_tokens=admitted.request.show_special_tokens,
+            ),
         )
         record.sampling.seed = admitted.seed
         record.accepted_at.FromNanoseconds(round(admitted.accepted_at * 1e9))
@@ -160,7 +197,7 @@ class Gateway:
         with seen.phase("publish") as span, self._cancelled_if_unknown(admitted):
             try:
                 async with asyncio.timeout(self._settings.log_seconds):
-                    await self._bus.publish(
+                    return await self._bus.publish(
                         topic.partition(partition),
                         record.SerializeToString(),
                         key=admitted.request_id.encode(),
@@ -183,37 +220,27 @@ class Gateway:
 
     def _answer(self, admitted: Admitted, prompt_ids: list[int], partition: int, *, spelled: bool = False) -> Answer:
         request, source = admitted.request, Source(admitted.request_class, partition)
-        return Answer(
+        start = Cursor(
             admitted.request_id,
-            prompt_ids=prompt_ids,
-            num_choices=admitted.num_choices,
+            source=source,
+            request_offset=0,  # until it is published
+            reply_partition=self._streams.reply_partition,
+            mark=Mark(self._streams.position, self._streams.epochs.highest(source)),
+            places=(Place.at_start(prompt_ids),) * admitted.num_choices,
+        )
+        return Answer(
+            start,
+            prompt_tokens=len(prompt_ids),
             manner=Manner(
                 stop=tuple(request.stop.stop),
                 show_special_tokens=request.show_special_tokens,
                 return_token_ids=request.return_token_ids,
                 spelled=spelled and request.sampling.HasField("logprobs"),
             ),
-            source=source,
-            reply_partition=self._streams.reply_partition,
-            start_offset=self._streams.position,
-            epoch=self._streams.epochs.highest(source),
+            cursors=self._cursors,
             cancel_on_disconnect=request.cancel_on_disconnect,
             flush=self._settings.flush_ms / 1000,
             max_waiting=self._settings.max_buffered_tokens,
             on_end=self._streams.forget,
             cancel=lambda choice, reason: self._canceller.wish(admitted.request_id, choice, reason),
         )
-
-
-@contextmanager
-def _expiring(answer: Answer, admitted: Admitted) -> Iterator[None]:
-    """Ends the answer at its deadline, though no engine should be there to do it."""
-    time_left = admitted.time_left()
-    if time_left is None:
-        yield
-        return
-    timer = asyncio.get_running_loop().call_later(time_left, answer.expire)
-    try:
-        yield
-    finally:
-        timer.cancel()

@@ -76,6 +76,12 @@ class Metrics:
             "Records of the token topic that are no TokenBatch.",
             registry=registry,
         )
+        self.resumed = Counter(
+            "holdfast_gateway_resumed_streams",
+            "Streams that went on from a cursor, by the face and how they ended: finished, left (by the client), or the error.",
+            ["face", "outcome"],
+            registry=registry,
+        )
         self._open = Gauge(
             "holdfast_gateway_open_requests", "Requests between the call and their last token.", registry=registry
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import structlog
 from opentelemetry import trace
@@ -133,12 +134,43 @@ def _reason(error: HoldfastError) -> str:
     return "" if isinstance(error, RequestError) else str(error)
 
 
+@dataclass(slots=True)
+class Resumed:
+    """What is known of a stream that goes on."""
+
+    answer: Answer | None = None
+    """Filled in once it does."""
+
+
 class Observer:
     """Observes every request of a gateway."""
 
     def __init__(self, metrics: Metrics, tracer: trace.Tracer) -> None:
         self._metrics = metrics
         self._tracer = tracer
+
+    @contextmanager
+    def resumption(self, *, face: str, parent: Context) -> Iterator[Resumed]:
+        """A stream that goes on, from its call to its end. The request's own metrics were, or will be, those of the
+        gateway that accepted it."""
+        span = self._tracer.start_span("resume", context=parent, kind=trace.SpanKind.SERVER)
+        seen, outcome, reason = Resumed(), "left", ""
+        try:
+            yield seen
+            if seen.answer is not None and seen.answer.state is State.FINISHED:
+                outcome = State.FINISHED.value
+        except HoldfastError as error:
+            outcome, reason = type(error).__name__, _reason(error)
+            span.set_attribute(semconv.ERROR_TYPE, outcome)
+            span.set_status(trace.StatusCode.ERROR, reason)
+            raise
+        finally:
+            self._metrics.resumed.labels(face, outcome).inc()
+            request_id = seen.answer.request_id if seen.answer is not None else ""
+            span.set_attribute(semconv.RESPONSE_ID, request_id)
+            with trace.use_span(span):
+                log.info("resumed stream ended", request_id=request_id, face=face, outcome=outcome, reason=reason)
+            span.end()
 
     @contextmanager
     def request(

@@ -8,24 +8,18 @@ from typing import Any
 import grpc.aio
 
 from holdfast import rpc
-from holdfast.errors import Overloaded
-from holdfast.events import Accepted, Event, Finished, FinishReason, Model, TokenLogprobs, Tokens, Usage
+from holdfast.errors import InvalidRequest, Overloaded
+from holdfast.events import Accepted, ChoiceResult, Finished, Model, Resumed, TokenLogprobs, Tokens, Usage
 from holdfast.telemetry import extract
 from holdfast.v1 import gateway_pb2 as pb
 from holdfast.v1 import gateway_pb2_grpc, generation_pb2
+from services.gateway.cursor import TO_WIRE
 from services.gateway.generate import Call, Gateway
 from services.gateway.settings import GatewaySettings
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GatewayService"].full_name
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
-REASONS = {
-    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
-    FinishReason.CANCELLED: generation_pb2.FINISH_REASON_CANCELLED,
-    FinishReason.DEADLINE: generation_pb2.FINISH_REASON_DEADLINE,
-}
 
 
 class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
@@ -40,15 +34,37 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         async with self._gateway.generate(request, _call(context)) as answer:
             accepted = Accepted(answer.request_id, cursor=answer.cursor, prompt_tokens=answer.prompt_tokens)
-            await self._write(accepted, context)
+            await self._write(response(accepted), context)
             while not answer.at_end:
                 for event in await answer.next():
-                    await self._write(event, context)
+                    await self._write(response(event), context)
+
+    @rpc.unary  # as Generate
+    async def Resume(self, request: pb.ResumeRequest, context: Context) -> None:
+        async with self._gateway.resume(request.cursor, _call(context)) as resumption:
+            answer = resumption.answer
+            await self._write(resumed_response(resumption.resumed), context)
+            while not answer.at_end:
+                for event in await answer.next():
+                    await self._write(resumed_response(event), context)
 
     @rpc.unary
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.SubmitResponse:
         accepted = await self._gateway.submit(request.request, _call(context, outlived=True))
         return pb.SubmitResponse(request_id=accepted.request_id, cursor=accepted.cursor)
+
+    @rpc.unary
+    async def GetResult(self, request: pb.GetResultRequest, context: Context) -> pb.GetResultResponse:
+        wait = request.wait.ToNanoseconds() / 1e9 if request.HasField("wait") else None
+        if wait is not None and wait <= 0:
+            raise InvalidRequest(f"wait must be above 0 seconds, not {wait:g}", field="wait")
+        result = await self._gateway.result(request.cursor, _call(context), wait=wait)
+        return pb.GetResultResponse(
+            request_id=result.request_id,
+            prompt_tokens=result.prompt_tokens,
+            choices=[_choice_result(choice) for choice in result.choices],
+            complete=result.complete,
+        )
 
     @rpc.unary
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
@@ -59,10 +75,10 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=[_model(model) for model in self._gateway.models()])
 
-    async def _write(self, event: Event, context: Context) -> None:
+    async def _write(self, message: pb.GenerateResponse | pb.ResumeResponse, context: Context) -> None:
         try:
             async with asyncio.timeout(self._write_seconds):
-                await context.write(response(event))
+                await context.write(message)
         except TimeoutError as error:
             raise Overloaded(
                 f"the client reads too slowly: it left a message unread for {self._write_seconds:g} seconds"
@@ -83,8 +99,8 @@ def _call(context: Context, *, outlived: bool = False) -> Call:
     return Call("grpc", time_left=None if outlived else context.time_remaining(), trace=extract(headers))
 
 
-def response(event: Event) -> pb.GenerateResponse:
-    """An event as a message."""
+def response(event: Accepted | Tokens | Finished) -> pb.GenerateResponse:
+    """An event of Generate as a message."""
     match event:
         case Accepted():
             accepted = pb.Accepted(request_id=event.request_id, cursor=event.cursor, prompt_tokens=event.prompt_tokens)
@@ -93,6 +109,34 @@ def response(event: Event) -> pb.GenerateResponse:
             return pb.GenerateResponse(tokens=_tokens(event))
         case Finished():
             return pb.GenerateResponse(finished=_finished(event))
+
+
+def resumed_response(event: Resumed | Tokens | Finished) -> pb.ResumeResponse:
+    """An event of Resume as a message."""
+    match event:
+        case Resumed():
+            resumed = pb.Resumed(
+                request_id=event.request_id,
+                cursor=event.cursor,
+                prompt_tokens=event.prompt_tokens,
+                next_index=event.next_index,
+                ended=event.ended,
+            )
+            return pb.ResumeResponse(resumed=resumed)
+        case Tokens():
+            return pb.ResumeResponse(tokens=_tokens(event))
+        case Finished():
+            return pb.ResumeResponse(finished=_finished(event))
+
+
+def _choice_result(choice: ChoiceResult) -> pb.ChoiceResult:
+    return pb.ChoiceResult(
+        text=choice.text,
+        num_tokens=choice.num_tokens,
+        token_ids=choice.token_ids,
+        logprobs=[_logprobs(each) for each in choice.logprobs],
+        finished=_finished(choice.finished) if choice.finished is not None else None,
+    )
 
 
 def _tokens(tokens: Tokens) -> pb.Tokens:
@@ -115,7 +159,7 @@ def _logprobs(logprobs: TokenLogprobs) -> generation_pb2.TokenLogprobs:
 def _finished(finished: Finished) -> pb.Finished:
     return pb.Finished(
         choice=finished.choice,
-        reason=REASONS[finished.reason],
+        reason=TO_WIRE[finished.reason],
         usage=_usage(finished.usage),
         stop=finished.stop,
         cursor=finished.cursor,

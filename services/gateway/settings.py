@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 
 from holdfast.settings import Settings
 from holdfast.topics import TOKENS
@@ -26,6 +26,10 @@ class GatewaySettings(Settings, env_prefix="HOLDFAST_GATEWAY_"):
     """Stands before the names of all topics and groups, so that several meshes can share a cluster."""
     reply_partition: Annotated[int, Field(ge=0, lt=TOKENS.num_partitions)] = 0
     """The partition of the token topic that answers come to; each gateway of a mesh has its own."""
+    cursor_keys: SecretStr = SecretStr("")
+    """Secrets that sign cursors, of at least 16 characters, with commas between: the first one signs, all are accepted.
+    The same at all gateways of a mesh, so that a stream can be resumed at any of them; better in the environment or the
+    file than as a flag. Empty: one is drawn, and cursors are good at this gateway alone, until it stops."""
     drain_seconds: Annotated[float, Field(ge=0)] = 30.0
     """How long open streams may go on after the stop signal."""
 

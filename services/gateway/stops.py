@@ -10,12 +10,18 @@ class StopStrings:
     how the text is cut: the string that is complete first ends the text; of several that are complete with the same
     character, the longest. Without strings it shows everything at once."""
 
-    def __init__(self, strings: Sequence[str] = ()) -> None:
+    def __init__(self, strings: Sequence[str] = (), *, held: str = "") -> None:
+        """`held`: what another one of these held back of the text so far."""
         self._strings = tuple(strings)
-        self._held = ""
+        self._held = held
 
     def __bool__(self) -> bool:
         return bool(self._strings)
+
+    @property
+    def held(self) -> str:
+        """What is held back of the text so far."""
+        return self._held
 
     def feed(self, text: str) -> tuple[str, str]:
         """Takes the next piece; returns the text to show now and the string that was found, or "".

@@ -1,4 +1,4 @@
-"""The open streams of this gateway, fed from its partition of the token topic.
+"""The open streams of one reply partition, fed from its end as it grows.
 
 One task reads the log. It applies rule R to every record, hands what concerns an open answer to that answer, and never
 waits for anything but the log: not for the tokenizer, and not for a client.
@@ -16,11 +16,12 @@ from google.protobuf.message import DecodeError
 from holdfast.accept import Epochs, Source
 from holdfast.bus import Bus, Record, TopicPartition
 from holdfast.errors import AlreadyExists, HoldfastError, StreamFailed, Unavailable, from_code
-from holdfast.events import FinishReason, TokenLogprobs, TopLogprob, Usage
+from holdfast.events import TokenLogprobs, TopLogprob, Usage
 from holdfast.topics import TOKENS
 from holdfast.v1 import generation_pb2 as pb
 from services.gateway.answer import Answer
 from services.gateway.choice import Finish, Part
+from services.gateway.cursor import FROM_WIRE
 from services.gateway.detokenize import Detokenizer
 from services.gateway.metrics import Metrics
 from services.gateway.readiness import Readiness
@@ -28,16 +29,10 @@ from services.gateway.tokenizer import Tokenizer
 
 log = structlog.get_logger(__name__)
 
-REASONS = {
-    pb.FINISH_REASON_STOP: FinishReason.STOP,
-    pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
-    pb.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
-    pb.FINISH_REASON_DEADLINE: FinishReason.DEADLINE,
-}
-
 
 class Streams:
-    """The open answers by request id. Bounded by the places that admission gives."""
+    """The open answers by request id: of one there are several where a stream is read twice. Bounded by the places that
+    admission gives."""
 
     def __init__(
         self,
@@ -56,8 +51,9 @@ class Streams:
         self._detokenizer = detokenizer
         self._readiness = readiness
         self._metrics = metrics
-        self._answers: dict[str, Answer] = {}
+        self._answers: dict[str, list[Answer]] = {}
         self._position: int | None = None
+        self._began = asyncio.Event()
 
     @property
     def position(self) -> int:
@@ -83,16 +79,26 @@ class Streams:
             AlreadyExists: a request of this id is open here.
         """
         self.check_new(answer.request_id)
-        self._answers[answer.request_id] = answer
+        self.join(answer)
         try:
             yield answer
         finally:
             answer.close()
 
+    async def began(self) -> None:
+        """Returns once there is a position."""
+        await self._began.wait()
+
+    def join(self, answer: Answer) -> None:
+        """Feeds an answer that has been given all before the position, until it ends."""
+        self._answers.setdefault(answer.request_id, []).append(answer)
+
     def forget(self, answer: Answer) -> None:
-        """The answer has ended: its id is free, and what still comes for it is ignored."""
-        if self._answers.get(answer.request_id) is answer:
-            del self._answers[answer.request_id]
+        """The answer has ended: what still comes for it is ignored, and without another of its id that is free."""
+        if answer in (same := self._answers.get(answer.request_id, [])):
+            same.remove(answer)
+            if not same:
+                del self._answers[answer.request_id]
 
     async def run(self) -> None:
         """Reads the log until cancelled. Where it cannot be read from the position reached, streams wait and reading
@@ -112,13 +118,14 @@ class Streams:
         """Where to read from after an error: from where reading stood, or if it never got further, the end."""
         if self._position is None or start != self._position:
             return self._position
-        for answer in list(self._answers.values()):
+        for answer in [answer for same in self._answers.values() for answer in same]:
             answer.lose(Unavailable(f"the answer cannot be read from the log: {error}"))
         return None
 
     async def _read(self, partition: TopicPartition, start: int | None) -> None:
         async with self._bus.reader({partition: start}) as reader:
             self._position = reader.position(partition)
+            self._began.set()
             await self._readiness.found("log")
             while True:
                 for record in await reader.read():
@@ -137,11 +144,14 @@ class Streams:
             self._metrics.stale_records.inc()
             return
         for tokens in batch.streams:
-            # An id may be used again, while an engine still works on the request that had it before.
-            if (answer := self._answers.get(tokens.request_id)) is not None and answer.source == source:
-                self._give(answer, tokens, offset=record.offset, epoch=batch.epoch)
+            for answer in tuple(self._answers.get(tokens.request_id, ())):
+                # An id may be used again, while an engine still works on the request that had it before. And an answer
+                # that joined may have met an epoch that lies before the first record that was read here.
+                if answer.source == source and batch.epoch >= answer.epoch:
+                    self.give(answer, tokens, offset=record.offset, epoch=batch.epoch)
 
-    def _give(self, answer: Answer, tokens: pb.StreamTokens, *, offset: int, epoch: int) -> None:
+    def give(self, answer: Answer, tokens: pb.StreamTokens, *, offset: int, epoch: int) -> None:
+        """What an admitted record says about an answer."""
         if unknown := [each for each in tokens.token_ids if each >= self._tokenizer.model.vocab_size]:
             answer.fail(StreamFailed(f"the engine wrote token {unknown[0]}, which the model's tokenizer does not have"))
             return
@@ -171,8 +181,8 @@ def _logprobs(logprobs: Sequence[pb.TokenLogprobs]) -> list[TokenLogprobs]:
 
 def _finish(finish: pb.Finish) -> Finish:
     usage = Usage(finish.usage.prompt_tokens, finish.usage.cached_tokens, finish.usage.completion_tokens)
-    if finish.reason in REASONS:
-        return Finish(REASONS[finish.reason], usage)
+    if finish.reason in FROM_WIRE:
+        return Finish(FROM_WIRE[finish.reason], usage)
     return Finish(None, usage, _error(finish))
 
 

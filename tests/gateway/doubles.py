@@ -22,9 +22,12 @@ from holdfast.memory import MemoryBus
 from holdfast.topics import CONTROL, ENGINES, REQUESTS, REQUESTS_INTERACTIVE, TOKENS, TOPICS
 from holdfast.v1 import gateway_pb2_grpc, generation_pb2, tokenizer_pb2, tokenizer_pb2_grpc
 from services.gateway.__main__ import GatewayAddresses, serve
+from services.gateway.cursor import Cursors
 from services.gateway.settings import GatewaySettings
 
 MODEL = "bytes"
+KEY = "the key of the mesh of the tests"
+CURSORS = Cursors([KEY.encode()])
 EOS = 256
 VOCABULARY = 258
 CONTEXT = 512
@@ -206,7 +209,7 @@ class FakeEngine:
 
 
 @asynccontextmanager
-async def playing_engine(bus: MemoryBus) -> AsyncIterator[FakeEngine]:
+async def playing_engine(bus: Bus) -> AsyncIterator[FakeEngine]:
     """An engine that is told all requests and cancellations from now on."""
     await bus.create_topics(TOPICS)
     requests = {partition: None for topic in REQUESTS.values() for partition in topic.partitions}
@@ -216,6 +219,35 @@ async def playing_engine(bus: MemoryBus) -> AsyncIterator[FakeEngine]:
         bus.reader({CONTROL.partition(0): None}) as control,
     ):
         yield FakeEngine(bus, jobs, control)
+
+
+@dataclass
+class Face:
+    """A gateway beside others."""
+
+    addresses: GatewayAddresses
+    client: Client
+    http: httpx.AsyncClient
+    life: AsyncExitStack
+    """Closing it stops the gateway."""
+
+
+@asynccontextmanager
+async def open_face(bus: Bus, tokenizer: str, **settings: Any) -> AsyncIterator[Face]:
+    """A gateway that is ready, on this log and with the tokenizer there; it can be stopped early."""
+    given: dict[str, Any] = {
+        "address": "127.0.0.1:0",
+        "http_address": "127.0.0.1:0",
+        "cursor_keys": KEY,
+        "flush_ms": 0,
+        "drain_seconds": 0,
+    } | settings
+    async with AsyncExitStack() as parts:
+        life = await parts.enter_async_context(AsyncExitStack())
+        addresses = await life.enter_async_context(serve(GatewaySettings(tokenizer=tokenizer, **given), bus=bus))
+        client = await parts.enter_async_context(Client(addresses.grpc))
+        http = await parts.enter_async_context(httpx.AsyncClient(base_url=f"http://{addresses.http}", timeout=30))
+        yield Face(addresses, client, http, life)
 
 
 @dataclass
@@ -248,6 +280,7 @@ async def open_mesh(
         given: dict[str, Any] = {
             "address": "127.0.0.1:0",
             "http_address": "127.0.0.1:0",
+            "cursor_keys": KEY,
             "flush_ms": 0,
             "drain_seconds": 0,
         } | settings

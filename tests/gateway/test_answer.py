@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from holdfast.accept import Source, extend_hash
+from holdfast.accept import Prefix, Source, extend_hash
 from holdfast.errors import AlreadyExists, Overloaded, StreamFailed
 from holdfast.events import Finished, FinishReason, Tokens, Usage
-from services.gateway import cursor
 from services.gateway.answer import Answer, State
-from services.gateway.choice import Finish, Manner, Part
+from services.gateway.choice import Finish, Manner, Mark, Part, Place
+from services.gateway.cursor import Cursor, Cursors
 
 NEVER = 3600.0
+CURSORS = Cursors()
 
 
 @dataclass
@@ -29,18 +30,15 @@ class Feed:
     ended: list[State] = field(default_factory=list)
     cancelled: list[int | None] = field(default_factory=list)
     offset: int = 70
+    epoch: int = 5
 
     def __post_init__(self) -> None:
         self._written: dict[int, list[int]] = {index: [] for index in range(self.num_choices)}
         self.answer = Answer(
-            "r-1",
-            prompt_ids=[1, 2],
-            num_choices=self.num_choices,
+            Cursor("r-1", Source(1, 9), 8, 3, Mark(70, 4), (Place.at_start([1, 2]),) * self.num_choices),
+            prompt_tokens=2,
             manner=Manner(),
-            source=Source(1, 9),
-            reply_partition=3,
-            start_offset=70,
-            epoch=4,
+            cursors=CURSORS,
             cancel_on_disconnect=self.cancel_on_disconnect,
             flush=self.flush,
             max_waiting=self.max_waiting,
@@ -57,7 +55,7 @@ class Feed:
 
     def accept(self, part: Part, *, decode: bool = True) -> None:
         self.offset += 1
-        choice = self.answer.accept(part, offset=self.offset, epoch=5)
+        choice = self.answer.accept(part, offset=self.offset, epoch=self.epoch)
         while choice is not None and decode and (pieces := choice.to_decode()):
             self.answer.decoded(choice, pieces, [bytes(pieces[0].ids).decode()], len(pieces[0].ids))
 
@@ -135,15 +133,59 @@ async def test_choices_end_one_by_one() -> None:
 async def test_cursors_say_where_the_client_stands() -> None:
     """A cursor counts and hashes what was taken of each choice, and points at or before the first record that was not."""
     feed = Feed(num_choices=2, flush=NEVER)
-    start = cursor.decode(feed.answer.cursor)
-    assert (start.offset, list(start.next_index), start.epoch, start.reply_partition) == (70, [0, 0], 4, 3)
+    start = CURSORS.decode(feed.answer.cursor)
+    assert (start.mark, start.reply_partition, start.request_offset) == (Mark(70, 4), 3, 8)
+    assert start.places == (Place(context=(1, 2)),) * 2
     feed.say("ab")
     feed.say("c", choice=1, decode=False)
     (tokens,) = await feed.answer.next()
-    now = cursor.decode(tokens.cursor)
-    assert (list(now.next_index), list(now.prefix_hash)) == ([2, 0], [extend_hash(0, b"ab"), 0])
-    assert (now.offset, now.epoch, now.source.partition) == (72, 5, 9)
-    assert cursor.decode(feed.answer.cursor) == now
+    now = CURSORS.decode(tokens.cursor)
+    assert [place.prefix for place in now.places] == [Prefix(2, extend_hash(0, b"ab")), Prefix()]
+    assert now.places[0].context == (1, 2, 97, 98)
+    assert (now.mark, now.source) == (Mark(72, 5), Source(1, 9))
+    assert CURSORS.decode(feed.answer.cursor) == now
+
+
+async def test_a_cursor_has_the_epoch_that_held_at_its_offset() -> None:
+    """Where the record to read on from was written by an earlier owner than the newest one, a reader that knew of the
+    newest would ignore it."""
+    feed = Feed(num_choices=2, flush=NEVER)
+    feed.say("late", decode=False)
+    feed.epoch = 6
+    feed.say("A", choice=1)
+    (tokens,) = await feed.answer.next()
+    assert CURSORS.decode(tokens.cursor).mark == Mark(71, 5)
+
+
+async def test_a_cursor_stands_before_an_end_that_was_not_told() -> None:
+    """Of the cursor of the last text the end can be told again, of that of the end nothing can."""
+    feed = Feed(num_choices=2)
+    feed.say("a", finish=FinishReason.LENGTH)
+    text, end = await feed.answer.next()
+    (before, _), (after, other) = (CURSORS.decode(event.cursor).places for event in (text, end))
+    assert before.end == after.end is not None
+    assert (before.end_taken, after.end_taken, other.end) == (False, True, None)
+
+
+async def test_an_answer_that_is_opened_at_its_end_is_at_its_end() -> None:
+    """It has left OPEN, and nobody feeds it."""
+    feed = Feed()
+    feed.say("a", finish=FinishReason.LENGTH)
+    last = CURSORS.decode((await feed.answer.next())[-1].cursor)
+    ended: list[State] = []
+    again = Answer(
+        last,
+        prompt_tokens=2,
+        manner=Manner(),
+        cursors=CURSORS,
+        cancel_on_disconnect=True,
+        flush=0,
+        max_waiting=10,
+        on_end=lambda answer: ended.append(answer.state),
+        cancel=lambda choice, reason: ended.append(State.CLOSED),
+    )
+    again.close()
+    assert (again.at_end, ended) == (True, [State.FINISHED])
 
 
 async def test_a_client_that_leaves_cancels_where_it_said_so() -> None:
@@ -199,7 +241,7 @@ async def test_a_client_that_reads_too_slowly_loses_the_stream() -> None:
         with pytest.raises(Overloaded, match="reads too slowly"):
             await feed.answer.next()
         assert (feed.answer.state, feed.cancelled) == (State.BROKEN, [None] * asked)
-        assert cursor.decode(feed.answer.cursor).next_index == [3]
+        assert CURSORS.decode(feed.answer.cursor).places[0].prefix.count == 3
 
 
 async def test_half_of_what_may_wait_is_due_at_once() -> None:

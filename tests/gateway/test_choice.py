@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from holdfast.accept import extend_hash
 from holdfast.errors import HoldfastError, InvalidRequest, StreamFailed
 from holdfast.events import Finished, FinishReason, TokenLogprobs, Tokens, TopLogprob, Usage
-from services.gateway.choice import Choice, Finish, Manner, Part, Piece, SpelledTokens, Spelling
+from services.gateway.choice import Choice, Finish, Manner, Mark, Part, Piece, Place, SpelledTokens, Spelling
 
 EOS = 256
 USAGE = Usage(prompt_tokens=2, cached_tokens=1, completion_tokens=99)
@@ -37,10 +37,15 @@ class Line:
     written: list[int] = field(default_factory=list)
     stopped: list[int] = field(default_factory=list)
     messages: list[list[Piece]] = field(default_factory=list)
+    log: list[tuple[Part, Mark]] = field(default_factory=list)
     offset: int = 100
 
     def __post_init__(self) -> None:
-        self.choice = Choice(0, prompt_ids=list(b"prompt"), manner=self.manner, on_stop=self.stopped.append)
+        self.choice = self.at(Place.at_start(b"prompt"))
+
+    def at(self, place: Place) -> Choice:
+        """The choice, from a place on."""
+        return Choice(0, start=place, num_prompt=6, manner=self.manner, on_stop=self.stopped.append)
 
     def write(
         self,
@@ -56,7 +61,8 @@ class Line:
         end = Finish(None, USAGE, finish) if isinstance(finish, HoldfastError) else finish and Finish(finish, USAGE)
         part = Part(0, first, ids, logprobs, extend_hash(0, before), end)
         self.offset += 1
-        self.choice.accept(part, offset=self.offset)
+        self.log.append((part, Mark(self.offset, 1)))
+        self.choice.accept(part, mark=Mark(self.offset, 1))
 
     def decode(self) -> None:
         """Has all decoded that there is."""
@@ -65,8 +71,17 @@ class Line:
             texts = [decode(piece)[0] for piece in pieces]
             self.choice.decoded(pieces, texts, decode(pieces[0])[1])
 
+    def reopen(self) -> None:
+        """Has the client go on with another choice at the place where it stands: all that this one knows besides is lost,
+        and the log is read again from where the place says."""
+        place, oldest = self.choice.place, self.choice.oldest
+        self.choice = self.at(place)
+        for part, mark in self.log:
+            if oldest is not None and mark >= oldest:
+                self.choice.accept(part, mark=mark)
+
     def take(self) -> list[Tokens | Finished]:
-        return self.choice.take(lambda: f"after {self.choice.taken.count}")
+        return self.choice.take(lambda: f"after {self.choice.place.prefix.count}")
 
     def text(self) -> str:
         """What is there to take, as text."""
@@ -200,7 +215,7 @@ def test_text_that_may_begin_a_stop_string_is_held_and_its_tokens_are_not() -> N
     line.write("theE")
     line.decode()
     assert line.text() == "the"
-    assert line.choice.taken.count == 4
+    assert line.choice.place.prefix.count == 4
     line.write("N")
     line.decode()
     assert line.text() == ""
@@ -228,16 +243,16 @@ def test_a_record_that_contradicts_what_is_accepted_fails_the_choice() -> None:
     line = Line()
     line.write("abc")
     with pytest.raises(StreamFailed, match="another text"):
-        line.choice.accept(Part(0, 3, [1], (), prefix_hash=1), offset=200)
+        line.choice.accept(Part(0, 3, [1], (), prefix_hash=1), mark=Mark(200, 1))
     with pytest.raises(StreamFailed, match="missing"):
-        line.choice.accept(Part(0, 4, [1], (), prefix_hash=1), offset=200)
+        line.choice.accept(Part(0, 4, [1], (), prefix_hash=1), mark=Mark(200, 1))
 
 
 def test_what_is_known_is_accepted_once() -> None:
     """A second owner that starts at 0 adds only what is new."""
     line = Line()
     line.write("abc")
-    line.choice.accept(Part(0, 0, list(b"abcd"), (), prefix_hash=0), offset=300)
+    line.choice.accept(Part(0, 0, list(b"abcd"), (), prefix_hash=0), mark=Mark(300, 1))
     line.decode()
     assert line.text() == "abcd"
 
@@ -256,13 +271,13 @@ def test_the_oldest_offset_is_that_of_the_first_token_not_taken() -> None:
     line.write(b"b\xe2")
     line.write(b"\x82")
     line.decode()
-    assert line.choice.oldest_offset == 101
+    assert line.choice.oldest == Mark(101, 1)
     line.take()
-    assert line.choice.oldest_offset == 102, "a part of its tokens waits for the rest of a character"
+    assert line.choice.oldest == Mark(102, 1), "a part of its tokens waits for the rest of a character"
     line.write(b"\xac")
     line.decode()
     line.take()
-    assert line.choice.oldest_offset is None
+    assert line.choice.oldest is None
 
 
 def test_log_probabilities_come_with_their_tokens_and_their_spelling() -> None:
@@ -292,7 +307,8 @@ def expected(text: str, stop: list[str]) -> tuple[str, str]:
     data=st.data(),
 )
 def test_how_records_cut_the_tokens_makes_no_difference(text: str, stop: list[str], data: st.DataObject) -> None:
-    """Text, counts and end are the same however the tokens are cut into records and whenever they are decoded."""
+    """Text, counts and end are the same however the tokens are cut into records, whenever they are decoded, and wherever
+    the client has gone on with another reader: in the middle of a character, and of a stop string too."""
     tokens = list(text.encode())
     cuts = sorted(data.draw(st.lists(st.integers(0, len(tokens)), max_size=6)))
     records = [tokens[start:end] for start, end in zip([0, *cuts], [*cuts, len(tokens)], strict=True)]
@@ -303,6 +319,9 @@ def test_how_records_cut_the_tokens_makes_no_difference(text: str, stop: list[st
         line.write(record, FinishReason.LENGTH if is_last else None)
         if is_last or data.draw(st.booleans()):
             line.decode()
+        if data.draw(st.booleans()):
+            line.reopen()
+            line.decode()
         for event in line.take():
             if isinstance(event, Finished):
                 ends.append(event)
@@ -310,6 +329,9 @@ def test_how_records_cut_the_tokens_makes_no_difference(text: str, stop: list[st
                 assert event.first_index == len(ids)
                 shown += event.text
                 ids += event.token_ids
+        if data.draw(st.booleans()):
+            line.reopen()
+            line.decode()
     text_shown, found = expected(text, stop)
     (end,) = ends
     assert (shown, end.stop) == (text_shown, found)

@@ -15,7 +15,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from holdfast import rpc
-from holdfast.accept import extend_hash
+from holdfast.accept import Prefix, extend_hash
 from holdfast.bus import Headers, TopicPartition
 from holdfast.errors import (
     AlreadyExists,
@@ -31,9 +31,9 @@ from holdfast.memory import MemoryBus
 from holdfast.topics import REQUESTS_BATCH, REQUESTS_INTERACTIVE, TOKENS
 from holdfast.v1 import gateway_pb2 as pb
 from holdfast.v1 import gateway_pb2_grpc, generation_pb2
-from services.gateway import cursor
+from services.gateway.choice import Mark, Place
 from services.gateway.settings import GatewaySettings
-from tests.gateway.doubles import CONTEXT, EOS, LENGTH, MODEL, STOP, ByteTokenizer, Job, Mesh, ids, open_mesh
+from tests.gateway.doubles import CONTEXT, CURSORS, EOS, LENGTH, MODEL, STOP, ByteTokenizer, Job, Mesh, ids, open_mesh
 
 CANCELLED = generation_pb2.FINISH_REASON_CANCELLED
 ERROR = generation_pb2.FINISH_REASON_ERROR
@@ -108,9 +108,10 @@ async def test_the_log_has_all_that_an_engine_needs() -> None:
         assert before <= accepted_at <= time.time()
         assert record.deadline.ToNanoseconds() / 1e9 == pytest.approx(accepted_at + 9, abs=1e-3)
         assert (record.reply_partition, record.reply_start_offset) == (5, 1)
-        start = cursor.decode(submitted.cursor)
-        assert (start.offset, start.reply_partition, list(start.next_index)) == (1, 5, [0, 0, 0])
-        assert (start.source.request_class, start.source.partition) == (record.request_class, job.record.partition)
+        start = CURSORS.decode(submitted.cursor)
+        assert (start.mark, start.reply_partition, start.request_offset) == (Mark(1, 0), 5, job.record.offset)
+        assert start.places == (Place.at_start(ids("hi")),) * 3
+        assert start.source == (record.request_class, job.record.partition)
 
 
 async def test_what_the_client_leaves_open_is_as_the_models_makers_say() -> None:
@@ -392,7 +393,7 @@ async def test_a_client_that_reads_too_slowly_is_told_so() -> None:
         last = 0
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             async for response in stream:
-                last = cursor.decode(response.tokens.cursor).next_index[0]
+                last = CURSORS.decode(response.tokens.cursor).places[0].prefix.count
     error = from_rpc_error(caught.value)
     assert isinstance(error, Overloaded)
     assert "reads too slowly" in str(error)
@@ -455,7 +456,7 @@ async def test_submit_returns_when_the_log_has_the_request() -> None:
     async with open_mesh() as mesh:
         submitted = await mesh.client.submit("hi", request_id="r-1")
         job = await mesh.engine.job()
-        assert job.request.request_id == submitted.request_id == cursor.decode(submitted.cursor).request_id == "r-1"
+        assert job.request.request_id == submitted.request_id == CURSORS.decode(submitted.cursor).request_id == "r-1"
         await mesh.engine.say(job, "text", finish=LENGTH)
         await nobody_was_cancelled(mesh)
 
@@ -581,10 +582,9 @@ async def test_a_cursor_holds_the_epoch_and_hash_that_resuming_needs() -> None:
         await mesh.engine.say(job, "abc", epoch=(1 << 32) + 2)
         tokens = await anext(answer)
         assert isinstance(tokens, Tokens)
-        now = cursor.decode(tokens.cursor)
-        assert (list(now.next_index), list(now.prefix_hash)) == ([3], [extend_hash(0, ids("abc"))])
-        assert (now.epoch, now.source.partition) == ((1 << 32) + 2, job.record.partition)
-        assert now.offset == 1
+        now = CURSORS.decode(tokens.cursor)
+        assert now.places[0].prefix == Prefix(3, extend_hash(0, ids("abc")))
+        assert (now.mark, now.source.partition) == (Mark(1, (1 << 32) + 2), job.record.partition)
 
 
 async def test_a_cancelled_task_of_the_client_is_no_error_here() -> None:

@@ -15,8 +15,7 @@ import pytest
 
 from holdfast.errors import InvalidRequest
 from holdfast.v1 import generation_pb2
-from services.gateway import cursor
-from tests.gateway.doubles import CONTEXT, EOS, LENGTH, MODEL, STOP, ByteTokenizer, Mesh, ids, open_mesh
+from tests.gateway.doubles import CONTEXT, CURSORS, EOS, LENGTH, MODEL, STOP, ByteTokenizer, Mesh, ids, open_mesh
 
 T = TypeVar("T")
 
@@ -115,8 +114,8 @@ async def test_a_chat_streams_as_it_comes() -> None:
             {"index": 0, "delta": {"content": 'one "'}, "logprobs": None, "finish_reason": None}
         ]
         assert (chunk["object"], chunk["usage"]) == ("chat.completion.chunk", None)
-        now = cursor.decode(first[0].removeprefix("id: "))
-        assert (now.request_id, list(now.next_index)) == (job.request.request_id, [5])
+        now = CURSORS.decode(first[0].removeprefix("id: "))
+        assert (now.request_id, now.places[0].prefix.count) == (job.request.request_id, 5)
         await mesh.engine.say(job, "two", finish=LENGTH)
         rest = events("\n".join([line async for line in lines]))
         (_, text), (_, last), (no_id, usage), (_, done) = rest

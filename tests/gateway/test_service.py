@@ -25,13 +25,16 @@ from services.gateway import http
 from services.gateway.__main__ import serve
 from services.gateway.admission import Admission
 from services.gateway.cancel import Canceller
+from services.gateway.cursor import Cursors
 from services.gateway.detokenize import Detokenizer
 from services.gateway.generate import Gateway
 from services.gateway.metrics import Metrics
 from services.gateway.observation import Observer
 from services.gateway.readiness import Readiness
+from services.gateway.resume import Resumer
 from services.gateway.settings import GatewaySettings
 from services.gateway.streams import Streams
+from services.gateway.tails import Tails
 from services.gateway.tokenizer import Tokenizer
 from tests.gateway.doubles import EOS, LENGTH, STOP, ByteTokenizer, Mesh, ids, open_mesh, playing_engine, tokenizing
 
@@ -104,6 +107,15 @@ async def test_a_gateway_that_is_not_ready_says_what_is_missing() -> None:
             tokenizer=tokenizer,
             streams=streams,
             canceller=Canceller(bus),
+            cursors=(cursors := Cursors()),
+            resumer=Resumer(
+                settings(),
+                bus=bus,
+                tokenizer=tokenizer,
+                tails=Tails(streams, lambda partition: streams),
+                canceller=Canceller(bus),
+                cursors=cursors,
+            ),
             admission=Admission(settings()),
             readiness=readiness,
             observer=Observer(metrics, NoOpTracer()),

@@ -11,6 +11,7 @@ import grpc
 
 from holdfast import rpc
 from holdfast.client import GATEWAY_SERVICE, NEEDS
+from holdfast.errors import Unavailable
 from holdfast.v1 import gateway_pb2 as pb
 from holdfast.v1 import gateway_pb2_grpc, generation_pb2
 
@@ -34,6 +35,19 @@ def finished(
     return pb.GenerateResponse(finished=pb.Finished(choice=choice, reason=reason, usage=usage, cursor="c2"))
 
 
+def resumed(*next_index: int, ended: Sequence[int] = ()) -> pb.ResumeResponse:
+    return pb.ResumeResponse(
+        resumed=pb.Resumed(request_id="r-1", cursor="c1", prompt_tokens=3, next_index=next_index, ended=ended)
+    )
+
+
+def again(event: pb.GenerateResponse) -> pb.ResumeResponse:
+    """An event as Resume tells it."""
+    if event.HasField("tokens"):
+        return pb.ResumeResponse(tokens=event.tokens)
+    return pb.ResumeResponse(finished=event.finished)
+
+
 @dataclass
 class FakeGateway(gateway_pb2_grpc.GatewayServiceServicer):
     """Answers every request with `answer`; an exception in it is raised there. With `endless`, then goes on counting
@@ -41,8 +55,14 @@ class FakeGateway(gateway_pb2_grpc.GatewayServiceServicer):
 
     answer: Sequence[pb.GenerateResponse | Exception] = ()
     endless: bool = False
+    hold: bool = False
+    """Keep the call open after the answer."""
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
     """While it is not set, nothing comes after the first event."""
+    resumed: Sequence[Sequence[pb.ResumeResponse | Exception]] = ()
+    """What Resume answers, call by call; after the last of these it refuses as a gateway that is being stopped."""
+    cursors: list[str] = field(default_factory=list)
+    """What Resume was asked for."""
     requests: list[pb.GenerateRequest] = field(default_factory=list)
     submitted: list[pb.SubmitRequest] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
@@ -62,6 +82,8 @@ class FakeGateway(gateway_pb2_grpc.GatewayServiceServicer):
                     raise event
                 yield event
                 await self.go_on.wait()
+            if self.hold:
+                await asyncio.get_running_loop().create_future()
             index = 0
             while self.endless:
                 yield tokens(index, f" {index}")
@@ -69,6 +91,22 @@ class FakeGateway(gateway_pb2_grpc.GatewayServiceServicer):
                 await asyncio.sleep(0)
         finally:
             self.left.set()
+
+    @rpc.stream
+    async def Resume(self, request: pb.ResumeRequest, context: Context) -> AsyncIterator[pb.ResumeResponse]:
+        self.cursors.append(request.cursor)
+        if len(self.cursors) > len(self.resumed):
+            raise Unavailable("this gateway is being stopped")
+        for event in self.resumed[len(self.cursors) - 1]:
+            if isinstance(event, Exception):
+                raise event
+            yield event
+
+    @rpc.unary
+    async def GetResult(self, request: pb.GetResultRequest, context: Context) -> pb.GetResultResponse:
+        end = finished().finished
+        choice = pb.ChoiceResult(text="a b", num_tokens=2, finished=end)
+        return pb.GetResultResponse(request_id="r-1", prompt_tokens=3, choices=[choice], complete=True)
 
     @rpc.unary
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.SubmitResponse:

@@ -19,7 +19,7 @@ from holdfast.errors import InvalidRequest, NotFound
 from holdfast.events import Finished, FinishReason, Tokens, Usage
 from holdfast.stopwatch import Stopwatch
 from holdfast.v1 import generation_pb2
-from tests.holdfast.fake_gateway import FakeGateway, accepted, finished, serving, tokens
+from tests.holdfast.fake_gateway import FakeGateway, accepted, again, finished, resumed, serving, tokens
 
 COMMAND = [sys.executable, "-m", "holdfast.cli"]
 
@@ -122,7 +122,6 @@ async def test_generate_prints_the_answer() -> None:
     (request,) = gateway.requests
     assert (request.prompt, request.model, request.stop.max_tokens) == ("Once", "m", 9)
     assert (request.sampling.temperature, request.sampling.seed, list(request.stop.stop)) == (0, 4, ["!", "?"])
-    assert request.cancel_on_disconnect
 
 
 async def test_generate_reads_standard_input_and_the_address_from_the_environment() -> None:
@@ -269,6 +268,18 @@ def in_the_background() -> Iterator[None]:
         yield
 
 
+async def test_resume_prints_the_rest() -> None:
+    """From the cursor on; a cursor that is none is refused as an argument is."""
+    events = [resumed(7), again(tokens(7, "the rest")), again(finished())]
+    gateway = FakeGateway(resumed=[events, events, [InvalidRequest("not a cursor", field="cursor")]])
+    async with serving(gateway) as server:
+        assert await run("--address", server.address, "resume", "c1") == (0, "the rest\n", "")
+        code, out, _ = await run("resume", "c1", "--json", "--address", server.address)
+        assert (code, [json.loads(line)["event"] for line in out.splitlines()]) == (0, ["resumed", "tokens", "finished"])
+        assert await run("resume", "no", "--address", server.address) == (2, "", "holdfast: cursor: not a cursor\n")
+    assert gateway.cursors == ["c1", "c1", "no"]
+
+
 @pytest.mark.usefixtures("in_the_background")
 async def test_an_interrupt_ends_generate_with_130_and_cancels() -> None:
     """Ctrl-C leaves the answer, which tells the gateway."""
@@ -278,6 +289,7 @@ async def test_an_interrupt_ends_generate_with_130_and_cancels() -> None:
         at.process.send_signal(signal.SIGINT)
         assert await asyncio.wait_for(at.process.wait(), 30) == 130
         await asyncio.wait_for(gateway.left.wait(), 30)
+    assert gateway.cancelled == [gateway.requests[0].request_id]
 
 
 async def test_a_reader_that_goes_away_is_no_crash() -> None:

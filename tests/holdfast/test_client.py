@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
-from holdfast.client import Client
+from holdfast.client import Answer, Client
 from holdfast.errors import (
     Cancelled,
     DeadlineExceeded,
     HoldfastError,
+    Interrupted,
     InvalidRequest,
     NotFound,
     Overloaded,
     StreamFailed,
     Unavailable,
 )
-from holdfast.events import Accepted, Event, Finished, FinishReason, Tokens, Usage
+from holdfast.events import Accepted, Event, Finished, FinishReason, Resumed, Tokens, Usage
+from holdfast.gateways import Patience
 from holdfast.v1 import gateway_pb2, generation_pb2
-from tests.holdfast.fake_gateway import FakeGateway, accepted, finished, serving, tokens
+from tests.holdfast.fake_gateway import FakeGateway, accepted, again, finished, resumed, serving, tokens
 
 
 @asynccontextmanager
@@ -183,12 +185,151 @@ async def _swallow(listening: Any) -> HoldfastError | None:
     return None
 
 
+@pytest.mark.parametrize("how", ["aclose", "break", "client"])
 @pytest.mark.parametrize("cancel_on_exit", [True, False])
-async def test_leaving_cancels_the_request_or_not_as_asked(cancel_on_exit: bool) -> None:
+async def test_leaving_cancels_the_request_or_not_as_asked(cancel_on_exit: bool, how: str) -> None:
+    """Whichever way it is left: by its block, by the loop that held it, with the whole client."""
+    async with playing(accepted(), endless=True) as (gateway, client):
+        answer: Answer | None = client.generate("Once", cancel_on_exit=cancel_on_exit)
+        assert answer is not None
+        async for event in answer:
+            if isinstance(event, Tokens):
+                break
+        if how == "aclose":
+            await answer.aclose()
+        if how == "break":
+            answer = None
+        await client.__aexit__(None, None, None)
+        await gateway.left.wait()
+        assert gateway.cancelled == [request.request_id for request in gateway.requests if cancel_on_exit]
+        assert not gateway.requests[0].cancel_on_disconnect
+
+
+async def test_an_answer_that_has_ended_cancels_nothing() -> None:
+    """Neither one that was read to its end nor one that failed."""
+    async with playing(accepted(), finished()) as (gateway, client):
+        await client.generate("Once").read()
+        gateway.answer = [accepted(), StreamFailed("no blocks")]
+        with pytest.raises(StreamFailed):
+            await client.generate("Once").read()
+    assert gateway.cancelled == []
+
+
+@pytest.mark.parametrize("cancel_on_exit", [True, False])
+async def test_an_answer_that_does_not_resume_may_have_the_connection_for_its_lifetime(cancel_on_exit: bool) -> None:
     """The gateway is told at the start, so that it holds for a lost connection too."""
     async with playing(accepted(), finished()) as (gateway, client):
-        await client.generate("Once", cancel_on_exit=cancel_on_exit).read()
+        await client.generate("Once", cancel_on_exit=cancel_on_exit, resume=False).read()
     assert gateway.requests[0].cancel_on_disconnect is cancel_on_exit
+
+
+SOON = Patience(tries=3, first_seconds=0.001, most_seconds=0.001)
+
+
+async def test_a_stream_that_breaks_goes_on_and_nobody_sees_it() -> None:
+    """At the last cursor, as often as need be; each event that comes gives new tries."""
+    broken = Unavailable("the gateway is being stopped")
+    gateway = FakeGateway(
+        [accepted(), tokens(0, "a"), broken],
+        resumed=[
+            [broken],
+            [Overloaded("the client reads too slowly")],
+            [resumed(1), again(tokens(1, "b")), broken],
+            [broken],
+            [broken],
+            [resumed(2), again(tokens(2, "c")), again(finished())],
+        ],
+    )
+    async with serving(gateway) as server, Client(server.address, patience=SOON) as client:
+        events = [event async for event in client.generate("Once")]
+    assert "".join(event.text for event in events if isinstance(event, Tokens)) == "abc"
+    assert [type(event) for event in events] == [Accepted, Tokens, Tokens, Tokens, Finished]
+    assert gateway.cursors == ["c1"] * 6
+
+
+async def test_a_stream_that_goes_on_elsewhere_than_it_broke_is_an_error() -> None:
+    """What is missing, or would come twice, is never shown."""
+    gateway = FakeGateway([accepted(), tokens(0, "a"), Unavailable("gone")], resumed=[[resumed(2)]])
+    async with serving(gateway) as server, Client(server.address, patience=SOON) as client:
+        with pytest.raises(StreamFailed, match=r"went on at tokens \[2\] where \[1\] were due"):
+            await client.generate("Once").read()
+
+
+async def test_tries_are_bounded_and_the_error_has_the_last_cursor() -> None:
+    """Whoever gets it can resume later."""
+    gateway = FakeGateway([accepted(), tokens(0, "a"), Unavailable("gone")])
+    async with serving(gateway) as server, Client(server.address, patience=SOON) as client:
+        with pytest.raises(Interrupted, match="3 tries to go on with it failed.*being stopped.*c1") as caught:
+            await client.generate("Once").read()
+    assert caught.value.cursor == "c1"
+    assert gateway.cursors == ["c1"] * 3
+    assert gateway.cancelled == []
+
+
+async def test_a_stream_that_cannot_be_resumed_says_why() -> None:
+    """Trying again would not help."""
+    gateway = FakeGateway([accepted(), tokens(0, "a"), Unavailable("gone")], resumed=[[NotFound("not kept any more")]])
+    async with serving(gateway) as server, Client(server.address, patience=SOON) as client:
+        with pytest.raises(StreamFailed, match="cannot be resumed: not kept any more .*c1"):
+            await client.generate("Once").read()
+
+
+async def test_a_cursor_is_resumed_from_the_start() -> None:
+    """The first event says where the stream goes on, and counting begins there."""
+    gateway = FakeGateway(resumed=[[resumed(7, 2, ended=[1]), again(tokens(7, "h")), again(finished())]])
+    async with serving(gateway) as server, Client(server.address) as client:
+        events = [event async for event in client.resume("c1")]
+        assert isinstance(events[0], Resumed)
+        assert [type(event) for event in events] == [Resumed, Tokens, Finished]
+        with pytest.raises(InvalidRequest, match="no cursor"):
+            gateway.resumed = [*gateway.resumed, [InvalidRequest("no cursor", field="cursor")]]
+            await client.resume("c2").read()
+    assert gateway.cursors == ["c1", "c2"]
+
+
+async def test_of_several_gateways_the_next_one_goes_on() -> None:
+    """Where the one in use is gone without a word; also for what is asked later."""
+    second = FakeGateway([accepted(), finished()], resumed=[[resumed(1), again(tokens(1, "b")), again(finished())]])
+    first = FakeGateway([accepted(), tokens(0, "a")], hold=True)
+    async with (
+        AsyncExitStack() as life,
+        serving(second) as there,
+        Client([(await life.enter_async_context(serving(first))).address, there.address], patience=SOON) as client,
+    ):
+        async with client.generate("Once") as answer:
+            events = [await anext(answer), await anext(answer)]
+            await life.aclose()
+            events += [event async for event in answer]
+        assert "".join(event.text for event in events if isinstance(event, Tokens)) == "ab"
+        assert client.address == there.address
+        await client.cancel("r-9")
+        await client.generate("Once").read()
+    assert (second.cancelled, len(second.requests)) == (["r-9"], 1)
+
+
+async def test_a_request_that_may_have_been_accepted_is_asked_anew_under_another_id() -> None:
+    """Where the first gateway refuses as one that stops, and the id is the client's own; the first id is cancelled."""
+    first, second = FakeGateway([Unavailable("being stopped")]), FakeGateway([accepted(), tokens(0, "a"), finished()])
+    async with (
+        serving(first) as here,
+        serving(second) as there,
+        Client(f"{here.address},{there.address}") as client,
+    ):
+        assert await client.generate("Once").read() == "a"
+        with pytest.raises(Unavailable, match="being stopped"):
+            second.answer = first.answer
+            await client.generate("Once").read()
+    assert first.requests[0].request_id != second.requests[0].request_id
+    assert first.requests[0].request_id in [*first.cancelled, *second.cancelled]
+
+
+async def test_a_result_arrives_whole() -> None:
+    """Every field of it."""
+    async with playing() as (_, client):
+        result = await client.result("c0")
+    (choice,) = result.choices
+    assert (result.request_id, result.prompt_tokens, result.complete) == ("r-1", 3, True)
+    assert (choice.text, choice.num_tokens, choice.finished and choice.finished.reason) == ("a b", 2, FinishReason.STOP)
 
 
 async def test_nothing_is_sent_for_an_answer_that_nobody_awaits() -> None:
@@ -294,7 +435,7 @@ async def test_an_error_of_the_mesh_is_raised_as_it_was(
     """Same class, text and fields, before the request is accepted and after it."""
     async with playing(*after, error) as (_, client):
         with pytest.raises(type(error)) as caught:
-            await events_of(client)
+            await events_of(client, resume=False)
     assert str(caught.value) == str(error)
     assert vars(caught.value) == vars(error)
 

@@ -1,0 +1,202 @@
+"""Streams that go on from a cursor: what was written meanwhile is read from the log, then what comes as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+from google.protobuf.message import DecodeError
+
+from holdfast.accept import Epochs, Source
+from holdfast.bus import Bus, Record, TopicPartition
+from holdfast.errors import NotFound, Unavailable
+from holdfast.events import Resumed
+from holdfast.topics import REQUESTS, TOKENS
+from holdfast.v1 import generation_pb2 as pb
+from services.gateway.answer import Answer, State
+from services.gateway.cancel import Canceller
+from services.gateway.choice import Manner, Mark
+from services.gateway.cursor import Cursor, Cursors
+from services.gateway.settings import GatewaySettings
+from services.gateway.streams import Streams
+from services.gateway.tails import Tails
+from services.gateway.tasks import running
+from services.gateway.tokenizer import Tokenizer
+
+MAX_RECORDS = 64
+"""Most records that are taken at once while a stream catches up: its client may read slowly."""
+
+LATE_SECONDS = 5.0
+"""What a stream whose deadline has passed is given at least, to show what the log holds of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """An answer that goes on."""
+
+    answer: Answer
+    start: Cursor
+    """Where it does."""
+    request: pb.GenerationRequest
+    """As the log holds it."""
+
+    @property
+    def resumed(self) -> Resumed:
+        """What the client is told first."""
+        return Resumed(
+            self.start.request_id,
+            cursor=self.answer.cursor,
+            prompt_tokens=self.answer.prompt_tokens,
+            next_index=tuple(place.prefix.count for place in self.start.places),
+            ended=tuple(index for index, place in enumerate(self.start.places) if place.end_taken),
+        )
+
+
+class Resumer:
+    """Opens answers at cursors."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        *,
+        bus: Bus,
+        tokenizer: Tokenizer,
+        tails: Tails,
+        canceller: Canceller,
+        cursors: Cursors,
+    ) -> None:
+        self._settings = settings
+        self._bus = bus
+        self._tokenizer = tokenizer
+        self._tails = tails
+        self._canceller = canceller
+        self._cursors = cursors
+
+    @asynccontextmanager
+    async def resume(self, text: str, *, spelled: bool, only_ask: bool = False) -> AsyncIterator[Resumption]:
+        """The answer, from the cursor on, fed while the block runs; leaving it closes the answer, which with `only_ask`
+        never cancels the request.
+
+        Raises:
+            InvalidRequest: that is no cursor of this mesh.
+            NotFound: the log does not hold the stream any more.
+            Unavailable: the log cannot be read.
+        """
+        start = self._cursors.decode(text)
+        request = await self._request(start)
+        await self._check_kept(TOKENS.partition(start.reply_partition), start.mark.offset, TOKENS.retention)
+        async with self._tails.of(start.reply_partition) as tail:
+            answer = self._answer(start, request, tail, spelled=spelled, only_ask=only_ask)
+            try:
+                async with running(self._catch_up(answer, start, tail)):
+                    with answer.expiring(_time_left(request)):
+                        yield Resumption(answer, start, request)
+            finally:
+                answer.close()
+
+    async def _request(self, cursor: Cursor) -> pb.GenerationRequest:
+        """The request's record."""
+        topic = REQUESTS[pb.RequestClass.ValueType(cursor.source.request_class)]
+        partition = topic.partition(cursor.source.partition)
+        await self._check_kept(partition, cursor.request_offset, topic.retention)
+        record = await self._record(partition, cursor.request_offset)
+        try:
+            request = pb.GenerationRequest.FromString(record.value)
+        except DecodeError as error:
+            raise NotFound(f"the log holds something else where request {cursor.request_id} was") from error
+        if request.request_id != cursor.request_id:
+            raise NotFound(f"the log holds another request where {cursor.request_id} was: it was made anew since then")
+        if request.model != self._tokenizer.model.name:
+            raise NotFound(
+                f"the stream is of {request.model!r}, and this gateway serves {self._tokenizer.model.name!r}"
+            )
+        return request
+
+    async def _record(self, partition: TopicPartition, offset: int) -> Record:
+        seconds = self._settings.log_seconds
+        async with self._bus.reader({partition: offset}) as reader:
+            records = await reader.read(max_records=1, timeout=seconds)
+        if not records:
+            raise Unavailable(f"the log did not give the request's record within {seconds:g} seconds")
+        return records[0]
+
+    async def _check_kept(self, partition: TopicPartition, offset: int, retention: timedelta) -> None:
+        """Raises NotFound where the log does not hold a partition from this offset on."""
+        try:
+            async with asyncio.timeout(self._settings.log_seconds):
+                kept = await self._bus.kept(partition)
+        except TimeoutError as error:
+            raise Unavailable(f"the log did not answer within {self._settings.log_seconds:g} seconds") from error
+        if offset < kept.start:
+            hours = retention / timedelta(hours=1)
+            raise NotFound(
+                f"the log no longer holds the stream from where the cursor stands; it keeps {partition.topic} for "
+                f"{hours:g} hours"
+            )
+        if offset > kept.stop:
+            raise NotFound("the log does not reach to where the cursor stands: it was made anew since then")
+
+    def _answer(
+        self, start: Cursor, request: pb.GenerationRequest, tail: Streams, *, spelled: bool, only_ask: bool
+    ) -> Answer:
+        shown = request.presentation
+        return Answer(
+            start,
+            prompt_tokens=len(request.prompt_token_ids),
+            manner=Manner(
+                stop=tuple(request.stop.stop),
+                show_special_tokens=shown.show_special_tokens,
+                return_token_ids=shown.return_token_ids,
+                spelled=spelled and request.sampling.HasField("logprobs"),
+            ),
+            cursors=self._cursors,
+            cancel_on_disconnect=shown.cancel_on_disconnect and not only_ask,
+            flush=self._settings.flush_ms / 1000,
+            max_waiting=self._settings.max_buffered_tokens,
+            on_end=tail.forget,
+            cancel=lambda choice, reason: self._canceller.wish(start.request_id, choice, reason),
+        )
+
+    async def _catch_up(self, answer: Answer, start: Cursor, tail: Streams) -> None:
+        """Gives the answer what the log holds of it, as fast as its client takes it, until nothing lies between that and
+        what the tail gives."""
+        partition, epochs = TOKENS.partition(start.reply_partition), Epochs()
+        epochs.admit(start.source, start.mark.epoch)
+        try:
+            await tail.began()
+            async with self._bus.reader({partition: start.mark.offset}) as reader:
+                while answer.state is State.OPEN:
+                    if (position := reader.position(partition)) >= tail.position:
+                        answer.read_to(Mark(position, epochs.highest(start.source)))
+                        tail.join(answer)  # at once: nothing may come in between
+                        return
+                    for record in await reader.read(max_records=MAX_RECORDS):
+                        _give(answer, record, epochs, tail)
+                    await answer.room()
+        except Unavailable as error:
+            answer.lose(Unavailable(f"the answer cannot be read from the log: {error}", retry_after=error.retry_after))
+
+
+def _give(answer: Answer, record: Record, epochs: Epochs, tail: Streams) -> None:
+    """What a record says about the answer, by rule R. What cannot be read, the one whose partition it is has reported."""
+    try:
+        batch = pb.TokenBatch.FromString(record.value)
+    except DecodeError:
+        return
+    source = Source(batch.source.request_class, batch.source.partition)
+    if source != answer.source or not epochs.admit(source, batch.epoch):
+        return
+    for tokens in batch.streams:
+        if tokens.request_id == answer.request_id:
+            tail.give(answer, tokens, offset=record.offset, epoch=batch.epoch)
+
+
+def _time_left(request: pb.GenerationRequest) -> float | None:
+    """Seconds until the request's deadline; None for never."""
+    if not request.HasField("deadline"):
+        return None
+    return max(LATE_SECONDS, request.deadline.ToNanoseconds() / 1e9 - time.time())

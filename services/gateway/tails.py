@@ -1,0 +1,58 @@
+"""The ends of reply partitions, as far as somebody reads them here: this gateway's own always, another's while one of its
+streams is resumed here. However many these are, a partition is read once, and each record of it parsed once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from services.gateway.streams import Streams
+
+
+@dataclass(slots=True)
+class _Tail:
+    """One that somebody reads."""
+
+    streams: Streams
+    reading: asyncio.Task[None]
+    num_readers: int = 0
+
+
+class Tails:
+    """Reads partitions while `run` runs."""
+
+    def __init__(self, own: Streams, make: Callable[[int], Streams]) -> None:
+        """`own`: is read by somebody else. `make`: the streams of another partition."""
+        self._own = own
+        self._make = make
+        self._tails: dict[int, _Tail] = {}
+        self._group = asyncio.TaskGroup()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with self._group:
+            await asyncio.get_running_loop().create_future()
+
+    @asynccontextmanager
+    async def of(self, reply_partition: int) -> AsyncIterator[Streams]:
+        """The streams of a partition, read while the block runs."""
+        if reply_partition == self._own.reply_partition:
+            yield self._own
+            return
+        tail = self._tails.get(reply_partition) or self._begin(reply_partition)
+        tail.num_readers += 1
+        try:
+            yield tail.streams
+        finally:
+            tail.num_readers -= 1
+            if tail.num_readers == 0:
+                del self._tails[reply_partition]
+                tail.reading.cancel()
+
+    def _begin(self, reply_partition: int) -> _Tail:
+        streams = self._make(reply_partition)
+        tail = _Tail(streams, self._group.create_task(streams.run()))
+        self._tails[reply_partition] = tail
+        return tail
