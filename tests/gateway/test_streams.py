@@ -111,7 +111,7 @@ async def test_streams_break_where_the_log_stays_unreadable() -> None:
     reading goes on at the log's end, for the streams to come."""
     log = FailingLog()
     async with open_mesh(log=log) as mesh:
-        async with mesh.client.generate("hi", cancel_on_exit=True) as answer:
+        async with mesh.client.generate("hi", cancel_on_exit=True, resume=False) as answer:
             await log.starts.get()
             await anext(answer)
             await mesh.engine.job()
@@ -121,7 +121,7 @@ async def test_streams_break_where_the_log_stays_unreadable() -> None:
             assert await log.starts.get() == 0
             assert await log.starts.get() is None
             log.fail.clear()
-        async with mesh.client.generate("hi", resume=False) as answer:
+        async with mesh.client.generate("hi") as answer:
             await anext(answer)
             await mesh.engine.say(await mesh.engine.job(), "again", finish=LENGTH)
             assert await answer.read() == "again"

@@ -275,7 +275,10 @@ async def test_resume_prints_the_rest() -> None:
     async with serving(gateway) as server:
         assert await run("--address", server.address, "resume", "c1") == (0, "the rest\n", "")
         code, out, _ = await run("resume", "c1", "--json", "--address", server.address)
-        assert (code, [json.loads(line)["event"] for line in out.splitlines()]) == (0, ["resumed", "tokens", "finished"])
+        assert (code, [json.loads(line)["event"] for line in out.splitlines()]) == (
+            0,
+            ["resumed", "tokens", "finished"],
+        )
         assert await run("resume", "no", "--address", server.address) == (2, "", "holdfast: cursor: not a cursor\n")
     assert gateway.cursors == ["c1", "c1", "no"]
 
