@@ -6,14 +6,10 @@ computed, or its answer written, streamed or not - cancels its request, unless i
 
 from __future__ import annotations
 
-import asyncio
-import json
-import math
-import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
 
 import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -27,20 +23,25 @@ from starlette.types import Receive, Scope, Send
 from holdfast import __version__
 from holdfast.errors import (
     HoldfastError,
-    InternalError,
     InvalidRequest,
     NotFound,
-    RequestTooSlow,
-    RetryableError,
-    Unavailable,
-    wire,
 )
 from holdfast.events import Finished
-from holdfast.telemetry import extract
 from services.gateway.answer import Answer
-from services.gateway.bodies import Bodies, ClientLeft
+from services.gateway.bodies import Bodies
 from services.gateway.choice import SpelledTokens
+from services.gateway.cursor import Cursor
+from services.gateway.exchange import (
+    Exchange,
+    answering,
+    connected,
+    error_response,
+    headers_of,
+    read_clients_id,
+    trace_of,
+)
 from services.gateway.generate import Call, Gateway
+from services.gateway.http_resume import Resume
 from services.gateway.metrics import Metrics
 from services.gateway.openai import Asked, Value, read_chat, read_completion, read_json
 from services.gateway.openai_reply import (
@@ -49,7 +50,6 @@ from services.gateway.openai_reply import (
     Ledger,
     Reply,
     Whole,
-    error_json,
     finish_reason,
     model_json,
     models_json,
@@ -57,18 +57,9 @@ from services.gateway.openai_reply import (
 )
 from services.gateway.readiness import Readiness
 from services.gateway.settings import GatewaySettings
-from services.gateway.tasks import all_of, running
+from services.gateway.tasks import all_of
 
 log = structlog.get_logger(__name__)
-
-CLIENTS_ID = re.compile(r"[!-~]{1,128}")
-"""What a client may call its call, in x-request-id."""
-
-STREAM_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
 
 
 def application(gateway: Gateway, readiness: Readiness, metrics: Metrics, settings: GatewaySettings) -> Starlette:
@@ -103,6 +94,7 @@ def application(gateway: Gateway, readiness: Readiness, metrics: Metrics, settin
         routes=[
             Route("/v1/chat/completions", chats, methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/resume", Resume(gateway, settings), methods=["GET"]),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             Route("/healthz", healthz),
@@ -127,16 +119,6 @@ async def _not_routed(request: Request, error: Exception) -> Response:
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
 
-def error_response(error: HoldfastError, *, chat: bool = False, headers: Mapping[str, str] | None = None) -> Response:
-    """A refusal."""
-    headers = dict(headers or {})
-    if isinstance(error, RequestTooSlow):
-        headers["connection"] = "close"  # what still comes is no call
-    if isinstance(error, RetryableError):
-        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
-    return JSONResponse(error_json(error, chat=chat), status_code=wire(error).http, headers=headers)
-
-
 class Completions:
     """One of the two routes that generate: an ASGI application."""
 
@@ -155,30 +137,24 @@ class Completions:
         self._seconds_in_one_piece = settings.http_timeout_seconds or None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = headers_of(scope)
         request_id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
         exchange = Exchange(send, request_id, chat=self._chat)
-        try:
+        async with answering(exchange):
             exchange.clients_id = read_clients_id(headers)
             asked = await self._asked(receive, headers)
             async with connected(receive):
-                await self._serve(exchange, asked, headers)
-        except ClientLeft:
-            return
-        except asyncio.CancelledError:  # by the server, at the end of its drain; the task ends here
-            await exchange.refuse(Unavailable("the gateway is being stopped"))
-        except HoldfastError as error:
-            await exchange.refuse(error)
-        except Exception as error:
-            log.exception("unexpected error in a call", exc_info=error)
-            await exchange.refuse(InternalError("internal error; the service's log has it"))
+                if cursor := headers.get("last-event-id"):
+                    await self._resume(exchange, asked, headers, cursor)
+                else:
+                    await self._serve(exchange, asked, headers)
 
     async def _asked(self, receive: Receive, headers: Mapping[str, str]) -> Asked:
         body = await self._bodies.read(receive, headers)
         return self._read(read_json(body), self._gateway.models()[0].context_length)
 
     async def _serve(self, exchange: Exchange, asked: Asked, headers: Mapping[str, str]) -> None:
-        context = extract(tuple((name, value.encode("latin-1")) for name, value in headers.items()))
+        context = trace_of(headers)
         async with AsyncExitStack() as stack:
             answers = []
             for index, request in enumerate(asked.requests):
@@ -200,6 +176,25 @@ class Completions:
             else:
                 await InOnePiece(exchange, asked, answers, reply).write()
 
+    async def _resume(self, exchange: Exchange, asked: Asked, headers: Mapping[str, str], cursor: str) -> None:
+        """The rest of an earlier stream. Of the call itself only `stream` and `stream_options` count: the request is the
+        one that the mesh has."""
+        if not asked.stream or len(asked.requests) > 1:
+            raise InvalidRequest("last-event-id goes on with a stream of one prompt", field="last-event-id")
+        call = Call("http", trace=trace_of(headers), spelled=True)
+        async with self._gateway.resume(cursor, call) as resumption:
+            exchange.request_id = resumption.answer.request_id
+            reply = (ChatReply if self._chat else CompletionReply)(
+                reply_id=exchange.request_id,
+                created=resumption.request.accepted_at.seconds,
+                model=resumption.request.model,
+                include_usage=asked.include_usage,
+                logprobs=resumption.request.sampling.HasField("logprobs"),
+                offsets=[place.num_characters for place in resumption.start.places],
+            )
+            answers, start = [resumption.answer], resumption.start
+            await Streamed(exchange, asked, answers, reply, keepalive=self._keepalive, start=start).write()
+
     def _reply(self, exchange: Exchange, asked: Asked) -> Reply:
         return (ChatReply if self._chat else CompletionReply)(
             reply_id=exchange.request_id,
@@ -210,66 +205,26 @@ class Completions:
         )
 
 
-class Exchange:
-    """The response to one call: what was sent of it, and how to go on."""
-
-    def __init__(self, send: Send, request_id: str, *, chat: bool) -> None:
-        self.request_id = request_id
-        """The mesh's."""
-        self.clients_id = ""
-        """What the client calls it, if it does."""
-        self._send = send
-        self._chat = chat
-        self._streams = False
-
-    async def begin_stream(self) -> None:
-        """The response is a stream of events."""
-        self._streams = True
-        headers = [*STREAM_HEADERS, (b"x-request-id", self._told_id.encode())]
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-
-    async def write(self, text: str) -> None:
-        """More of a stream. Waits while the client has too much to read."""
-        await self._send({"type": "http.response.body", "body": text.encode(), "more_body": True})
-
-    async def end_stream(self) -> None:
-        """The end of a stream."""
-        await self._send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
-
-    async def respond(self, body: object) -> None:
-        """The response in one piece."""
-        await self._give(JSONResponse(body, headers={"x-request-id": self._told_id}))
-
-    async def refuse(self, error: HoldfastError) -> None:
-        """The error: as the response, or where a stream has begun, as its last event."""
-        if self._streams:
-            await self.write(f"data: {json.dumps(error_json(error, chat=self._chat))}\n\n")
-            await self.end_stream()
-        else:
-            await self._give(error_response(error, chat=self._chat, headers={"x-request-id": self._told_id}))
-
-    @property
-    def _told_id(self) -> str:
-        return self.clients_id or self.request_id
-
-    async def _give(self, response: Response) -> None:
-        async def nothing() -> dict[str, str]:
-            return {"type": "http.disconnect"}
-
-        await response({"type": "http"}, nothing, self._send)
-
-
 class Streamed:
     """Writes answers as server-sent events. Where there is one answer, each event's id is its cursor."""
 
     def __init__(
-        self, exchange: Exchange, asked: Asked, answers: list[Answer], reply: Reply, *, keepalive: float
+        self,
+        exchange: Exchange,
+        asked: Asked,
+        answers: list[Answer],
+        reply: Reply,
+        *,
+        keepalive: float,
+        start: Cursor | None = None,
     ) -> None:
+        """`start`: where the one answer goes on, if its beginning was written before."""
         self._exchange = exchange
         self._asked = asked
         self._answers = answers
         self._reply = reply
         self._keepalive = keepalive
+        self._start = start
         self._ledger = Ledger()
 
     async def write(self) -> None:
@@ -288,8 +243,19 @@ class Streamed:
     async def _begin(self) -> None:
         for index, answer in enumerate(self._answers):
             self._ledger.prompt(answer.prompt_tokens)
+            if self._start is not None:
+                await self._begin_again(answer, self._start)
+                return
             for choice in range(self._asked.num_choices):
                 await self._event(self._reply.first_chunk(index * self._asked.num_choices + choice), answer.cursor)
+
+    async def _begin_again(self, answer: Answer, start: Cursor) -> None:
+        """Counts what ended before. What opens a choice may have been lost, where nothing came after it."""
+        for choice, place in enumerate(start.places):
+            if place.end is not None and place.end_taken:
+                self._ledger.finished(place.end.usage, first=choice == 0)
+            elif place.prefix.count == 0:
+                await self._event(self._reply.first_chunk(choice), answer.cursor)
 
     async def _follow(self, index: int) -> None:
         answer, num_choices = self._answers[index], self._asked.num_choices
@@ -309,8 +275,7 @@ class Streamed:
     async def _event(self, data: str, cursor: str = "") -> None:
         if not data:
             return
-        name = f"id: {cursor}\n" if cursor and len(self._answers) == 1 else ""
-        await self._exchange.write(f"{name}data: {data}\n\n")
+        await self._exchange.event(data, cursor=cursor if len(self._answers) == 1 else "")
 
 
 class InOnePiece:
@@ -342,32 +307,3 @@ class InOnePiece:
                     assert isinstance(event, SpelledTokens)
                     whole.text.append(event.text)
                     whole.logprobs += spelled_logprobs(event)
-
-
-def read_clients_id(headers: Mapping[str, str]) -> str:
-    """What the client calls its call, empty where it does not. Of no meaning to the mesh: two calls may have the same.
-
-    Raises:
-        InvalidRequest: it cannot be repeated in a header and a log.
-    """
-    given = headers.get("x-request-id", "")
-    if given and not CLIENTS_ID.fullmatch(given):
-        raise InvalidRequest("x-request-id must be 1 to 128 visible ASCII characters", field="x-request-id")
-    return given
-
-
-@asynccontextmanager
-async def connected(receive: Receive) -> AsyncIterator[None]:
-    """Cancels the block when the client leaves. What the block raises is raised as it is.
-
-    Raises:
-        ClientLeft: the client left.
-    """
-
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        raise ClientLeft
-
-    async with running(watch()):
-        yield

@@ -65,13 +65,23 @@ class Reply(ABC):
     object_whole: str
     object_chunk: str
 
-    def __init__(self, *, reply_id: str, created: int, model: str, include_usage: bool, logprobs: bool) -> None:
+    def __init__(
+        self,
+        *,
+        reply_id: str,
+        created: int,
+        model: str,
+        include_usage: bool,
+        logprobs: bool,
+        offsets: Sequence[int] = (),
+    ) -> None:
+        """`offsets`: for each choice the characters of its tokens that were told of before, where there were any."""
         self._id, self._created, self._model = reply_id, created, model
         self._logprobs = logprobs
         head = {"id": reply_id, "object": self.object_chunk, "created": created, "model": model}
         self._head = json.dumps(head)[:-1] + ', "choices": ['
         self._tail = '], "usage": null}' if include_usage else "]}"
-        self._offsets: dict[int, int] = {}
+        self._offsets = dict(enumerate(offsets))
 
     def chunk(self, index: int, tokens: SpelledTokens) -> str:
         """New tokens of a choice; "" where there is nothing to see."""

@@ -24,6 +24,7 @@ from holdfast.v1 import gateway_pb2_grpc, generation_pb2, tokenizer_pb2, tokeniz
 from services.gateway.__main__ import GatewayAddresses, serve
 from services.gateway.cursor import Cursors
 from services.gateway.settings import GatewaySettings
+from tests.conftest import OpenBus
 
 MODEL = "bytes"
 KEY = "the key of the mesh of the tests"
@@ -248,6 +249,31 @@ async def open_face(bus: Bus, tokenizer: str, **settings: Any) -> AsyncIterator[
         client = await parts.enter_async_context(Client(addresses.grpc))
         http = await parts.enter_async_context(httpx.AsyncClient(base_url=f"http://{addresses.http}", timeout=30))
         yield Face(addresses, client, http, life)
+
+
+@dataclass
+class Two:
+    """Two gateways of one mesh, each with a reply partition and a connection to the log of its own."""
+
+    first: Face
+    second: Face
+    engine: FakeEngine
+    bus: Bus
+
+
+@asynccontextmanager
+async def two_gateways(open_bus: OpenBus, *, second_key: str = KEY, **settings: Any) -> AsyncIterator[Two]:
+    """Both are ready."""
+    async with AsyncExitStack() as parts:
+        enter = parts.enter_async_context
+        bus = await enter(open_bus())
+        engine = await enter(playing_engine(bus))
+        tokenizer = (await enter(tokenizing(ByteTokenizer()))).address
+        first = await enter(open_face(await enter(open_bus()), tokenizer, reply_partition=3, **settings))
+        second = await enter(
+            open_face(await enter(open_bus()), tokenizer, reply_partition=4, cursor_keys=second_key, **settings)
+        )
+        yield Two(first, second, engine, bus)
 
 
 @dataclass

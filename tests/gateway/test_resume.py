@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
 
 import grpc
 import pytest
 
 from holdfast import rpc
-from holdfast.bus import Bus
 from holdfast.errors import HoldfastError, InvalidRequest, NotFound, StreamFailed, from_rpc_error
 from holdfast.events import Accepted, Event, Finished, FinishReason, Resumed, Tokens, Usage, event_from_wire
 from holdfast.v1 import gateway_pb2 as pb
@@ -21,41 +19,12 @@ from tests.conftest import OpenBus
 from tests.gateway.doubles import (
     CURSORS,
     EOS,
-    KEY,
     LENGTH,
     STOP,
-    ByteTokenizer,
     Face,
-    FakeEngine,
     ids,
-    open_face,
-    playing_engine,
-    tokenizing,
+    two_gateways,
 )
-
-
-@dataclass
-class Two:
-    """Two gateways of one mesh, each with a reply partition and a connection to the log of its own."""
-
-    first: Face
-    second: Face
-    engine: FakeEngine
-    bus: Bus
-
-
-@asynccontextmanager
-async def two_gateways(open_bus: OpenBus, *, second_key: str = KEY, **settings: object) -> AsyncIterator[Two]:
-    async with AsyncExitStack() as parts:
-        enter = parts.enter_async_context
-        bus = await enter(open_bus())
-        engine = await enter(playing_engine(bus))
-        tokenizer = (await enter(tokenizing(ByteTokenizer()))).address
-        first = await enter(open_face(await enter(open_bus()), tokenizer, reply_partition=3, **settings))
-        second = await enter(
-            open_face(await enter(open_bus()), tokenizer, reply_partition=4, cursor_keys=second_key, **settings)
-        )
-        yield Two(first, second, engine, bus)
 
 
 @asynccontextmanager
