@@ -78,7 +78,7 @@ async def serve(
         )
         streams = make_streams(reply_partition=settings.reply_partition)
         tails = Tails(streams, lambda partition: make_streams(reply_partition=partition))
-        cursors = Cursors(_keys(settings, kept=bus is None))
+        cursors = Cursors(cursor_keys(settings, kept=bus is None))
         await parts.enter_async_context(running(streams.run(), tails.run(), detokenizer.run()))
         await parts.enter_async_context(canceller.publishing())
         gateway = Gateway(
@@ -129,8 +129,8 @@ async def _kafka(settings: GatewaySettings) -> AsyncIterator[Bus]:
         yield bus
 
 
-def _keys(settings: GatewaySettings, *, kept: bool) -> list[bytes]:
-    """The keys that sign cursors; `kept`: whether the log, and so what cursors point to, outlives this process."""
+def cursor_keys(settings: GatewaySettings, *, kept: bool) -> list[bytes]:
+    """The keys that sign cursors, the first one first; `kept`: whether the log, and so what cursors point to, outlives this process."""
     keys = [key.strip().encode() for key in settings.cursor_keys.get_secret_value().split(",") if key.strip()]
     if kept and not keys:
         logger.warning(

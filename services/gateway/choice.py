@@ -162,7 +162,6 @@ class Choice:
 
         # For the client.
         self._taken = start
-        """Without the end, which is told by itself."""
         self._text = ""
         self._shown_ids: list[int] = []
         self._shown_logprobs: list[TokenLogprobs] = []
@@ -210,7 +209,9 @@ class Choice:
         """Where the client stands. The end is part of it once nothing stands before it."""
         if self.end is None or self._shown_ids or self._text:
             return self._taken
-        return replace(self._taken, end=self.end, end_taken=self._end_taken)
+        if self._taken.end is None or self._taken.end_taken is not self._end_taken:
+            self._taken = replace(self._taken, end=self.end, end_taken=self._end_taken)
+        return self._taken
 
     @property
     def oldest(self) -> Mark | None:

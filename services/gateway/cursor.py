@@ -73,9 +73,14 @@ class Cursors:
         """Encodes where a client stands in the stream of this cursor. What all cursors of the stream have in common is
         made once: there is one for each event."""
         head, key = _head(start), self._keys[0]
+        known: list[tuple[Place, bytes]] = [(place, _choice_to_wire(place)) for place in start.places]
 
         def encode(mark: Mark, places: Sequence[Place]) -> str:
-            content = head + _rest(mark, places)  # one message: those that follow each other are read as merged
+            for index, place in enumerate(places):  # of many choices one event moves one
+                if place is not known[index][0]:
+                    known[index] = (place, _choice_to_wire(place))
+            # One message: those that follow each other are read as merged.
+            content = b"".join((head, _mark_to_wire(mark, places), *(choice for _, choice in known)))
             return base64.urlsafe_b64encode(content + _mac(key, content)).rstrip(b"=").decode()
 
         return encode
@@ -120,23 +125,23 @@ def _head(cursor: Cursor) -> bytes:
     ).SerializeToString()
 
 
-def _rest(mark: Mark, places: Sequence[Place]) -> bytes:
+def _mark_to_wire(mark: Mark, places: Sequence[Place]) -> bytes:
     return pb.Cursor(
         offset=mark.offset,
         epoch=mark.epoch,
         next_index=[place.prefix.count for place in places],
         prefix_hash=[place.prefix.hash for place in places],
-        choices=[_choice_to_wire(place) for place in places],
     ).SerializeToString()
 
 
-def _choice_to_wire(place: Place) -> pb.CursorChoice:
-    return pb.CursorChoice(
+def _choice_to_wire(place: Place) -> bytes:
+    choice = pb.CursorChoice(
         context=place.context,
         held=place.held,
         num_characters=place.num_characters,
         end=None if place.end is None else _end_to_wire(place.end, delivered=place.end_taken),
     )
+    return pb.Cursor(choices=[choice]).SerializeToString()
 
 
 def _end_to_wire(end: ChoiceEnd, *, delivered: bool) -> pb.CursorEnd:

@@ -61,6 +61,7 @@ class Running:
     client: Client
     grpc: str
     http: str
+    tokenizer: str
     engines: Sequence[Engine]
 
     @property
@@ -100,7 +101,7 @@ async def running(
         options |= gateway or {}
         front = await enter(serve_gateway(GatewaySettings(**options), bus=await enter(open_bus())))
         client = await enter(Client(front.grpc))
-        yield Running(client=client, grpc=front.grpc, http=front.http, engines=engines)
+        yield Running(client=client, grpc=front.grpc, http=front.http, tokenizer=tokenizer.address, engines=engines)
 
 
 class Process:

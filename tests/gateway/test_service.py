@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from opentelemetry.trace import NoOpTracer
 from prometheus_client.parser import text_string_to_metric_families
+from structlog.testing import capture_logs
 
 from holdfast import __version__, rpc
 from holdfast.errors import CannotListen, ConfigurationError, Unavailable
@@ -22,7 +23,7 @@ from holdfast.topics import TOPICS, Topic
 from holdfast.v1 import gateway_pb2 as pb
 from holdfast.v1 import gateway_pb2_grpc
 from services.gateway import http
-from services.gateway.__main__ import serve
+from services.gateway.__main__ import cursor_keys, serve
 from services.gateway.admission import Admission
 from services.gateway.cancel import Canceller
 from services.gateway.cursor import Cursors
@@ -36,7 +37,18 @@ from services.gateway.settings import GatewaySettings
 from services.gateway.streams import Streams
 from services.gateway.tails import Tails
 from services.gateway.tokenizer import Tokenizer
-from tests.gateway.doubles import EOS, LENGTH, STOP, ByteTokenizer, Mesh, ids, open_mesh, playing_engine, tokenizing
+from tests.gateway.doubles import (
+    EOS,
+    KEY,
+    LENGTH,
+    STOP,
+    ByteTokenizer,
+    Mesh,
+    ids,
+    open_mesh,
+    playing_engine,
+    tokenizing,
+)
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -312,6 +324,18 @@ def test_settings_are_checked() -> None:
         with pytest.raises(ConfigurationError, match=flags[0]):
             load(GatewaySettings, flags)
     assert load(GatewaySettings, ["--reply-partition", "31"]).reply_partition == 31
+
+
+def test_keys_of_cursors_are_read_and_not_shown() -> None:
+    """With commas between; where the log outlives the gateway and there are none, it says what that means."""
+    given = load(GatewaySettings, ["--cursor-keys", f"{KEY}, another key of the mesh"])
+    assert cursor_keys(given, kept=True) == [KEY.encode(), b"another key of the mesh"]
+    assert KEY not in repr(given)
+    with capture_logs() as lines:
+        assert cursor_keys(settings(), kept=False) == []
+        assert lines == []
+        assert cursor_keys(settings(), kept=True) == []
+    assert "cursor_keys is not set" in lines[0]["event"]
 
 
 def settings(**given: Any) -> GatewaySettings:
