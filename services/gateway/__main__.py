@@ -77,7 +77,7 @@ async def serve(
             Streams, log, tokenizer=tokenizer, detokenizer=detokenizer, readiness=readiness, metrics=metrics
         )
         streams = make_streams(reply_partition=settings.reply_partition)
-        tails = Tails(streams, lambda partition: make_streams(reply_partition=partition))
+        tails = Tails(log, streams, lambda partition: make_streams(reply_partition=partition))
         cursors = Cursors(cursor_keys(settings, kept=bus is None))
         await parts.enter_async_context(running(streams.run(), tails.run(), detokenizer.run()))
         await parts.enter_async_context(canceller.publishing())
@@ -88,6 +88,7 @@ async def serve(
             streams=streams,
             canceller=canceller,
             cursors=cursors,
+            tails=tails,
             resumer=Resumer(settings, bus=log, tokenizer=tokenizer, tails=tails, canceller=canceller, cursors=cursors),
             admission=admission,
             readiness=readiness,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from holdfast.errors import AlreadyExists, HoldfastError, Overloaded, StreamFailed
+from holdfast.errors import AlreadyExists, HoldfastError, StreamFailed
 from holdfast.events import Finished, FinishReason, Tokens
 from services.gateway.choice import Choice, ChoiceEnd, Manner, Mark, Part, Piece
 from services.gateway.cursor import Cursor, Cursors
@@ -33,8 +33,8 @@ class Answer:
     Three hands touch it, all in one event loop: what comes from the log (`accept`, `decoded`), the clock (`expire`),
     and the one client that takes events (`next`) until `at_end`. Nothing but `next` waits.
 
-    A client that reads slowly gets more in each event, not more events. Beyond `max_waiting` tokens for each choice its
-    answer breaks with Overloaded; the last cursor it got says where it stood.
+    A client that reads slowly gets more in each event, not more events. Beyond `max_waiting` tokens for each choice the
+    answer is **behind**: what more there is waits in the log.
     """
 
     def __init__(
@@ -48,10 +48,12 @@ class Answer:
         flush: float,
         max_waiting: int,
         on_end: Callable[[Answer], None],
+        on_overflow: Callable[[Answer], None],
         cancel: Callable[[int | None, str], None],
     ) -> None:
-        """`cancel_on_disconnect`: the request ends with a client that leaves, or reads too slowly. `flush`: seconds
-        between two events of the middle. `on_end`: called once, when the answer leaves OPEN. `cancel`: wishes that a
+        """`cancel_on_disconnect`: the request ends with a client that leaves. `flush`: seconds
+        between two events of the middle. `on_end`: called once, when the answer leaves OPEN. `on_overflow`: too much
+        waits for the client; whoever is told feeds it no more than it takes, until it has caught up. `cancel`: wishes that a
         choice of the request, or all of it, end, and says why."""
         self.request_id = start.request_id
         self.source = start.source
@@ -61,7 +63,10 @@ class Answer:
         self.first_token_at: float | None = None
         """Loop time at which the first token was ready to be taken."""
         self.last_token_at: float | None = None
+        self.is_behind = False
+        """Whether it is fed from the log as its client takes it, and not as the log grows."""
         self._on_end = on_end
+        self._on_overflow = on_overflow
         self._cancel = cancel
         self._choices = [
             Choice(index, start=place, num_prompt=prompt_tokens, manner=manner, on_stop=self._stop_string)
@@ -107,6 +112,11 @@ class Answer:
     def at_end(self) -> bool:
         """Whether the client has every choice's end."""
         return self._num_open == 0 and not self._news
+
+    @property
+    def mark(self) -> Mark:
+        """Where what comes next from the log lies at the earliest."""
+        return self._read
 
     @property
     def epoch(self) -> int:
@@ -165,9 +175,10 @@ class Answer:
             self._taken.clear()
             await self._taken.wait()
 
-    def read_to(self, mark: Mark) -> None:
-        """What comes next from the log lies at or after that."""
+    def caught_up(self, mark: Mark) -> None:
+        """What comes next from the log lies at or after that, and is given as it comes."""
         self._read = mark
+        self.is_behind = False
 
     def accept(self, part: Part, *, offset: int, epoch: int) -> Choice | None:
         """Takes what a record at `offset` says about one choice. Returns the choice if it may have something to decode."""
@@ -205,8 +216,9 @@ class Answer:
             self.first_token_at = self.first_token_at or self.last_token_at
             self._num_waiting += num_new
         self._changed(choice, urgent=is_first or choice.is_closed)
-        if self._num_waiting > self._max_waiting and self.state is State.OPEN:
-            self._overflow()
+        if not self.is_behind and self._num_waiting > self._max_waiting and self.state is State.OPEN:
+            self.is_behind = True
+            self._on_overflow(self)
 
     def fail(self, error: HoldfastError) -> None:
         """The answer cannot go on, and nobody can go on with it: the request ends, too."""
@@ -243,16 +255,6 @@ class Answer:
 
     def _stop_string(self, choice: int) -> None:
         self._cancel(choice, "a stop string was found")
-
-    def _overflow(self) -> None:
-        self._break(
-            Overloaded(
-                f"the client reads too slowly: more than {self._max_waiting} tokens wait for it; the last cursor says "
-                "from where the stream can be read on"
-            )
-        )
-        if self._cancel_on_disconnect:
-            self._cancel(None, "the client reads too slowly")
 
     def _break(self, error: HoldfastError) -> None:
         self.error = error

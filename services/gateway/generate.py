@@ -28,6 +28,7 @@ from services.gateway.resume import Resumer, Resumption
 from services.gateway.routing import Routing
 from services.gateway.settings import GatewaySettings
 from services.gateway.streams import Streams
+from services.gateway.tails import Tails
 from services.gateway.tokenizer import Tokenizer
 from services.gateway.validation import check_request_id
 
@@ -62,6 +63,7 @@ class Gateway:
         streams: Streams,
         canceller: Canceller,
         cursors: Cursors,
+        tails: Tails,
         resumer: Resumer,
         admission: Admission,
         readiness: Readiness,
@@ -73,6 +75,7 @@ class Gateway:
         self._streams = streams
         self._canceller = canceller
         self._cursors = cursors
+        self._tails = tails
         self._resumer = resumer
         self._admission = admission
         self._readiness = readiness
@@ -242,5 +245,6 @@ class Gateway:
             flush=self._settings.flush_ms / 1000,
             max_waiting=self._settings.max_buffered_tokens,
             on_end=self._streams.forget,
+            on_overflow=lambda answer: self._tails.fell_behind(answer, self._streams),
             cancel=lambda choice, reason: self._canceller.wish(admitted.request_id, choice, reason),
         )

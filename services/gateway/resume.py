@@ -11,24 +11,21 @@ from datetime import timedelta
 
 from google.protobuf.message import DecodeError
 
-from holdfast.accept import Epochs, Source
 from holdfast.bus import Bus, Record, TopicPartition
 from holdfast.errors import NotFound, Unavailable
 from holdfast.events import Resumed
 from holdfast.topics import REQUESTS, TOKENS
 from holdfast.v1 import generation_pb2 as pb
-from services.gateway.answer import Answer, State
+from services.gateway.answer import Answer
 from services.gateway.cancel import Canceller
-from services.gateway.choice import Manner, Mark
+from services.gateway.catch_up import catch_up
+from services.gateway.choice import Manner
 from services.gateway.cursor import Cursor, Cursors
 from services.gateway.settings import GatewaySettings
 from services.gateway.streams import Streams
 from services.gateway.tails import Tails
 from services.gateway.tasks import running
 from services.gateway.tokenizer import Tokenizer
-
-MAX_RECORDS = 64
-"""Most records that are taken at once while a stream catches up: its client may read slowly."""
 
 LATE_SECONDS = 5.0
 """What a stream whose deadline has passed is given at least, to show what the log holds of it."""
@@ -92,7 +89,7 @@ class Resumer:
         async with self._tails.of(start.reply_partition) as tail:
             answer = self._answer(start, request, tail, spelled=spelled, only_ask=only_ask)
             try:
-                async with running(self._catch_up(answer, start, tail)):
+                async with running(catch_up(self._bus, answer, start.mark, tail)):
                     with answer.expiring(_time_left(request)):
                         yield Resumption(answer, start, request)
             finally:
@@ -158,41 +155,9 @@ class Resumer:
             flush=self._settings.flush_ms / 1000,
             max_waiting=self._settings.max_buffered_tokens,
             on_end=tail.forget,
+            on_overflow=lambda answer: self._tails.fell_behind(answer, tail),
             cancel=lambda choice, reason: self._canceller.wish(start.request_id, choice, reason),
         )
-
-    async def _catch_up(self, answer: Answer, start: Cursor, tail: Streams) -> None:
-        """Gives the answer what the log holds of it, as fast as its client takes it, until nothing lies between that and
-        what the tail gives."""
-        partition, epochs = TOKENS.partition(start.reply_partition), Epochs()
-        epochs.admit(start.source, start.mark.epoch)
-        try:
-            await tail.began()
-            async with self._bus.reader({partition: start.mark.offset}) as reader:
-                while answer.state is State.OPEN:
-                    if (position := reader.position(partition)) >= tail.position:
-                        answer.read_to(Mark(position, epochs.highest(start.source)))
-                        tail.join(answer)  # at once: nothing may come in between
-                        return
-                    for record in await reader.read(max_records=MAX_RECORDS):
-                        _give(answer, record, epochs, tail)
-                    await answer.room()
-        except Unavailable as error:
-            answer.lose(Unavailable(f"the answer cannot be read from the log: {error}", retry_after=error.retry_after))
-
-
-def _give(answer: Answer, record: Record, epochs: Epochs, tail: Streams) -> None:
-    """What a record says about the answer, by rule R. What cannot be read, the one whose partition it is has reported."""
-    try:
-        batch = pb.TokenBatch.FromString(record.value)
-    except DecodeError:
-        return
-    source = Source(batch.source.request_class, batch.source.partition)
-    if source != answer.source or not epochs.admit(source, batch.epoch):
-        return
-    for tokens in batch.streams:
-        if tokens.request_id == answer.request_id:
-            tail.give(answer, tokens, offset=record.offset, epoch=batch.epoch)
 
 
 def _time_left(request: pb.GenerationRequest) -> float | None:

@@ -58,8 +58,7 @@ class GatewaySettings(Settings, env_prefix="HOLDFAST_GATEWAY_"):
     flush_ms: Annotated[float, Field(ge=0)] = 20.0
     """Least time between two messages of a stream, except its first and last ones; 0 sends tokens as they come."""
     max_buffered_tokens: Annotated[int, Field(ge=512)] = 4096
-    """Most tokens of a choice that wait for a client that reads slowly; beyond, its stream ends with
-    RESOURCE_EXHAUSTED."""
+    """About how many tokens of a choice wait here for a client that reads slowly; what more there is waits in the log."""
     max_reading_bytes: Annotated[int, Field(ge=MAX_BODY_BYTES)] = 64 << 20
     """Most bytes of HTTP bodies that have not come to their end; what comes beyond is refused with 429."""
     read_seconds: Annotated[float, Field(gt=0)] = 30.0

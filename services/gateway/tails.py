@@ -8,6 +8,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from holdfast.bus import Bus
+from services.gateway.answer import Answer
+from services.gateway.catch_up import catch_up
 from services.gateway.streams import Streams
 
 
@@ -23,8 +26,9 @@ class _Tail:
 class Tails:
     """Reads partitions while `run` runs."""
 
-    def __init__(self, own: Streams, make: Callable[[int], Streams]) -> None:
+    def __init__(self, bus: Bus, own: Streams, make: Callable[[int], Streams]) -> None:
         """`own`: is read by somebody else. `make`: the streams of another partition."""
+        self._bus = bus
         self._own = own
         self._make = make
         self._tails: dict[int, _Tail] = {}
@@ -50,6 +54,11 @@ class Tails:
             if tail.num_readers == 0:
                 del self._tails[reply_partition]
                 tail.reading.cancel()
+
+    def fell_behind(self, answer: Answer, tail: Streams) -> None:
+        """Too much waits for the client: from now on it gets what it takes, from the log, until it has caught up."""
+        tail.forget(answer)
+        self._group.create_task(catch_up(self._bus, answer, answer.mark, tail))
 
     def _begin(self, reply_partition: int) -> _Tail:
         streams = self._make(reply_partition)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -10,8 +11,11 @@ import grpc
 import pytest
 
 from holdfast import rpc
+from holdfast.bus import MAX_RECORD_BYTES
 from holdfast.errors import HoldfastError, InvalidRequest, NotFound, StreamFailed, from_rpc_error
 from holdfast.events import Accepted, Event, Finished, FinishReason, Resumed, Tokens, Usage, event_from_wire
+from holdfast.memory import MemoryBus
+from holdfast.topics import TOKENS
 from holdfast.v1 import gateway_pb2 as pb
 from holdfast.v1 import gateway_pb2_grpc, generation_pb2
 from services.gateway.choice import Mark
@@ -286,3 +290,28 @@ async def test_a_cursor_beyond_the_log_is_refused(open_bus: OpenBus) -> None:
             error = await refused(mesh.second, cursor)
             assert isinstance(error, NotFound)
             assert why in str(error)
+
+
+async def test_a_cursor_whose_tokens_are_not_kept_any_more_is_refused() -> None:
+    """It says for how long they are; the stream itself is read on by whoever kept up with it."""
+    bound = MAX_RECORD_BYTES
+    async with (
+        MemoryBus(max_topic_bytes=bound) as bus,
+        two_gateways(lambda: contextlib.nullcontext(bus)) as mesh,
+        mesh.first.client.generate("hi") as answer,
+    ):
+        accepted = await anext(answer)
+        job = await mesh.engine.job()
+        await mesh.engine.say(job, "x")
+        await anext(answer)
+        large = generation_pb2.TokenBatch(engine="x" * (bound - 1000)).SerializeToString()
+        await bus.publish(TOKENS.partition(job.request.reply_partition), large)
+        await mesh.engine.say(job, "y")
+        last = await anext(answer)
+        error = await refused(mesh.second, accepted.cursor)
+        assert isinstance(error, NotFound)
+        assert "no longer holds the stream" in str(error)
+        assert "6 hours" in str(error)
+        await mesh.engine.say(job, "end", finish=LENGTH)
+        assert text_of(await rest(mesh.second, last.cursor)) == "end"
+        assert await answer.read() == "end"

@@ -120,11 +120,12 @@ async def test_a_gateway_that_is_not_ready_says_what_is_missing() -> None:
             streams=streams,
             canceller=Canceller(bus),
             cursors=(cursors := Cursors()),
+            tails=(tails := Tails(bus, streams, lambda partition: streams)),
             resumer=Resumer(
                 settings(),
                 bus=bus,
                 tokenizer=tokenizer,
-                tails=Tails(streams, lambda partition: streams),
+                tails=tails,
                 canceller=Canceller(bus),
                 cursors=cursors,
             ),
