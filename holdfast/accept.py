@@ -26,7 +26,7 @@ from __future__ import annotations
 import enum
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,11 +38,28 @@ class Source(NamedTuple):
     partition: int
 
 
+class Place(NamedTuple):
+    """A place in a reply partition from which the rule may be applied to what one source partition wrote.
+
+    Whoever begins without the epoch would accept what a frozen owner wrote behind a marker that lies before the offset.
+    With a later epoch than was met by then, it would ignore what belongs to the text. So the two are noted together:
+
+    * a request's start: where its gateway stood in the log, and the highest epoch it had met, before it published;
+    * a cursor: the oldest record with a token that the client has not got, and the epoch of that record; where there is
+      none, the offset behind the last record that was read, and the highest epoch met.
+    """
+
+    offset: int
+    epoch: int
+    """The highest epoch met before the offset; 0 where none was."""
+
+
 class Epochs:
     """The highest epoch met from each source partition, in one reply partition."""
 
-    def __init__(self) -> None:
-        self._highest: dict[Source, int] = {}
+    def __init__(self, highest: Mapping[Source, int] | None = None) -> None:
+        """`highest`: what was met before the place where reading begins."""
+        self._highest: dict[Source, int] = dict(highest or {})
 
     def admit(self, source: Source, epoch: int) -> bool:
         """Whether a record counts. Called once for each record, in log order, also for those without streams."""

@@ -26,6 +26,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from holdfast.epochs import epoch_of
 from holdfast.errors import NotOwner, RequestTooLarge
 
 if TYPE_CHECKING:
@@ -89,12 +90,17 @@ class Ownership:
 
     @property
     def epoch(self) -> int:
-        """`(incarnation << 32) + generation`: higher for every later owner of a partition."""
-        return (self.incarnation << 32) + self.generation
+        """That of whoever gains a partition now: higher for every later owner (`holdfast.epochs`)."""
+        return epoch_of(self.incarnation, self.generation)
 
     def continues(self, earlier: Ownership) -> bool:
         """Whether nobody else can have owned, in between, a partition that both name."""
         return self.generation == earlier.generation + 1 and self.member_id == earlier.member_id
+
+    def kept_since(self, earlier: Ownership) -> frozenset[TopicPartition]:
+        """The partitions whose work may go on: owned then and now, and by nobody else in between. All others that were
+        owned are lost, those that are owned again too: they are gained anew."""
+        return self.partitions & earlier.partitions if self.continues(earlier) else frozenset()
 
 
 NOTHING_OWNED = Ownership(partitions=frozenset(), generation=0, member_id="")

@@ -225,7 +225,7 @@ class Intake:
         before, now = side.ownership, side.member.ownership
         if now is before:
             return
-        kept = before.partitions & now.partitions if now.continues(before) else frozenset[TopicPartition]()
+        kept = now.kept_since(before)
         self._lose(before.partitions - kept)
         side.ownership = now
         self._epochs.update(dict.fromkeys(now.partitions, now.epoch))

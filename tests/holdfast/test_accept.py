@@ -91,6 +91,15 @@ def test_a_lower_epoch_is_ignored_in_its_own_source_partition_only() -> None:
     assert (epochs.highest(SOURCE), epochs.highest(other), epochs.highest(Source(1, 0))) == (1 << 32, 4, 0)
 
 
+def test_a_reader_that_begins_in_mid_log_knows_the_epoch_of_its_place() -> None:
+    """What was met before the place is met, so a frozen owner's record behind it does not count."""
+    met = {SOURCE: 5}
+    epochs = Epochs(met)
+    assert not epochs.admit(SOURCE, 4)
+    assert epochs.admit(SOURCE, 6)
+    assert met == {SOURCE: 5}, "it is the reader's own from here on"
+
+
 tokens = st.lists(st.integers(0, 2), max_size=8)
 
 

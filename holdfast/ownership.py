@@ -1,0 +1,360 @@
+"""What an engine does as the owner of a source partition, as a state machine. Pure: no I/O, no clock, no messages.
+
+A `Tenure` is one engine's time as the owner of one source partition, under one epoch. It says what is to be done, is
+told what was done, and says which requests may be answered, and from which token on:
+
+    partition gained ──► marker into each reply partition          `take_markers`
+                               │ acked                             `marked`
+    request delivered ─────────┤                                   `meet`
+                               ▼
+                         scan, from the smallest start of the      `take_scans`, `Scan.feed`
+                         requests that wait up to the marker
+                               │ done                              `scanned`
+              a higher epoch?  ├──► the tenure is over: another engine owns the partition
+                               ▼
+                         claimed: the request's standing is known  `take_claims`; only now `may_emit`
+
+Reply partitions do not wait for one another.
+
+**Why up to the own marker.** What an earlier owner wrote before the marker, all readers accept; what it writes behind
+it, all ignore. So what the rule accepts up to the marker is the committed prefix, for everybody and for ever.
+
+**Which requests need a scan.** A request says from where its answer is read: an offset, and the highest epoch its
+gateway had met by then (`Place`). If that epoch is the tenure's own, all readers of the request ignore every earlier
+owner from its first record on, so it is new: nothing can be committed. If it is lower, an earlier owner's word would
+count, and the request is scanned from its offset to a marker that lies at or behind it; where there is no such marker
+(the gateway started since, and knows none), another one is written. If it is higher, the tenure is over.
+This holds for every request, whenever it is delivered: a backlog may be taken piece by piece.
+
+**Epochs must never be used twice.** They are not, as long as whoever makes the consumer group anew raises the
+incarnation. Where somebody forgot, a scan may meet a higher epoch than the own one, or tokens under the own epoch before
+the own marker. Both end the tenure: nobody answers then, rather than two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from holdfast.accept import Epochs, Place, Prefix, Source, Verdict, judge
+from holdfast.epochs import NO_EPOCH
+from holdfast.records import Batch, Entry
+
+MAX_STARTS = 3
+"""A request that so many epochs began without ending it is given to nobody any more: it may be what ends engines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A request, as far as its ownership goes."""
+
+    request_id: str
+    reply_partition: int
+    start: Place
+    """From where its answer is read."""
+    num_choices: int
+
+
+@dataclass(slots=True)
+class Choice:
+    """One choice, as every reader of the log up to the marker has it."""
+
+    token_ids: list[int] = field(default_factory=list)
+    prefix: Prefix = field(default_factory=Prefix)
+    """Of `token_ids`."""
+    has_ended: bool = False
+
+    def take(self, entry: Entry) -> Verdict:
+        """Applies the rule to an admitted entry."""
+        ruling = judge(
+            self.prefix,
+            first_index=entry.first_index,
+            token_ids=entry.token_ids,
+            prefix_hash=entry.prefix_hash,
+            end=entry.end,
+        )
+        self.token_ids += entry.token_ids[ruling.num_known :]
+        self.prefix = ruling.prefix
+        self.has_ended = ruling.ends
+        return ruling.verdict
+
+
+@dataclass(slots=True)
+class Standing:
+    """What is committed of a request."""
+
+    choices: list[Choice]
+    epochs: set[int] = field(default_factory=set)
+    """Those under which anybody began it: wrote an entry of it, be it one without tokens, be it ignored."""
+    contradiction: str = ""
+    """Why no reader goes on with it, where the log contradicts itself. Such a request must be ended outright."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing is left to do."""
+        return all(choice.has_ended for choice in self.choices)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether it was begun too often to be begun again."""
+        return not self.has_ended and len(self.epochs) >= MAX_STARTS
+
+    def take(self, entry: Entry) -> None:
+        """Applies the rule to an admitted entry."""
+        if self.contradiction:
+            return
+        if entry.choice >= len(self.choices):
+            self.contradiction = f"the log holds tokens of choice {entry.choice} of {len(self.choices)}"
+            return
+        choice = self.choices[entry.choice]
+        if choice.has_ended:
+            return
+        verdict = choice.take(entry)
+        if verdict in (Verdict.GAP, Verdict.CONFLICT) and not choice.has_ended:
+            self.contradiction = (
+                f"choice {entry.choice}: tokens from {entry.first_index} on are a {verdict.value} "
+                f"where {choice.prefix.count} are accepted"
+            )
+
+
+@dataclass(slots=True)
+class _Run:
+    """Neighbouring records of the source partition that have one epoch."""
+
+    epoch: int
+    last: int
+    """Offset of the last of them."""
+    entries: dict[str, list[tuple[int, Entry]]] = field(default_factory=dict)
+    """By request, with the offsets of their records."""
+
+
+class Scan:
+    """What one reply partition holds of one source partition, from an offset up to a marker.
+
+    It keeps the entries of every request in its range, also of those that are not known yet: they may be delivered
+    later, and each is judged from its own start.
+    """
+
+    def __init__(self, source: Source, *, reply_partition: int, start: int, marker: int) -> None:
+        assert start <= marker
+        self.reply_partition = reply_partition
+        self.start = start
+        """Offset to read from."""
+        self.marker = marker
+        """Offset of the last record to read."""
+        self.is_done = False
+        """Whether the marker was read."""
+        self.highest = NO_EPOCH
+        """The highest epoch met."""
+        self._source = source
+        self._runs: list[_Run] = []
+
+    def feed(self, offset: int, batch: Batch | None) -> None:
+        """The next record; None where it is none that can be read, which all readers pass over. What lies behind the
+        marker is ignored."""
+        if offset <= self.marker and batch is not None and batch.source == self._source:
+            self._keep(offset, batch)
+        self.is_done = self.is_done or offset >= self.marker
+
+    def covers(self, request: Accepted) -> bool:
+        """Whether what is committed of a request can be told from this scan."""
+        return self.is_done and self.start <= request.start.offset <= self.marker
+
+    def standing(self, request: Accepted) -> Standing:
+        """What is committed of a request that is covered."""
+        assert self.covers(request)
+        epochs = Epochs({self._source: request.start.epoch})
+        standing = Standing([Choice() for _ in range(request.num_choices)])
+        for run in self._runs:
+            if run.last < request.start.offset:
+                continue
+            entries = [
+                entry for offset, entry in run.entries.get(request.request_id, ()) if offset >= request.start.offset
+            ]
+            if entries:
+                standing.epochs.add(run.epoch)
+            if epochs.admit(self._source, run.epoch):
+                for entry in entries:
+                    standing.take(entry)
+        return standing
+
+    def has_entries(self, epoch: int, *, before: int) -> bool:
+        """Whether anybody wrote tokens under this epoch before this offset."""
+        return any(
+            offset < before
+            for run in self._runs
+            if run.epoch == epoch
+            for entries in run.entries.values()
+            for offset, _ in entries
+        )
+
+    def _keep(self, offset: int, batch: Batch) -> None:
+        self.highest = max(self.highest, batch.epoch)
+        if not self._runs or self._runs[-1].epoch != batch.epoch:
+            self._runs.append(_Run(batch.epoch, offset))
+        run = self._runs[-1]
+        run.last = offset
+        for entry in batch.entries:
+            run.entries.setdefault(entry.request_id, []).append((offset, entry))
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A request that may be answered, from its standing on."""
+
+    request: Accepted
+    standing: Standing
+
+
+@dataclass(slots=True)
+class _Lane:
+    """Where the claim stands in one reply partition."""
+
+    marker: int | None = None
+    """Offset of the newest own marker that was acked."""
+    first_marker: int = 0
+    """Offset of the first one: nothing was emitted before it."""
+    is_marking: bool = False
+    is_scanning: bool = False
+    scan: Scan | None = None
+    """The newest that is done."""
+    waiting: dict[str, Accepted] = field(default_factory=dict)
+    """Requests that cannot be claimed yet, by id."""
+
+    def needs_marker(self) -> bool:
+        """Whether there is none yet, or none behind the start of all that waits."""
+        if self.is_marking:
+            return False
+        marker = self.marker
+        return marker is None or any(each.start.offset > marker for each in self.waiting.values())
+
+    def next_scan(self, source: Source, reply_partition: int) -> Scan | None:
+        """The scan that is to be made now, for all requests that can be scanned at once."""
+        marker = self.marker
+        if self.is_scanning or marker is None:
+            return None
+        starts = [each.start.offset for each in self.waiting.values() if each.start.offset <= marker]
+        if not starts:
+            return None
+        return Scan(source, reply_partition=reply_partition, start=min(starts), marker=marker)
+
+
+class Tenure:
+    """One engine's time as the owner of one source partition."""
+
+    def __init__(self, source: Source, epoch: int, reply_partitions: Iterable[int]) -> None:
+        """`epoch`: that of the rebalance in which the partition was gained. It is written into every record, also after
+        rebalances in which the partition was kept."""
+        assert epoch > NO_EPOCH
+        self.source = source
+        self.epoch = epoch
+        self.outbid_by = NO_EPOCH
+        """The epoch that was met and ended the tenure: a higher one, or its own in another's hand. Where the group still
+        gives the partition to this engine, its generation started again without a higher incarnation."""
+        self.is_over = False
+        self._lanes = {reply_partition: _Lane() for reply_partition in reply_partitions}
+        self._known: set[str] = set()
+        self._claimed: set[str] = set()
+        self._claims: list[Claim] = []
+
+    @property
+    def marker(self) -> Batch:
+        """The record that says whose the partition is now."""
+        return Batch(self.source, self.epoch)
+
+    def meet(self, request: Accepted) -> bool:
+        """A request was delivered. False where it was met before: after a rebalance requests are delivered again.
+
+        Raises:
+            ValueError: there is no such reply partition.
+        """
+        lane = self._lanes.get(request.reply_partition)
+        if lane is None:
+            raise ValueError(f"there is no reply partition {request.reply_partition}")
+        if request.request_id in self._known:
+            return False
+        self._known.add(request.request_id)
+        if self.is_over:
+            return True
+        if request.start.epoch > self.epoch:
+            self._give_up(request.start.epoch)
+        else:
+            lane.waiting[request.request_id] = request
+            self._settle(lane)
+        return True
+
+    def forget(self, request_id: str) -> None:
+        """A request was answered, and its offset is known to be: it is not held any more."""
+        self._known.discard(request_id)
+        self._claimed.discard(request_id)
+
+    def take_markers(self) -> list[int]:
+        """The reply partitions into which the marker is to be written now. It must be queued behind what this engine
+        has written there before, and sent until it is acked."""
+        due = [number for number, lane in self._lanes.items() if lane.needs_marker()] if not self.is_over else []
+        for number in due:
+            self._lanes[number].is_marking = True
+        return due
+
+    def marked(self, reply_partition: int, offset: int) -> None:
+        """The log has the marker, at this offset."""
+        lane = self._lanes[reply_partition]
+        assert lane.is_marking
+        if lane.marker is None:
+            lane.first_marker = offset
+        lane.is_marking, lane.marker = False, offset
+        self._settle(lane)
+
+    def take_scans(self) -> list[Scan]:
+        """The scans that are to be made now: at most one at a time in each reply partition. Each is fed the records
+        from its start on, in order, until it is done."""
+        if self.is_over:
+            return []
+        due = [lane.next_scan(self.source, number) for number, lane in self._lanes.items()]
+        for scan in filter(None, due):
+            self._lanes[scan.reply_partition].is_scanning = True
+        return [scan for scan in due if scan is not None]
+
+    def scanned(self, scan: Scan) -> None:
+        """A scan is done."""
+        assert scan.is_done
+        lane = self._lanes[scan.reply_partition]
+        assert lane.is_scanning
+        lane.is_scanning, lane.scan = False, scan
+        if scan.highest > self.epoch or scan.has_entries(self.epoch, before=lane.first_marker):
+            self._give_up(scan.highest)
+        self._settle(lane)
+
+    def take_claims(self) -> list[Claim]:
+        """The requests that may be answered from now on, and were not taken yet."""
+        claims, self._claims = self._claims, []
+        return claims
+
+    def may_emit(self, request_id: str) -> bool:
+        """Whether a record may say something about a request."""
+        return not self.is_over and request_id in self._claimed
+
+    def end(self) -> None:
+        """The partition is lost: nothing may be written for it any more."""
+        self.is_over = True
+        self._claims.clear()
+
+    def _give_up(self, higher: int) -> None:
+        self.outbid_by = max(self.outbid_by, higher)
+        self.end()
+
+    def _settle(self, lane: _Lane) -> None:
+        """Claims what waits and need not wait any more."""
+        for request in [] if self.is_over else list(lane.waiting.values()):
+            standing = self._standing(lane, request)
+            if standing is not None:
+                del lane.waiting[request.request_id]
+                self._claimed.add(request.request_id)
+                self._claims.append(Claim(request, standing))
+
+    def _standing(self, lane: _Lane, request: Accepted) -> Standing | None:
+        """A request's standing; None where it is not known yet."""
+        marker, scan = lane.marker, lane.scan
+        if marker is not None and marker < request.start.offset and request.start.epoch == self.epoch:
+            return Standing([Choice() for _ in range(request.num_choices)])
+        return scan.standing(request) if scan is not None and scan.covers(request) else None

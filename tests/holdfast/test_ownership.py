@@ -1,0 +1,263 @@
+"""An owner's way from a gained partition to requests that it may answer, one step at a time."""
+
+from __future__ import annotations
+
+import pytest
+
+from holdfast.accept import End, Place, Prefix, Source, extend_hash
+from holdfast.ownership import Accepted, Claim, Scan, Tenure
+from holdfast.records import Batch, Entry
+
+SOURCE, OTHER = Source(1, 7), Source(2, 7)
+TEXT = [11, 22, 33, 44, 55]
+
+
+def request(name: str = "r", *, offset: int = 10, epoch: int = 0, num_choices: int = 1, reply: int = 0) -> Accepted:
+    return Accepted(name, reply, Place(offset, epoch), num_choices)
+
+
+def entry(
+    first: int, last: int, *, name: str = "r", choice: int = 0, text: list[int] = TEXT, end: End = End.OPEN
+) -> Entry:
+    """text[first:last]."""
+    return Entry(name, choice, first, text[first:last], extend_hash(0, text[:first]), end)
+
+
+def owner(epoch: int = 5, *, markers: dict[int, int] | None = None, num_replies: int = 1) -> Tenure:
+    """A tenure whose markers are acked at these offsets."""
+    tenure = Tenure(SOURCE, epoch, range(num_replies))
+    assert tenure.take_markers() == list(range(num_replies))
+    for reply_partition, offset in (markers or {}).items():
+        tenure.marked(reply_partition, offset)
+    return tenure
+
+
+def scan(tenure: Tenure, log: dict[int, Batch | None]) -> list[Claim]:
+    """Makes the one scan that is due, and takes what is claimed."""
+    (due,) = tenure.take_scans()
+    for offset, batch in log.items():
+        if offset >= due.start:
+            due.feed(offset, batch)
+    tenure.scanned(due)
+    return tenure.take_claims()
+
+
+def test_nothing_is_claimed_before_the_marker_is_acked_and_the_scan_done() -> None:
+    """A request waits for the marker in its reply partition, then for the scan up to it; only then it may be told of."""
+    tenure = owner()
+    assert tenure.meet(request())
+    assert tenure.take_scans() == []
+    tenure.marked(0, 20)
+    (due,) = tenure.take_scans()
+    assert (due.start, due.marker) == (10, 20)
+    assert (tenure.take_claims(), tenure.may_emit("r")) == ([], False)
+    due.feed(20, tenure.marker)
+    tenure.scanned(due)
+    assert [claim.request.request_id for claim in tenure.take_claims()] == ["r"]
+    assert tenure.may_emit("r") and not tenure.may_emit("s")
+
+
+def test_a_marker_is_asked_for_once() -> None:
+    """While it is on its way, and when it is there, it is not due again."""
+    tenure = Tenure(SOURCE, 5, [0, 3])
+    assert tenure.take_markers() == [0, 3]
+    assert tenure.take_markers() == []
+    tenure.marked(3, 0)
+    assert tenure.take_markers() == []
+    assert tenure.marker == Batch(SOURCE, 5)
+
+
+def test_a_claim_has_what_the_rule_accepts_up_to_the_marker() -> None:
+    """Tokens, hash and ends of each choice; nothing from below the highest epoch, from other sources or behind the
+    marker; and every epoch that began the request counts, ignored or not."""
+    tenure = owner(epoch=5, markers={0: 20})
+    tenure.meet(request(num_choices=3))
+    (claim,) = scan(
+        tenure,
+        {
+            10: Batch(SOURCE, 1, [entry(0, 2)]),
+            11: Batch(OTHER, 9, [entry(0, 5)]),
+            12: Batch(SOURCE, 3, [entry(2, 3), entry(0, 2, choice=1, end=End.BY_TOKENS)]),
+            13: Batch(SOURCE, 2, [entry(3, 5)]),
+            14: None,
+            15: Batch(SOURCE, 3, [entry(0, 5, name="s")]),
+            20: tenure.marker,
+            21: Batch(SOURCE, 3, [entry(3, 5)]),
+        },
+    )
+    first, second, third = claim.standing.choices
+    assert (first.token_ids, first.prefix, first.has_ended) == (TEXT[:3], Prefix().extended(TEXT[:3]), False)
+    assert (second.token_ids, second.has_ended) == (TEXT[:2], True)
+    assert (third.token_ids, third.has_ended) == ([], False)
+    assert claim.standing.epochs == {1, 2, 3}
+    assert claim.standing.is_exhausted and not claim.standing.has_ended and not claim.standing.contradiction
+
+
+def test_an_entry_without_tokens_counts_as_a_start() -> None:
+    """An engine that says that it begins, and dies of the prompt, is known to have tried; an ended request is never
+    exhausted."""
+    tenure = owner(epoch=5, markers={0: 20})
+    tenure.meet(request())
+    begun: dict[int, Batch | None] = {10 + each: Batch(SOURCE, each, [entry(0, 0)]) for each in (1, 2)}
+    (claim,) = scan(tenure, begun | {20: tenure.marker})
+    assert (claim.standing.epochs, claim.standing.is_exhausted) == ({1, 2}, False)
+
+    tenure = owner(epoch=5, markers={0: 20})
+    tenure.meet(request())
+    ends: dict[int, Batch | None] = {14: Batch(SOURCE, 3, [entry(0, 1, end=End.OUTRIGHT)])}
+    (claim,) = scan(tenure, begun | ends | {20: tenure.marker})
+    assert claim.standing.has_ended and not claim.standing.is_exhausted
+
+
+def test_a_request_whose_gateway_knew_the_own_epoch_is_new() -> None:
+    """It needs the marker, but no scan."""
+    tenure = owner(epoch=5)
+    tenure.meet(request(offset=21, epoch=5))
+    assert tenure.take_claims() == []
+    tenure.marked(0, 20)
+    (claim,) = tenure.take_claims()
+    assert claim.standing.choices[0].token_ids == [] and claim.standing.epochs == set()
+    assert tenure.take_scans() == [] and tenure.take_markers() == []
+
+
+def test_a_start_without_the_own_epoch_behind_the_marker_wants_another_marker() -> None:
+    """Its gateway knows no owner, so a frozen one's word counts until it meets a marker: that word is gone on from."""
+    tenure = owner(epoch=5, markers={0: 20})
+    tenure.meet(request(offset=30))
+    assert tenure.take_scans() == []
+    assert tenure.take_markers() == [0]
+    tenure.marked(0, 40)
+    (claim,) = scan(tenure, {31: Batch(SOURCE, 4, [entry(0, 2)]), 40: tenure.marker})
+    assert claim.standing.choices[0].token_ids == TEXT[:2]
+
+
+def test_each_request_is_judged_from_its_own_start() -> None:
+    """A frozen owner's record is ignored for a request whose gateway knew better, and counts for one whose gateway did
+    not; and what lies before a request's start is none of it."""
+    tenure = owner(epoch=5, markers={0: 20})
+    for each in (request("knew", epoch=4), request("did not"), request("later", offset=12, epoch=0)):
+        tenure.meet(each)
+    stale = Batch(SOURCE, 3, [entry(0, 2, name=name) for name in ("knew", "did not", "later")])
+    claims = {claim.request.request_id: claim.standing for claim in scan(tenure, {11: stale, 20: tenure.marker})}
+    assert claims["knew"].choices[0].token_ids == []
+    assert claims["did not"].choices[0].token_ids == TEXT[:2]
+    assert claims["later"].choices[0].token_ids == []
+
+
+def test_a_request_that_comes_later_is_told_from_the_scan_that_was_made() -> None:
+    """A backlog is taken piece by piece without reading the log again, unless a request starts before the scan."""
+    tenure = owner(epoch=5, markers={0: 20})
+    tenure.meet(request("a", offset=10))
+    log: dict[int, Batch | None] = {
+        8: Batch(SOURCE, 2, [entry(0, 1, name="c")]),
+        12: Batch(SOURCE, 2, [entry(0, 3, name="b")]),
+        20: tenure.marker,
+    }
+    assert len(scan(tenure, log)) == 1
+    tenure.meet(request("b", offset=11))
+    (claim,) = tenure.take_claims()
+    assert claim.standing.choices[0].token_ids == TEXT[:3]
+    tenure.meet(request("c", offset=7))
+    (claim,) = scan(tenure, log)
+    assert (claim.request.request_id, claim.standing.choices[0].token_ids) == ("c", TEXT[:1])
+
+
+def test_reply_partitions_do_not_wait_for_one_another() -> None:
+    """A marker that is not acked keeps back the requests of its reply partition alone."""
+    tenure = owner(epoch=5, num_replies=2, markers={1: 0})
+    tenure.meet(request("slow", offset=0, reply=0))
+    tenure.meet(request("quick", offset=0, reply=1))
+    (claim,) = scan(tenure, {0: tenure.marker})
+    assert claim.request.request_id == "quick"
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        {12: Batch(SOURCE, 6)},
+        {12: Batch(SOURCE, 6), 13: Batch(SOURCE, 4, [entry(0, 1)])},
+        {12: Batch(SOURCE, 5, [entry(0, 1)])},
+    ],
+    ids=["a later owner's marker", "and an earlier owner's word behind it", "tokens under the own epoch"],
+)
+def test_a_tenure_ends_where_another_owner_shows(log: dict[int, Batch | None]) -> None:
+    """A higher epoch before the own marker, or the own one in another's hand: nothing is claimed nor told any more."""
+    tenure = owner(epoch=5, markers={0: 20})
+    tenure.meet(request())
+    assert scan(tenure, log | {20: tenure.marker}) == []
+    assert tenure.is_over and tenure.outbid_by == max(batch.epoch for batch in log.values() if batch)
+    tenure.meet(request("s", offset=21, epoch=5))
+    assert (tenure.take_claims(), tenure.take_markers(), tenure.take_scans()) == ([], [], [])
+
+
+def test_an_own_marker_that_is_there_twice_is_nobody_elses() -> None:
+    """A marker that failed, and was sent again, may lie in the log before the one that was acked."""
+    tenure = owner(epoch=5, markers={0: 20})
+    tenure.meet(request(offset=13, epoch=5))
+    assert len(scan(tenure, {20: tenure.marker})) == 1
+    tenure.meet(request("s", offset=11))
+    assert len(scan(tenure, {12: tenure.marker, 20: tenure.marker})) == 1
+    assert not tenure.is_over
+
+
+def test_a_request_of_a_later_epoch_ends_the_tenure() -> None:
+    """Its gateway has met a later owner."""
+    tenure = owner(epoch=5, markers={0: 20})
+    tenure.meet(request(epoch=6))
+    assert tenure.is_over and tenure.outbid_by == 6
+
+
+def test_nothing_may_be_told_of_a_lost_partition() -> None:
+    """Neither of what was claimed, nor of what was to be."""
+    tenure = owner(epoch=5, markers={0: 20})
+    tenure.meet(request(offset=21, epoch=5))
+    assert tenure.may_emit("r")
+    tenure.end()
+    assert not tenure.may_emit("r")
+    assert tenure.take_claims() == []
+    assert tenure.outbid_by == 0
+
+
+def test_what_is_delivered_again_is_known_until_it_is_forgotten() -> None:
+    """After a rebalance requests come again; once their offset is committed they do not."""
+    tenure = owner(epoch=5, markers={0: 20})
+    again = request(offset=21, epoch=5)
+    assert tenure.meet(again)
+    assert not tenure.meet(again)
+    assert len(tenure.take_claims()) == 1
+    tenure.forget("r")
+    assert not tenure.may_emit("r")
+    assert tenure.meet(again)
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (entry(2, 3), "choice 0: tokens from 2 on are a gap where 1 are accepted"),
+        (entry(1, 2, text=[99, 1]), "choice 0: tokens from 1 on are a conflict where 1 are accepted"),
+        (entry(0, 1, choice=1), "tokens of choice 1 of 1"),
+    ],
+)
+def test_a_log_that_contradicts_itself_is_named(bad: Entry, says: str) -> None:
+    """Readers go no further than the contradiction, and so does the standing."""
+    tenure = owner(epoch=5, markers={0: 20})
+    tenure.meet(request())
+    log = {10: Batch(SOURCE, 1, [entry(0, 1)]), 11: Batch(SOURCE, 1, [bad]), 12: Batch(SOURCE, 1, [entry(1, 5)])}
+    (claim,) = scan(tenure, log | {20: tenure.marker})
+    assert says in claim.standing.contradiction
+    assert claim.standing.choices[0].token_ids == TEXT[:1]
+
+
+def test_a_scan_is_done_at_its_marker_or_behind_it() -> None:
+    """What lies behind is not taken, and a record of another kind at the marker's place ends it too."""
+    scan = Scan(SOURCE, reply_partition=0, start=3, marker=5)
+    scan.feed(3, None)
+    assert not scan.is_done
+    scan.feed(6, Batch(SOURCE, 9))
+    assert scan.is_done and scan.highest == 0
+
+
+def test_a_reply_partition_that_is_not_there_is_refused() -> None:
+    """By its number."""
+    with pytest.raises(ValueError, match="no reply partition 4"):
+        owner().meet(request(reply=4))
