@@ -318,6 +318,8 @@ class Engine:
         self.member_id = ""
         self.is_dead = False
         self.is_frozen = False
+        self.attention = world.rng.choice([0.2, 1, 1, 2])
+        """How soon it hears of a rebalance."""
         self.view = NOTHING_OWNED
         self.tenures: dict[int, Tenure] = {}
         self.next: dict[int, int] = {}
@@ -370,6 +372,9 @@ class Engine:
         """Writes the markers that are due."""
         for tenure in self.tenures.values():
             for reply_partition in tenure.take_markers():
+                self.world.events["markers for gateways that know no epoch"] += (
+                    tenure._lanes[reply_partition].marker is not None
+                )
                 marker = tenure.marker
                 self.marking[id(marker)] = tenure
                 self.wires[reply_partition].append(marker)
@@ -409,17 +414,14 @@ class Engine:
 
     def compute(self) -> None:
         """A step: some tokens for some of its choices, a record for each pair of partitions."""
-        batches: dict[tuple[int, int], Batch] = {}
+        told: dict[tuple[int, Source, int], list[Entry]] = {}
         for work in self.work.values():
-            if not work.tenure.may_emit(work.request.request_id):
-                continue
-            entries = [entry for index in range(len(work.choices)) for entry in self._step(work, index)]
+            if work.tenure.may_emit(work.request.request_id):
+                record = told.setdefault((work.request.reply_partition, work.tenure.source, work.tenure.epoch), [])
+                record += [entry for index in range(len(work.choices)) for entry in self._step(work, index)]
+        for (reply_partition, source, epoch), entries in told.items():
             if entries:
-                source, reply_partition = work.tenure.source, work.request.reply_partition
-                batch = batches.setdefault((source.partition, reply_partition), Batch(source, work.tenure.epoch, []))
-                batch.entries.extend(entries)  # type: ignore[attr-defined]
-        for (_, reply_partition), batch in batches.items():
-            self.wires[reply_partition].append(batch)
+                self.wires[reply_partition].append(Batch(source, epoch, entries))
 
     def commit(self) -> None:
         """Commits what is answered, where the group lets it, and forgets it then."""
@@ -441,7 +443,8 @@ class Engine:
         source, replies = Source(1, partition), range(len(self.world.logs))
         epoch = self.world.new_attempt() if self.world.variant is Variant.LAST_MARKER else self.view.epoch
         tenure = TENURES.get(self.world.variant, Tenure)(source, epoch, replies)
-        tenure.world = self.world  # type: ignore[attr-defined]
+        if isinstance(tenure, (Naive, LastMarkerWins)):
+            tenure.world = self.world
         self.tenures[partition] = tenure
         self.world.events["partitions gained"] += 1
 
@@ -453,11 +456,10 @@ class Engine:
     def _begin(self, tenure: Tenure) -> None:
         for claim in tenure.take_claims():
             self.world.check_claim(tenure, claim)
+            self.world.note_claim(tenure, claim)
             standing = claim.standing
             if standing.contradiction:
                 raise Fault(f"refused: by a scan, {standing.contradiction}")
-            if any(choice.token_ids for choice in standing.choices):
-                self.world.events["requests taken over in mid-text"] += 1
             if standing.is_exhausted:
                 self.world.exhausted(claim)
             work = Work(tenure, claim.request, standing.choices, is_exhausted=standing.is_exhausted)
@@ -579,7 +581,7 @@ class World:
         self.gateways = [Reader(self, each, 0, {}) for each in range(len(self.logs))]
         self.engines = [Engine(self, 0) for _ in range(rng.randint(1, 3))]
         self.num_acts = rng.randint(30, 250)
-        self.max_requests = rng.randint(1, 4)
+        self.max_requests = rng.randint(1, 5)
 
     def run(self) -> Counter[str]:
         """Everything that happens, and the checks. Returns how often what happened.
@@ -632,6 +634,14 @@ class World:
         if [(each.token_ids, each.has_ended) for each in claim.standing.choices] != accepted:
             raise Fault("a scan has another text than readers")
 
+    def note_claim(self, tenure: Tenure, claim: Claim) -> None:
+        if any(choice.token_ids for choice in claim.standing.choices):
+            marker = tenure._lanes[claim.request.reply_partition].first_marker
+            kind = (
+                "in mid-text" if claim.request.start.offset <= marker else "from a zombie that wrote behind the marker"
+            )
+            self.events[f"requests taken over {kind}"] += 1
+
     def _committed_until(self, tenure: Tenure, request: Accepted) -> int:
         """Up to where everything is committed that is, when a tenure claims a request."""
         scan = tenure._lanes[request.reply_partition].scan
@@ -673,6 +683,7 @@ class World:
             "freeze": (self._freeze, 1.5),
             "wake": (self._wake, 1),
             "throw out": (self._throw_out, 1.5),
+            "usurp": (self._usurp, 0.8),
             "rebalance": (self.group.rebalance, 0.5),
             "new engine": (self._new_engine, 0.7),
             "fail": (self._fail, 0.7),
@@ -682,7 +693,11 @@ class World:
             "cursor": (self._note_cursor, 1.5),
         }
         has_all = rng.random() < 0.5
-        chosen = {name: (act, weight) for name, (act, weight) in faults.items() if has_all or rng.random() < 0.5}
+        chosen = {
+            name: (act, weight * rng.choice([0.3, 1, 3]))
+            for name, (act, weight) in faults.items()
+            if has_all or rng.random() < 0.5
+        }
         return usual | chosen
 
     def _live(self) -> list[Engine]:
@@ -722,19 +737,49 @@ class World:
         if awake := self._awake():
             engine = self.rng.choice(awake)
             acts = [engine.learn, engine.hear, engine.mark, engine.scan, engine.fetch, engine.compute, engine.commit]
-            self.rng.choices(acts, [1, 3, 2, 3, 3, 4, 1])[0]()
+            self.rng.choices(acts, [engine.attention, 3, 2, 3, 3, 4, 1])[0]()
 
     def _whole_turn(self) -> None:
         """A healthy engine at work: what the random order of acts reaches too seldom."""
         if awake := self._awake():
             engine = self.rng.choice(awake)
-            if self.rng.random() < 0.3:
-                engine.learn()
-            for act in (engine.mark, engine.fetch, engine.scan, engine.compute):
-                act()
-            for reply_partition in range(len(self.logs)):
-                self._land_first(engine, reply_partition)
-                engine.hear()
+            self._work(engine, learns=self.rng.random() < 0.3 * engine.attention)
+
+    def _work(self, engine: Engine, *, learns: bool) -> None:
+        if learns:
+            engine.learn()
+        for act in (engine.mark, engine.fetch, engine.scan, engine.compute):
+            act()
+        for reply_partition in range(len(self.logs)):
+            self._land_first(engine, reply_partition)
+            engine.hear()
+
+    def _usurp(self) -> None:
+        """An owner is thrown out and hears nothing of it, while another takes over: two are at work, and gateways and
+        clients about their business."""
+        before = [engine for name, engine in self.group.members.items() if engine.tenures and not engine.is_dead]
+        if not before:
+            return
+        old = self.rng.choice(before)
+        old.is_frozen = False
+        self.group.throw_out(old.member_id)
+        others = [each for each in self._awake() if each is not old]
+        new = self.rng.choice(others) if others else Engine(self, self.group.incarnation)
+        if not others:
+            self.engines.append(new)
+        self.events["owners that work on beside another"] += 1
+        for turn in range(self.rng.randint(4, 16)):
+            self._work(new, learns=turn == 0 or self.rng.random() < 0.1)
+            if self.rng.random() < 0.6:
+                self._work(old, learns=False)
+            for act, chance in (
+                (self._restart_gateway, 0.08),
+                (self._publish, 0.2),
+                (self._arrive, 0.3),
+                (self._read, 0.4),
+            ):
+                if self.rng.random() < chance:
+                    act()
 
     def _land(self) -> None:
         """The log takes the oldest record that an engine, dead or alive, has on its way to a partition."""
@@ -753,7 +798,7 @@ class World:
         newest = max((each.epoch for each in log if each.source == batch.source), default=0)
         kind = "tokens" if batch.entries else "markers"
         self.events[f"{kind} that land behind a later owner's marker"] += batch.epoch < newest
-        log.append(replace(batch, entries=tuple(batch.entries)))
+        log.append(batch)
         return len(log) - 1
 
     def _fail(self) -> None:

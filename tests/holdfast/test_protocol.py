@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.holdfast.protocol_model import Variant, World, run_many
 
 
-@settings(max_examples=2_000, deadline=None)
+@settings(max_examples=1_500, deadline=None)
 @given(seed=st.integers(0, 2**64))
 def test_the_protocol_keeps_its_promises(seed: int) -> None:
     """Whatever dies, freezes, wakes, comes late or twice: all readers have one coherent text of each choice, complete to
@@ -29,9 +29,8 @@ def test_the_model_meets_what_it_is_for() -> None:
     """Every kind of event happens, again and again, in a few hundred runs."""
     result = run_many(Variant.OURS, range(500))
     assert result.num_faults == 0
-    rare = {name: count for name, count in result.runs_with.items() if count < 3}
-    assert not rare
-    assert result.runs_with.keys() >= {
+    often = {name for name, num_runs in result.runs_with.items() if num_runs >= 5}
+    assert often >= {
         "requests taken over in mid-text",
         "tokens that land behind a later owner's marker",
         "markers that land behind a later owner's marker",
@@ -41,6 +40,9 @@ def test_the_model_meets_what_it_is_for() -> None:
         "partitions kept through a rebalance",
         "tenures given up: a higher epoch",
         "groups made anew",
+        "owners that work on beside another",
+        "markers for gateways that know no epoch",
+        "records that are sent again though the log has them",
         "gateways that start again",
         "readers that begin in mid-log",
         "cursors with an epoch below the newest",
