@@ -32,7 +32,7 @@ INSTALL := VIRTUAL_ENV=$(abspath $(VENV)) $(UV) pip install --constraints constr
 INSTALLED := $(VENV)/.installed-$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-kafka lint types protos bench up down try-stack
+.PHONY: help setup run test test-kafka model lint types protos bench up down try-stack
 
 help: ## list these verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ test: $(INSTALLED) ## run every test, and say which were skipped and why
 
 test-kafka: $(INSTALLED) ## run only the tests that need a Kafka broker
 	$(BIN)/python -m pytest -m kafka $(ARGS)
+
+model: $(INSTALLED) ## run the model of the log's protocol 100,000 times, and wrong protocols to see that it finds them (about 10 minutes; ARGS="--runs 1000 --seed 7")
+	$(BIN)/python -m tests.holdfast.protocol_model $(ARGS)
 
 lint: $(INSTALLED) ## check format, likely bugs, who imports whom, and the contract's style
 	$(BIN)/ruff format --check

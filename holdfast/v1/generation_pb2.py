@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1choldfast/v1/generation.proto\x12\x0bholdfast.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe8\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12>\n\nlogit_bias\x18\x08 \x03(\x0b\x32*.holdfast.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x07\x88\x01\x01\x12\x15\n\x08logprobs\x18\n \x01(\rH\x08\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"\x95\x01\n\tStopRules\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x0c\n\x04stop\x18\x04 \x03(\t\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokens\"\xd2\x03\n\x11GenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x30\n\rrequest_class\x18\x03 \x01(\x0e\x32\x19.holdfast.v1.RequestClass\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.holdfast.v1.SamplingParams\x12$\n\x04stop\x18\x06 \x01(\x0b\x32\x16.holdfast.v1.StopRules\x12\x0f\n\x07grammar\x18\x07 \x01(\t\x12\x13\n\x0bnum_choices\x18\x08 \x01(\r\x12,\n\x08\x64\x65\x61\x64line\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06tenant\x18\n \x01(\t\x12\x17\n\x0freply_partition\x18\x0b \x01(\r\x12\x1a\n\x12reply_start_offset\x18\x0c \x01(\x04\x12/\n\x0b\x61\x63\x63\x65pted_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0cpresentation\x18\x0e \x01(\x0b\x32\x19.holdfast.v1.Presentation\"c\n\x0cPresentation\x12\x1c\n\x14\x63\x61ncel_on_disconnect\x18\x01 \x01(\x08\x12\x18\n\x10return_token_ids\x18\x02 \x01(\x08\x12\x1b\n\x13show_special_tokens\x18\x03 \x01(\x08\"V\n\x0fSourcePartition\x12\x30\n\rrequest_class\x18\x01 \x01(\x0e\x32\x19.holdfast.v1.RequestClass\x12\x11\n\tpartition\x18\x02 \x01(\r\"\x85\x01\n\nTokenBatch\x12,\n\x06source\x18\x01 \x01(\x0b\x32\x1c.holdfast.v1.SourcePartition\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12*\n\x07streams\x18\x03 \x03(\x0b\x32\x19.holdfast.v1.StreamTokens\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\"\xc2\x01\n\x0cStreamTokens\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12,\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1a.holdfast.v1.TokenLogprobs\x12\x13\n\x0bprefix_hash\x18\x06 \x01(\x07\x12#\n\x06\x66inish\x18\x07 \x01(\x0b\x32\x13.holdfast.v1.Finish\"\x7f\n\x06\x46inish\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.holdfast.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.holdfast.v1.Usage\x12\'\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x18.holdfast.v1.StreamError\",\n\x0bStreamError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"F\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.holdfast.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"L\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x06\x63hoice\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x03 \x01(\tB\t\n\x07_choice\"\xef\x01\n\x06\x43ursor\x12\x17\n\x0freply_partition\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x12\n\nnext_index\x18\x04 \x03(\r\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12,\n\x06source\x18\x06 \x01(\x0b\x32\x1c.holdfast.v1.SourcePartition\x12\x13\n\x0bprefix_hash\x18\x07 \x03(\x07\x12\x16\n\x0erequest_offset\x18\x08 \x01(\x04\x12*\n\x07\x63hoices\x18\t \x03(\x0b\x32\x19.holdfast.v1.CursorChoice\"j\n\x0c\x43ursorChoice\x12\x0f\n\x07\x63ontext\x18\x01 \x03(\r\x12\x0c\n\x04held\x18\x02 \x01(\t\x12\x16\n\x0enum_characters\x18\x03 \x01(\x04\x12#\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x16.holdfast.v1.CursorEnd\"z\n\tCursorEnd\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.holdfast.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.holdfast.v1.Usage\x12\x0c\n\x04stop\x18\x03 \x01(\t\x12\x11\n\tdelivered\x18\x04 \x01(\x08*e\n\x0cRequestClass\x12\x1d\n\x19REQUEST_CLASS_UNSPECIFIED\x10\x00\x12\x1d\n\x19REQUEST_CLASS_INTERACTIVE\x10\x01\x12\x17\n\x13REQUEST_CLASS_BATCH\x10\x02*\xb1\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x04\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1choldfast/v1/generation.proto\x12\x0bholdfast.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe8\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12>\n\nlogit_bias\x18\x08 \x03(\x0b\x32*.holdfast.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x07\x88\x01\x01\x12\x15\n\x08logprobs\x18\n \x01(\rH\x08\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"\x95\x01\n\tStopRules\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x0c\n\x04stop\x18\x04 \x03(\t\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokens\"\xed\x03\n\x11GenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x30\n\rrequest_class\x18\x03 \x01(\x0e\x32\x19.holdfast.v1.RequestClass\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.holdfast.v1.SamplingParams\x12$\n\x04stop\x18\x06 \x01(\x0b\x32\x16.holdfast.v1.StopRules\x12\x0f\n\x07grammar\x18\x07 \x01(\t\x12\x13\n\x0bnum_choices\x18\x08 \x01(\r\x12,\n\x08\x64\x65\x61\x64line\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06tenant\x18\n \x01(\t\x12\x17\n\x0freply_partition\x18\x0b \x01(\r\x12\x1a\n\x12reply_start_offset\x18\x0c \x01(\x04\x12/\n\x0b\x61\x63\x63\x65pted_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0cpresentation\x18\x0e \x01(\x0b\x32\x19.holdfast.v1.Presentation\x12\x19\n\x11reply_start_epoch\x18\x0f \x01(\x04\"c\n\x0cPresentation\x12\x1c\n\x14\x63\x61ncel_on_disconnect\x18\x01 \x01(\x08\x12\x18\n\x10return_token_ids\x18\x02 \x01(\x08\x12\x1b\n\x13show_special_tokens\x18\x03 \x01(\x08\"V\n\x0fSourcePartition\x12\x30\n\rrequest_class\x18\x01 \x01(\x0e\x32\x19.holdfast.v1.RequestClass\x12\x11\n\tpartition\x18\x02 \x01(\r\"\x85\x01\n\nTokenBatch\x12,\n\x06source\x18\x01 \x01(\x0b\x32\x1c.holdfast.v1.SourcePartition\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12*\n\x07streams\x18\x03 \x03(\x0b\x32\x19.holdfast.v1.StreamTokens\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\"\xc2\x01\n\x0cStreamTokens\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12,\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1a.holdfast.v1.TokenLogprobs\x12\x13\n\x0bprefix_hash\x18\x06 \x01(\x07\x12#\n\x06\x66inish\x18\x07 \x01(\x0b\x32\x13.holdfast.v1.Finish\"\x7f\n\x06\x46inish\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.holdfast.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.holdfast.v1.Usage\x12\'\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x18.holdfast.v1.StreamError\",\n\x0bStreamError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"F\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.holdfast.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"L\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x06\x63hoice\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x03 \x01(\tB\t\n\x07_choice\"\xef\x01\n\x06\x43ursor\x12\x17\n\x0freply_partition\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x12\n\nnext_index\x18\x04 \x03(\r\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12,\n\x06source\x18\x06 \x01(\x0b\x32\x1c.holdfast.v1.SourcePartition\x12\x13\n\x0bprefix_hash\x18\x07 \x03(\x07\x12\x16\n\x0erequest_offset\x18\x08 \x01(\x04\x12*\n\x07\x63hoices\x18\t \x03(\x0b\x32\x19.holdfast.v1.CursorChoice\"j\n\x0c\x43ursorChoice\x12\x0f\n\x07\x63ontext\x18\x01 \x03(\r\x12\x0c\n\x04held\x18\x02 \x01(\t\x12\x16\n\x0enum_characters\x18\x03 \x01(\x04\x12#\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x16.holdfast.v1.CursorEnd\"z\n\tCursorEnd\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.holdfast.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.holdfast.v1.Usage\x12\x0c\n\x04stop\x18\x03 \x01(\t\x12\x11\n\tdelivered\x18\x04 \x01(\x08*e\n\x0cRequestClass\x12\x1d\n\x19REQUEST_CLASS_UNSPECIFIED\x10\x00\x12\x1d\n\x19REQUEST_CLASS_INTERACTIVE\x10\x01\x12\x17\n\x13REQUEST_CLASS_BATCH\x10\x02*\xb1\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x04\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,10 +34,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_REQUESTCLASS']._serialized_start=2642
-  _globals['_REQUESTCLASS']._serialized_end=2743
-  _globals['_FINISHREASON']._serialized_start=2746
-  _globals['_FINISHREASON']._serialized_end=2923
+  _globals['_REQUESTCLASS']._serialized_start=2669
+  _globals['_REQUESTCLASS']._serialized_end=2770
+  _globals['_FINISHREASON']._serialized_start=2773
+  _globals['_FINISHREASON']._serialized_end=2950
   _globals['_SAMPLINGPARAMS']._serialized_start=79
   _globals['_SAMPLINGPARAMS']._serialized_end=567
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=385
@@ -45,31 +45,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STOPRULES']._serialized_start=570
   _globals['_STOPRULES']._serialized_end=719
   _globals['_GENERATIONREQUEST']._serialized_start=722
-  _globals['_GENERATIONREQUEST']._serialized_end=1188
-  _globals['_PRESENTATION']._serialized_start=1190
-  _globals['_PRESENTATION']._serialized_end=1289
-  _globals['_SOURCEPARTITION']._serialized_start=1291
-  _globals['_SOURCEPARTITION']._serialized_end=1377
-  _globals['_TOKENBATCH']._serialized_start=1380
-  _globals['_TOKENBATCH']._serialized_end=1513
-  _globals['_STREAMTOKENS']._serialized_start=1516
-  _globals['_STREAMTOKENS']._serialized_end=1710
-  _globals['_FINISH']._serialized_start=1712
-  _globals['_FINISH']._serialized_end=1839
-  _globals['_STREAMERROR']._serialized_start=1841
-  _globals['_STREAMERROR']._serialized_end=1885
-  _globals['_USAGE']._serialized_start=1887
-  _globals['_USAGE']._serialized_end=1967
-  _globals['_TOKENLOGPROBS']._serialized_start=1969
-  _globals['_TOKENLOGPROBS']._serialized_end=2039
-  _globals['_TOPLOGPROB']._serialized_start=2041
-  _globals['_TOPLOGPROB']._serialized_end=2088
-  _globals['_CANCEL']._serialized_start=2090
-  _globals['_CANCEL']._serialized_end=2166
-  _globals['_CURSOR']._serialized_start=2169
-  _globals['_CURSOR']._serialized_end=2408
-  _globals['_CURSORCHOICE']._serialized_start=2410
-  _globals['_CURSORCHOICE']._serialized_end=2516
-  _globals['_CURSOREND']._serialized_start=2518
-  _globals['_CURSOREND']._serialized_end=2640
+  _globals['_GENERATIONREQUEST']._serialized_end=1215
+  _globals['_PRESENTATION']._serialized_start=1217
+  _globals['_PRESENTATION']._serialized_end=1316
+  _globals['_SOURCEPARTITION']._serialized_start=1318
+  _globals['_SOURCEPARTITION']._serialized_end=1404
+  _globals['_TOKENBATCH']._serialized_start=1407
+  _globals['_TOKENBATCH']._serialized_end=1540
+  _globals['_STREAMTOKENS']._serialized_start=1543
+  _globals['_STREAMTOKENS']._serialized_end=1737
+  _globals['_FINISH']._serialized_start=1739
+  _globals['_FINISH']._serialized_end=1866
+  _globals['_STREAMERROR']._serialized_start=1868
+  _globals['_STREAMERROR']._serialized_end=1912
+  _globals['_USAGE']._serialized_start=1914
+  _globals['_USAGE']._serialized_end=1994
+  _globals['_TOKENLOGPROBS']._serialized_start=1996
+  _globals['_TOKENLOGPROBS']._serialized_end=2066
+  _globals['_TOPLOGPROB']._serialized_start=2068
+  _globals['_TOPLOGPROB']._serialized_end=2115
+  _globals['_CANCEL']._serialized_start=2117
+  _globals['_CANCEL']._serialized_end=2193
+  _globals['_CURSOR']._serialized_start=2196
+  _globals['_CURSOR']._serialized_end=2435
+  _globals['_CURSORCHOICE']._serialized_start=2437
+  _globals['_CURSORCHOICE']._serialized_end=2543
+  _globals['_CURSOREND']._serialized_start=2545
+  _globals['_CURSOREND']._serialized_end=2667
 # @@protoc_insertion_point(module_scope)

@@ -268,6 +268,7 @@ class GenerationRequest(_message.Message):
     REPLY_START_OFFSET_FIELD_NUMBER: _builtins.int
     ACCEPTED_AT_FIELD_NUMBER: _builtins.int
     PRESENTATION_FIELD_NUMBER: _builtins.int
+    REPLY_START_EPOCH_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique in the mesh; chosen by the client or drawn by the gateway."""
     model: _builtins.str
@@ -284,6 +285,10 @@ class GenerationRequest(_message.Message):
     """The partition of the token topic that the answer goes to."""
     reply_start_offset: _builtins.int
     """The end of that partition as the gateway knew it before it published: all tokens of this request lie at or after it."""
+    reply_start_epoch: _builtins.int
+    """The highest epoch of the request's source partition that the gateway had met, by reply_start_offset, in the reply
+    partition: what is written under a lower one is no part of the answer. 0: it had met none.
+    """
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt, chat template applied. At least one id."""
@@ -325,10 +330,11 @@ class GenerationRequest(_message.Message):
         reply_start_offset: _builtins.int = ...,
         accepted_at: _timestamp_pb2.Timestamp | None = ...,
         presentation: Global___Presentation | None = ...,
+        reply_start_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["accepted_at", b"accepted_at", "deadline", b"deadline", "presentation", b"presentation", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_at", b"accepted_at", "deadline", b"deadline", "grammar", b"grammar", "model", b"model", "num_choices", b"num_choices", "presentation", b"presentation", "prompt_token_ids", b"prompt_token_ids", "reply_partition", b"reply_partition", "reply_start_offset", b"reply_start_offset", "request_class", b"request_class", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_at", b"accepted_at", "deadline", b"deadline", "grammar", b"grammar", "model", b"model", "num_choices", b"num_choices", "presentation", b"presentation", "prompt_token_ids", b"prompt_token_ids", "reply_partition", b"reply_partition", "reply_start_epoch", b"reply_start_epoch", "reply_start_offset", b"reply_start_offset", "request_class", b"request_class", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -186,6 +186,7 @@ class Gateway:
             num_choices=admitted.num_choices,
             reply_partition=self._streams.reply_partition,
             reply_start_offset=self._streams.position,
+            reply_start_epoch=self._streams.epochs.highest(Source(admitted.request_class, partition)),
             presentation=pb.Presentation(
                 cancel_on_disconnect=admitted.request.cancel_on_disconnect,
                 return_token_ids=admitted.request.return_token_ids,

@@ -114,6 +114,24 @@ async def test_the_log_has_all_that_an_engine_needs() -> None:
         assert start.source == (record.request_class, job.record.partition)
 
 
+async def test_a_request_says_the_highest_epoch_that_its_gateway_had_met() -> None:
+    """That of its own source partition; 0 where there was none."""
+    batch = generation_pb2.REQUEST_CLASS_BATCH
+    async with open_mesh() as mesh:
+        await mesh.client.submit("hi", request_class="batch")
+        assert (await mesh.engine.job()).request.reply_start_epoch == 0
+        for epoch in (200, 100):
+            for source in REQUESTS_BATCH.partitions:
+                marker = generation_pb2.TokenBatch(epoch=epoch + source.partition)
+                marker.source.request_class, marker.source.partition = batch, source.partition
+                await mesh.bus.publish(TOKENS.partition(0), marker.SerializeToString())
+        await mesh.client.models()  # the gateway has read the records by the time it answers
+        await mesh.client.submit("hi", request_class="batch")
+        job = await mesh.engine.job()
+        assert job.request.reply_start_epoch == 200 + job.record.partition
+        assert job.request.reply_start_offset == 2 * REQUESTS_BATCH.num_partitions
+
+
 async def test_what_the_client_leaves_open_is_as_the_models_makers_say() -> None:
     """A field that the request has counts, also one that is 0; the makers' top_k is got rid of by 0."""
     makers = generation_pb2.SamplingParams(temperature=0.25, top_p=0.5, top_k=20)

@@ -8,7 +8,8 @@ that picks what happens next at random. Each run draws which faults it has, so t
 * engines crash; freeze, and wake up as zombies that fetch, compute and write until the group tells them;
 * records are on their way for any time, also behind the next owner's marker and after their writer's death; a failed
   send leaves some of them in the log, and all are sent again;
-* the group throws out who is alive, moves partitions about, and is made anew (its generation starts again);
+* the group throws out who is alive, moves partitions about, and is made anew (its generation starts again); owners that
+  do not hear of it work on beside their successors;
 * requests lie published or unpublished, are delivered again, cancelled, and have several choices;
 * gateways lag behind the log, and start again at its end, knowing nothing; readers begin at a cursor or at a start.
 
@@ -141,7 +142,7 @@ class Stream:
         """That of a client which has taken any part of what this reader has."""
         parts = [self._taken(choice) for choice in self.choices]
         unread = [place for _, _, place in parts if place is not None]
-        highest = reader.highest(self.request)
+        highest = reader.highest(self.world.source_of[self.request.request_id])
         place = min(unread, default=Place(reader.position, highest))
         self.world.events["cursors with an epoch below the newest"] += place.epoch < highest
         ended = [end for _, end, _ in parts]
@@ -176,9 +177,8 @@ class Reader:
         self.last_marker = dict(met)
         self.streams: dict[str, Stream] = {}
 
-    def highest(self, request: Accepted) -> int:
-        """The epoch that a place has which this reader notes now."""
-        source = self.world.source_of[request.request_id]
+    def highest(self, source: Source) -> int:
+        """The epoch of a place that this reader notes now."""
         if self.world.variant is Variant.LAST_MARKER:
             return self.last_marker.get(source, 0)
         return self.epochs.highest(source)
@@ -348,10 +348,10 @@ class Engine:
         if self.world.variant is Variant.KEEPS_BLINDLY:
             kept = now.partitions & self.view.partitions
         self.view = now
-        for each in [each for each in self.tenures if TopicPartition("requests", each) not in kept]:
-            self._lose(each)
-        for each in now.partitions:
-            self._gain(each.partition)
+        for partition in [each for each in self.tenures if TopicPartition("requests", each) not in kept]:
+            self._lose(partition)
+        for _, partition in sorted(now.partitions):
+            self._gain(partition)
 
     def hear(self) -> None:
         """Hears an ack."""
@@ -713,8 +713,7 @@ class World:
         gateway = self.rng.choice(self.gateways)
         request_id = f"r{len(self.requests)}"
         source = self.source_of[request_id] = Source(1, self.rng.randrange(len(self.topics)))
-        epoch = gateway.last_marker.get(source, 0) if self.variant is Variant.LAST_MARKER else 0
-        start = Place(gateway.position, epoch or gateway.epochs.highest(source))
+        start = Place(gateway.position, gateway.highest(source))
         reply_partition = self.gateways.index(gateway)
         request = Accepted(request_id, reply_partition, start, self.rng.choice([1, 1, 2, 3]))
         self.events["requests"] += 1
