@@ -3,9 +3,11 @@
 A `Tenure` is one engine's time as the owner of one source partition, under one epoch. It says what is to be done, is
 told what was done, and says which requests may be answered, and from which token on:
 
-    partition gained ──► marker into each reply partition          `take_markers`
+    partition gained
+    request delivered                                              `meet`
+                               ▼
+                         marker into its reply partition           `take_markers`
                                │ acked                             `marked`
-    request delivered ─────────┤                                   `meet`
                                ▼
                          scan, from the smallest start of the      `take_scans`, `Scan.feed`
                          requests that wait up to the marker
@@ -14,7 +16,7 @@ told what was done, and says which requests may be answered, and from which toke
                                ▼
                          claimed: the request's standing is known  `take_claims`; only now `may_emit`
 
-Reply partitions do not wait for one another.
+Reply partitions do not wait for one another; one that no request names gets no marker.
 
 **Why up to the own marker.** What an earlier owner wrote before the marker, all readers accept; what it writes behind
 it, all ignore. So what the rule accepts up to the marker is the committed prefix, for everybody and for ever.
@@ -222,11 +224,11 @@ class _Lane:
     """Requests that cannot be claimed yet, by id."""
 
     def needs_marker(self) -> bool:
-        """Whether there is none yet, or none behind the start of all that waits."""
-        if self.is_marking:
-            return False
+        """Whether a request waits for one: for the first, or for one behind its start."""
         marker = self.marker
-        return marker is None or any(each.start.offset > marker for each in self.waiting.values())
+        return not self.is_marking and any(
+            marker is None or each.start.offset > marker for each in self.waiting.values()
+        )
 
     def next_scan(self, source: Source, reply_partition: int) -> Scan | None:
         """The scan that is to be made now, for all requests that can be scanned at once."""

@@ -255,9 +255,6 @@ class TrustsItsMarker(Naive):
 class MarksWhatWasBegun(Naive):
     """Takes what the log holds nothing of as new, without a marker."""
 
-    def take_markers(self) -> list[int]:
-        return super().take_markers() if any(lane.waiting for lane in self._lanes.values()) else []
-
     def is_new(self, request: Accepted) -> bool:
         records = self.world.logs[request.reply_partition][request.start.offset :]
         return all(entry.request_id != request.request_id for batch in records for entry in batch.entries)
@@ -581,7 +578,7 @@ class World:
         self.gateways = [Reader(self, each, 0, {}) for each in range(len(self.logs))]
         self.engines = [Engine(self, 0) for _ in range(rng.randint(1, 3))]
         self.num_acts = rng.randint(30, 250)
-        self.max_requests = rng.randint(1, 5)
+        self.max_requests = rng.randint(1, 8)
 
     def run(self) -> Counter[str]:
         """Everything that happens, and the checks. Returns how often what happened.
@@ -689,7 +686,7 @@ class World:
             "fail": (self._fail, 0.7),
             "make anew": (self._make_anew, 0.4),
             "restart gateway": (self._restart_gateway, 0.6),
-            "cancel": (self._cancel, 0.3),
+            "cancel": (self._cancel, 0.5),
             "cursor": (self._note_cursor, 1.5),
         }
         has_all = rng.random() < 0.5
@@ -772,9 +769,9 @@ class World:
             if self.rng.random() < 0.6:
                 self._work(old, learns=False)
             for act, chance in (
-                (self._restart_gateway, 0.08),
-                (self._publish, 0.2),
-                (self._arrive, 0.3),
+                (self._restart_gateway, 0.1),
+                (self._publish, 0.3),
+                (self._arrive, 0.4),
                 (self._read, 0.4),
             ):
                 if self.rng.random() < chance:

@@ -23,12 +23,14 @@ def entry(
     return Entry(name, choice, first, text[first:last], extend_hash(0, text[:first]), end)
 
 
-def owner(epoch: int = 5, *, markers: dict[int, int] | None = None, num_replies: int = 1) -> Tenure:
-    """A tenure whose markers are acked at these offsets."""
-    tenure = Tenure(SOURCE, epoch, range(num_replies))
-    assert tenure.take_markers() == list(range(num_replies))
-    for reply_partition, offset in (markers or {}).items():
-        tenure.marked(reply_partition, offset)
+def owner(epoch: int = 5, *, markers: dict[int, int] | None = None) -> Tenure:
+    """A tenure of two reply partitions, with markers at these offsets; a new request in each asked for them."""
+    tenure = Tenure(SOURCE, epoch, range(2))
+    for reply, offset in (markers or {}).items():
+        tenure.meet(request(f"first in {reply}", offset=offset + 1, epoch=epoch, reply=reply))
+        assert tenure.take_markers() == [reply]
+        tenure.marked(reply, offset)
+        assert len(tenure.take_claims()) == 1
     return tenure
 
 
@@ -46,6 +48,7 @@ def test_nothing_is_claimed_before_the_marker_is_acked_and_the_scan_done() -> No
     """A request waits for the marker in its reply partition, then for the scan up to it; only then it may be told of."""
     tenure = owner()
     assert tenure.meet(request())
+    assert tenure.take_markers() == [0]
     assert tenure.take_scans() == []
     tenure.marked(0, 20)
     (due,) = tenure.take_scans()
@@ -57,12 +60,15 @@ def test_nothing_is_claimed_before_the_marker_is_acked_and_the_scan_done() -> No
     assert tenure.may_emit("r") and not tenure.may_emit("s")
 
 
-def test_a_marker_is_asked_for_once() -> None:
-    """While it is on its way, and when it is there, it is not due again."""
-    tenure = Tenure(SOURCE, 5, [0, 3])
-    assert tenure.take_markers() == [0, 3]
+def test_a_marker_is_asked_for_once_and_where_a_request_wants_it() -> None:
+    """While it is on its way, and when it is there, it is not due again; and nowhere else."""
+    tenure = owner()
     assert tenure.take_markers() == []
-    tenure.marked(3, 0)
+    tenure.meet(request(reply=1))
+    assert tenure.take_markers() == [1]
+    assert tenure.take_markers() == []
+    tenure.marked(1, 12)
+    tenure.meet(request("s", reply=1))
     assert tenure.take_markers() == []
     assert tenure.marker == Batch(SOURCE, 5)
 
@@ -113,6 +119,7 @@ def test_a_request_whose_gateway_knew_the_own_epoch_is_new() -> None:
     """It needs the marker, but no scan."""
     tenure = owner(epoch=5)
     tenure.meet(request(offset=21, epoch=5))
+    assert tenure.take_markers() == [0]
     assert tenure.take_claims() == []
     tenure.marked(0, 20)
     (claim,) = tenure.take_claims()
@@ -164,9 +171,10 @@ def test_a_request_that_comes_later_is_told_from_the_scan_that_was_made() -> Non
 
 def test_reply_partitions_do_not_wait_for_one_another() -> None:
     """A marker that is not acked keeps back the requests of its reply partition alone."""
-    tenure = owner(epoch=5, num_replies=2, markers={1: 0})
+    tenure = owner(epoch=5, markers={1: 0})
     tenure.meet(request("slow", offset=0, reply=0))
     tenure.meet(request("quick", offset=0, reply=1))
+    assert tenure.take_markers() == [0]
     (claim,) = scan(tenure, {0: tenure.marker})
     assert claim.request.request_id == "quick"
 
