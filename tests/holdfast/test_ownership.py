@@ -151,6 +151,19 @@ def test_each_request_is_judged_from_its_own_start() -> None:
     assert claims["later"].choices[0].token_ids == []
 
 
+def test_what_lies_before_a_start_raises_no_epoch_for_it() -> None:
+    """A gateway that began behind a marker, and knew of none, believed whoever wrote: so must the next owner. For a
+    request from before the marker the same writer is ignored."""
+    tenure = owner(epoch=5, markers={0: 20})
+    tenure.meet(request("before", offset=10))
+    tenure.meet(request("behind", offset=12))
+    stale = Batch(SOURCE, 3, [entry(0, 2, name="before"), entry(0, 2, name="behind")])
+    log = {11: Batch(SOURCE, 4), 13: stale, 20: tenure.marker}
+    claims = {claim.request.request_id: claim.standing for claim in scan(tenure, log)}
+    assert claims["before"].choices[0].token_ids == []
+    assert claims["behind"].choices[0].token_ids == TEXT[:2]
+
+
 def test_a_request_that_comes_later_is_told_from_the_scan_that_was_made() -> None:
     """A backlog is taken piece by piece without reading the log again, unless a request starts before the scan."""
     tenure = owner(epoch=5, markers={0: 20})
