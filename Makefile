@@ -48,7 +48,7 @@ test: $(INSTALLED) ## run every test, and say which were skipped and why
 test-kafka: $(INSTALLED) ## run only the tests that need a Kafka broker
 	$(BIN)/python -m pytest -m kafka $(ARGS)
 
-model: $(INSTALLED) ## run the model of the log's protocol 100,000 times, and wrong protocols to see that it finds them (about 10 minutes; ARGS="--runs 1000 --seed 7")
+model: $(INSTALLED) ## run the model of the log's protocol 100,000 times, and wrong protocols to see that it finds them (about 7 minutes; ARGS="--runs 1000 --seed 7")
 	$(BIN)/python -m tests.holdfast.protocol_model $(ARGS)
 
 lint: $(INSTALLED) ## check format, likely bugs, who imports whom, and the contract's style
