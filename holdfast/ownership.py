@@ -150,10 +150,14 @@ class Scan:
         """The highest epoch met."""
         self._source = source
         self._runs: list[_Run] = []
+        self._fed = -1
 
     def feed(self, offset: int, batch: Batch | None) -> None:
         """The next record; None where it is none that can be read, which all readers pass over. What lies behind the
-        marker is ignored."""
+        marker is ignored, and what was fed before, so that reading may begin again."""
+        if offset <= self._fed:
+            return
+        self._fed = offset
         if offset <= self.marker and batch is not None and batch.source == self._source:
             self._keep(offset, batch)
         self.is_done = self.is_done or offset >= self.marker

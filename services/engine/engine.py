@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import structlog
 from opentelemetry.trace import Tracer
 
-from holdfast.bus import Bus, TopicPartition
+from holdfast.bus import Bus
 from services.engine.commits import Commits
 from services.engine.emit import Emitter
 from services.engine.intake import Intake
@@ -46,15 +46,14 @@ class Engine(Generic[L]):
         store: tuple[Store, Cache] | None = None,
     ) -> None:
         """`store`: where prefixes are looked for and kept that the engine itself has no room for."""
-        epochs: dict[TopicPartition, int] = {}
         commits = Commits()
         self.requests = Requests(commits)
         self._drain_seconds = drain_seconds
-        self._emitter = Emitter(bus, self.requests, engine=name, epoch_of=epochs.get, metrics=metrics, tracer=tracer)
-        self.steps = StepLoop(scheduler, runner, deliver=self._deliver, metrics=metrics, store=store)
-        self._takeover = Takeover(
-            bus, engine=name, epoch_of=epochs.get, outbid=lambda source: self.intake.leave(source)
+        self._takeover = Takeover(bus, engine=name, outbid=lambda source: self.intake.leave(source))
+        self._emitter = Emitter(
+            bus, self.requests, engine=name, epoch_of=self._takeover.epoch_of, metrics=metrics, tracer=tracer
         )
+        self.steps = StepLoop(scheduler, runner, deliver=self._deliver, metrics=metrics, store=store)
         self.intake = Intake(
             bus,
             self.requests,
@@ -62,7 +61,6 @@ class Engine(Generic[L]):
             self.steps,
             served=served,
             commits=commits,
-            epochs=epochs,
             takeover=self._takeover,
             metrics=metrics,
             max_sequences=scheduler.limits.max_sequences,

@@ -27,8 +27,10 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from holdfast import topics
+from holdfast.accept import Place
 from holdfast.bus import NOTHING_OWNED, Bus, Member, Ownership, Position, Reader, Record, TopicPartition
 from holdfast.errors import AlreadyExists, HoldfastError, NotOwner, RequestError, StreamFailed, Unavailable
+from holdfast.ownership import Accepted, Standing
 from holdfast.topics import Topic
 from holdfast.v1 import generation_pb2 as pb
 from services.engine.commits import Commits
@@ -36,7 +38,7 @@ from services.engine.emit import Emitter
 from services.engine.metrics import EngineMetrics
 from services.engine.requests import Request, Requests
 from services.engine.sequence import FinishReason, Sequence
-from services.engine.takeover import Standing, Takeover
+from services.engine.takeover import Takeover
 from services.engine.validation import MAX_CHOICES, Served, deadline_of, sequences_of
 
 COMMIT_SECONDS = 1.0
@@ -89,7 +91,6 @@ class Intake:
         *,
         served: Served,
         commits: Commits,
-        epochs: dict[TopicPartition, int],
         takeover: Takeover,
         metrics: EngineMetrics,
         max_sequences: int,
@@ -97,15 +98,13 @@ class Intake:
         incarnation: int = 0,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`epochs` is kept here: the epoch of each source partition that is owned. `batch_share`: slots that batch
-        requests hold against interactive ones, which may take all others from them."""
+        """`batch_share`: slots that batch requests hold against interactive ones, which may take all others from them."""
         self._bus = bus
         self._requests = requests
         self._emitter = emitter
         self._steps = steps
         self._served = served
         self._commits = commits
-        self._epochs = epochs
         self._takeover = takeover
         self._metrics = metrics
         self._max_sequences = max_sequences
@@ -119,6 +118,7 @@ class Intake:
         self._drained = asyncio.Event()
         self._left = asyncio.Event()
         requests.when_fewer = self._look_for_room
+        requests.when_done = lambda request: takeover.forget(request.source, request.claim)
 
     async def run(self) -> None:
         """Takes requests; returns once it was drained, when the groups are left.
@@ -228,7 +228,8 @@ class Intake:
         kept = now.kept_since(before)
         self._lose(before.partitions - kept)
         side.ownership = now
-        self._epochs.update(dict.fromkeys(now.partitions, now.epoch))
+        for partition in now.partitions - kept:
+            self._takeover.gain(partition, now.epoch)
         committed = await self._committed(side)
         for partition in now.partitions - kept:
             self._commits.gain(partition, committed.get(partition))
@@ -245,8 +246,6 @@ class Intake:
 
     def _lose(self, partitions: Collection[TopicPartition]) -> None:
         """Another engine answers their requests now."""
-        for partition in partitions:
-            self._epochs.pop(partition, None)
         self._takeover.lose(partitions)
         self._commits.lose(partitions)
         for request in self._requests.drop(partitions):
@@ -273,7 +272,7 @@ class Intake:
     def _take(self, record: Record, *, interactive: bool) -> None:
         """Takes one request, or answers why not. A record that was taken before is passed over."""
         source = record.topic_partition
-        if source not in self._epochs or not self._commits.begin(source, record.offset):
+        if self._takeover.epoch_of(source) is None or not self._commits.begin(source, record.offset):
             return
         message = self._readable(record)
         if message is None:
@@ -293,37 +292,36 @@ class Intake:
             sequences=sequences,
         )
         self._requests.add(request)
+        start = Place(message.reply_start_offset, message.reply_start_epoch)
+        accepted = Accepted(request.request_id, request.reply_partition, start, request.num_choices)
+        request.claim = self._takeover.ask(source, accepted, partial(self._answer, request, reason, error))
+
+    def _answer(
+        self, request: Request, reason: FinishReason | None, error: HoldfastError | None, standing: Standing
+    ) -> None:
+        """What other engines told of a request is known now: it goes on from there, or ends there for a reason."""
+        for choice, each in enumerate(standing.choices):
+            request.prefixes[choice] = each.prefix
+            if each.has_ended:
+                self._requests.told(request, choice)
+                self._requests.settle(request, choice)
+        if standing.contradiction:
+            reason, error = FinishReason.ERROR, StreamFailed(f"nobody can go on: {standing.contradiction}")
         if reason is not None:
             log.info("request refused", request_id=request.request_id, reason=reason.value, error=str(error or ""))
-            self._emitter.refuse(request, reason, error)
+            self._emitter.refuse(request, reason, error, choices=sorted(request.unsettled))
             return
-        if self._takeover.is_fresh(source, message):
-            self._begin(request)
-        else:
-            self._takeover.ask(source, message, len(sequences), partial(self._go_on, request))
-
-    def _go_on(self, request: Request, standings: list[Standing]) -> None:
-        """What other engines told of a request is known now."""
-        if not self._requests.holds(request):
-            return
-        for sequence, standing in zip(request.sequences, standings, strict=True):
-            request.prefixes[sequence.choice] = standing.prefix
-            sequence.go_on_after(standing.token_ids)
-            if standing.has_ended:
-                self._requests.told(request, sequence.choice)
-                self._requests.settle(request, sequence.choice)
-        if broken := [index for index, each in enumerate(standings) if each.is_broken]:
-            error = StreamFailed("two engines told different tokens of it, and nobody can go on")
-            self._emitter.refuse(request, FinishReason.ERROR, error, choices=broken)
-        if full := [each.choice for each in request.sequences if each.choice in request.open and each.is_full]:
-            self._emitter.refuse(request, FinishReason.LENGTH, choices=full)
+        for sequence in request.sequences:
+            sequence.go_on_after(standing.choices[sequence.choice].token_ids)
+        full = [each.choice for each in request.sequences if each.choice in request.open and each.is_full]
+        self._emitter.refuse(request, FinishReason.LENGTH, choices=full)
         self._begin(request)
 
     def _begin(self, request: Request) -> None:
         """The scheduler takes what is open of the request."""
         request.has_begun = True
         sequences = [each for each in request.sequences if each.choice in request.open]
-        if request.sequences[0] not in sequences:
+        if sequences and request.sequences[0] is not sequences[0]:
             for each in sequences:
                 each.shares_prompt_with = None
         self._metrics.resumed(sequences)

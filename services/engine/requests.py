@@ -33,6 +33,8 @@ class Request:
     num_choices: int
     sequences: tuple[Sequence, ...] = ()
     """One for each choice; none where the request was refused."""
+    claim: str = ""
+    """Under which name it is claimed (`takeover`): its id, where no other of that id is held."""
     has_begun: bool = False
     """Whether the scheduler has its sequences: not before it is known what other engines told of it."""
 
@@ -47,6 +49,7 @@ class Request:
     def __post_init__(self) -> None:
         self.open = set(range(len(self.sequences)))
         self.unsettled = set(range(self.num_choices))
+        self.claim = self.request_id
         self.prefixes = [Prefix()] * self.num_choices
 
 
@@ -65,16 +68,14 @@ class Requests:
         self._num_open = {True: 0, False: 0}
         self.when_fewer: Callable[[], None] = lambda: None
         """Called when a choice is no longer open."""
+        self.when_done: Callable[[Request], None] = lambda request: None
+        """Called when a request is done."""
         self._empty = asyncio.Event()
         self._empty.set()
 
     def running(self, request_id: str) -> Request | None:
         """The request that runs under this id."""
         return self._running.get(request_id)
-
-    def holds(self, request: Request) -> bool:
-        """Whether it is held still: neither done nor dropped."""
-        return request in self._held
 
     def of(self, sequence: Sequence) -> Request | None:
         """The running request that a sequence answers; None where it was dropped, though it may have come again."""
@@ -108,6 +109,7 @@ class Requests:
         if not request.unsettled and request in self._held:
             self._forget([request])
             self._commits.finish(request.source, request.offset)
+            self.when_done(request)
 
     def drop(self, partitions: Collection[TopicPartition]) -> list[Request]:
         """Forgets the requests of these partitions: they are another engine's now. Returns them."""

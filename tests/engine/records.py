@@ -64,12 +64,26 @@ class Answers:
     def __getitem__(self, key: str | tuple[str, int]) -> Answer:
         return self._answers[(key, 0) if isinstance(key, str) else key]
 
+    def start(self, partition: int, *, batch: bool = False) -> dict[str, int]:
+        """Where a gateway that has read so far says a request's answer begins."""
+        request_class = pb.REQUEST_CLASS_BATCH if batch else pb.REQUEST_CLASS_INTERACTIVE
+        return {
+            "reply_start_offset": self._reader.position(topics.TOKENS.partition(REPLY)),
+            "reply_start_epoch": self._epochs.highest(Source(request_class, partition)),
+        }
+
     async def until(self, holds: Callable[[], bool]) -> None:
         """Reads on until something holds."""
         async with asyncio.timeout(30):
             while not holds():
                 for record in await self._reader.read():
                     self._take(pb.TokenBatch.FromString(record.value))
+
+    async def catch_up(self) -> None:
+        """Reads what there is by now."""
+        while records := await self._reader.read(timeout=0):
+            for record in records:
+                self._take(pb.TokenBatch.FromString(record.value))
 
     async def finished(self, *keys: str | tuple[str, int]) -> None:
         """Reads on until all these have ended."""

@@ -102,11 +102,13 @@ async def test_engines_that_would_say_something_else_go_on_from_what_was_said(se
                 for _ in range(dice.randrange(6)):
                     request_id = f"r{len(prompts)}"
                     prompts[request_id] = [dice.randrange(1, 4) for _ in range(dice.randrange(1, 12))]
-                    message = request(
-                        request_id, prompts[request_id], max_tokens=dice.randrange(20, 60), ignore_eos=True
-                    )
-                    message.reply_start_offset = (await bus.kept(topics.TOKENS.partition(REPLY))).stop
-                    await publish(bus, message, partition=dice.randrange(4), batch=dice.random() < 0.3)
+                    if dice.random() < 0.7:
+                        await heard.catch_up()
+                    partition, batch = dice.randrange(4), dice.random() < 0.3
+                    start = heard.start(partition, batch=batch)
+                    length = dice.randrange(20, 60)
+                    message = request(request_id, prompts[request_id], max_tokens=length, ignore_eos=True, **start)
+                    await publish(bus, message, partition=partition, batch=batch)
                 if dice.random() < 0.4 and (members := bus.members("holdfast-engines-interactive")):
                     with bus.frozen(dice.choice(members)):
                         for _ in range(dice.randrange(50)):
@@ -165,9 +167,7 @@ async def test_nothing_is_told_before_the_marker(memory: MemoryBus) -> None:
     """Of an epoch the first record in a reply partition has no stream, and is the only one."""
     async with answers(memory) as heard, engine(memory):
         for request_id in ("a", "b"):
-            message = request(request_id, [1])
-            message.reply_start_offset = (await memory.kept(topics.TOKENS.partition(REPLY))).stop
-            await publish(memory, message)
+            await publish(memory, request(request_id, [1], **heard.start(2)))
             await heard.finished(request_id)
     (marker,) = heard.markers
     assert not marker.streams and marker.epoch == heard.records[0].epoch
@@ -235,7 +235,7 @@ async def test_a_text_with_a_hole_ends_with_an_error(memory: MemoryBus) -> None:
             await heard.finished("a")
             await running.until_idle()
     finish = heard["a"].finish
-    assert finish is not None and finish.error.message.startswith("two engines told different tokens")
+    assert finish is not None and finish.error.message.startswith("nobody can go on: choice 0: tokens from 3")
 
 
 async def test_an_owner_that_was_outbid_says_nothing(memory: MemoryBus) -> None:
