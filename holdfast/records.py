@@ -35,8 +35,12 @@ class Batch:
 
 def batch_from_wire(batch: pb.TokenBatch) -> Batch:
     """The record in a message."""
-    source = Source(batch.source.request_class, batch.source.partition)
-    return Batch(source, batch.epoch, [_entry(each) for each in batch.streams])
+    return Batch(source_from_wire(batch.source), batch.epoch, [_entry(each) for each in batch.streams])
+
+
+def source_from_wire(source: pb.SourcePartition) -> Source:
+    """The source partition in a message."""
+    return Source(source.request_class, source.partition)
 
 
 def _entry(tokens: pb.StreamTokens) -> Entry:

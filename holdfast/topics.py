@@ -58,3 +58,6 @@ REQUESTS = {
     pb.REQUEST_CLASS_BATCH: REQUESTS_BATCH,
 }
 """The request topic of each class."""
+
+CLASSES = {topic.name: request_class for request_class, topic in REQUESTS.items()}
+"""The class of the requests in each topic."""

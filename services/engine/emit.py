@@ -38,7 +38,6 @@ _REASONS = {
     FinishReason.DEADLINE: pb.FINISH_REASON_DEADLINE,
     FinishReason.ERROR: pb.FINISH_REASON_ERROR,
 }
-_CLASSES = {topic.name: request_class for request_class, topic in topics.REQUESTS.items()}
 
 log = structlog.get_logger(__name__)
 
@@ -142,9 +141,9 @@ class Emitter:
         *,
         choices: Iterable[int] | None = None,
     ) -> None:
-        """Ends choices that get no sequence, all of them if none are named: behind the tokens that they have."""
+        """Ends choices that get no sequence, all that have not ended if none are named: behind the tokens that they have."""
         streams: _Streams = defaultdict(list)
-        for choice in range(request.num_choices) if choices is None else choices:
+        for choice in sorted(request.unsettled) if choices is None else choices:
             prefix = request.prefixes[choice]
             finish = pb.Finish(reason=_REASONS[reason], usage=pb.Usage(completion_tokens=prefix.count))
             if error is not None:
@@ -207,7 +206,7 @@ class Emitter:
         epoch = self._epoch_of(source)
         assert epoch is not None, "requests of a partition that was lost are dropped"
         batch = pb.TokenBatch(
-            source=pb.SourcePartition(request_class=_CLASSES[source.topic], partition=source.partition),
+            source=pb.SourcePartition(request_class=topics.CLASSES[source.topic], partition=source.partition),
             epoch=epoch,
             streams=[stream for stream, _ in entries],
             engine=self._engine,

@@ -309,7 +309,7 @@ class Intake:
             reason, error = FinishReason.ERROR, StreamFailed(f"nobody can go on: {standing.contradiction}")
         if reason is not None:
             log.info("request refused", request_id=request.request_id, reason=reason.value, error=str(error or ""))
-            self._emitter.refuse(request, reason, error, choices=sorted(request.unsettled))
+            self._emitter.refuse(request, reason, error)
             return
         for sequence in request.sequences:
             sequence.go_on_after(standing.choices[sequence.choice].token_ids)

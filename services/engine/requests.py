@@ -33,10 +33,12 @@ class Request:
     num_choices: int
     sequences: tuple[Sequence, ...] = ()
     """One for each choice; none where the request was refused."""
-    claim: str = ""
-    """Under which name it is claimed (`takeover`): its id, where no other of that id is held."""
     has_begun: bool = False
     """Whether the scheduler has its sequences: not before it is known what other engines told of it."""
+
+    # `Intake` fills this.
+    claim: str = field(init=False)
+    """Under which name it is claimed (`takeover`): its id, where no other of that id is held."""
 
     # `Requests` fills these.
     open: set[int] = field(default_factory=set)

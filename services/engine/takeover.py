@@ -24,12 +24,7 @@ from holdfast.errors import Unavailable
 from holdfast.ownership import Accepted, Scan, Standing, Tenure
 from holdfast.records import Batch, batch_from_wire
 from holdfast.v1 import generation_pb2 as pb
-
-RETRY_SECONDS = 0.5
-"""The pause before what the log refused is tried again: time for it to come back."""
-
-CLASSES = {topic.name: request_class for request_class, topic in topics.REQUESTS.items()}
-"""The class of the requests in each topic."""
+from services.engine.emit import RETRY_SECONDS
 
 log = structlog.get_logger(__name__)
 
@@ -58,7 +53,7 @@ class Takeover:
 
     def gain(self, partition: TopicPartition, epoch: int) -> None:
         """The source partition is ours from now on."""
-        source = Source(CLASSES[partition.topic], partition.partition)
+        source = Source(topics.CLASSES[partition.topic], partition.partition)
         self._tenures[partition] = Tenure(source, epoch, range(len(self._lanes)))
 
     def lose(self, partitions: Collection[TopicPartition]) -> None:
@@ -78,7 +73,7 @@ class Takeover:
         have begun it. Returns under which name it is claimed: one that is given an id while another has it has told
         nothing yet, and is claimed under a name of its own."""
         tenure = self._tenures[partition]
-        while (tenure, request.request_id) in self._waiting or not tenure.meet(request):
+        while not tenure.meet(request):
             request = replace(request, request_id=f"{request.request_id}, again")
         self._waiting[tenure, request.request_id] = then
         self._turn(partition, tenure)

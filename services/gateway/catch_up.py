@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from google.protobuf.message import DecodeError
 
-from holdfast.accept import Epochs, Source
+from holdfast.accept import Epochs
 from holdfast.bus import Bus, Record
 from holdfast.errors import Unavailable
+from holdfast.records import source_from_wire
 from holdfast.topics import TOKENS
 from holdfast.v1 import generation_pb2 as pb
 from services.gateway.answer import Answer, State
@@ -44,7 +45,7 @@ def _give(answer: Answer, record: Record, epochs: Epochs, tail: Streams) -> None
         batch = pb.TokenBatch.FromString(record.value)
     except DecodeError:
         return
-    source = Source(batch.source.request_class, batch.source.partition)
+    source = source_from_wire(batch.source)
     if source != answer.source or not epochs.admit(source, batch.epoch):
         return
     for tokens in batch.streams:

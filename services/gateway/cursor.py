@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from holdfast.accept import Prefix, Source
 from holdfast.errors import ConfigurationError, InvalidRequest
 from holdfast.events import FinishReason, Usage
+from holdfast.records import source_from_wire
 from holdfast.v1 import generation_pb2 as pb
 from services.gateway.choice import ChoiceEnd, Mark, Place
 
@@ -157,7 +158,7 @@ def _from_wire(cursor: pb.Cursor) -> Cursor:
     places = zip(cursor.next_index, cursor.prefix_hash, cursor.choices, strict=True)
     return Cursor(
         request_id=cursor.request_id,
-        source=Source(cursor.source.request_class, cursor.source.partition),
+        source=source_from_wire(cursor.source),
         request_offset=cursor.request_offset,
         reply_partition=cursor.reply_partition,
         mark=Mark(cursor.offset, cursor.epoch),

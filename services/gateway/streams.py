@@ -13,10 +13,11 @@ from contextlib import contextmanager
 import structlog
 from google.protobuf.message import DecodeError
 
-from holdfast.accept import Epochs, Source
+from holdfast.accept import Epochs
 from holdfast.bus import Bus, Record, TopicPartition
 from holdfast.errors import AlreadyExists, HoldfastError, StreamFailed, Unavailable, from_code
 from holdfast.events import TokenLogprobs, TopLogprob, Usage
+from holdfast.records import source_from_wire
 from holdfast.topics import TOKENS
 from holdfast.v1 import generation_pb2 as pb
 from services.gateway.answer import Answer
@@ -139,7 +140,7 @@ class Streams:
             self._metrics.unreadable_records.inc()
             log.error("a record of the token topic is no TokenBatch", offset=record.offset, reason=str(error))
             return
-        source = Source(batch.source.request_class, batch.source.partition)
+        source = source_from_wire(batch.source)
         if not self.epochs.admit(source, batch.epoch):
             self._metrics.stale_records.inc()
             return
