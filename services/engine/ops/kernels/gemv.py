@@ -20,9 +20,12 @@ class Tile(NamedTuple):
     columns: int
     warps: int
     stages: int
+    side: int
+    """How many products that lie side by side are added up at once: in a tall tile those that a thread has loaded
+    together, for it has no registers to keep each apart."""
 
 
-NARROW, WIDE, EIGHT_BITS = Tile(4, 1024, 4, 4), Tile(8, 1024, 4, 4), Tile(8, 2048, 4, 3)
+NARROW, WIDE, EIGHT_BITS = Tile(4, 1024, 4, 4, side=1), Tile(8, 1024, 4, 4, side=8), Tile(8, 2048, 4, 3, side=16)
 """For a matrix in 16 bits with few columns, with many, and for one in 8 bits (measured on an H200)."""
 
 _MANY_COLUMNS = 4096
@@ -58,7 +61,7 @@ def gemv(
     second. Where x is to be normed, the product is with what the norm gives before that is rounded."""
     x_1I, norm_I, eps = x if isinstance(x, Unnormed) else (x, x, 0.0)
     outputs, inputs = weight_OI.shape
-    rows, columns, warps, stages = tile_of(weight_OI)
+    rows, columns, warps, stages, side = tile_of(weight_OI)
     if gated:
         rows, outputs = rows // 2, outputs // 2
     out = torch.empty((1, outputs), dtype=dtype or x_1I.dtype, device=x_1I.device)
@@ -79,7 +82,7 @@ def gemv(
         ADD=add is not None,
         NORM=isinstance(x, Unnormed),
         GATED=gated,
-        SIDE=16 // weight_OI.itemsize if rows > 4 else 1,
+        SIDE=side,
         STAGES=stages,
         num_warps=warps,
         **overlapped(x_1I),
