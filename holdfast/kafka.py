@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -155,9 +155,8 @@ class KafkaBus:
                 _Sender(self._new_producer, self._names, self._send_timeout)
             )
             try:
-                async with asyncio.timeout(START_SECONDS):
-                    await self._admin.start()
-                    await self._offsets.start()
+                await _start(self._admin)
+                await _start(self._offsets)
             except (errors.KafkaError, OSError) as error:
                 raise Unavailable(f"no Kafka broker answers at {self._bootstrap}: {error}") from error
             self._resources = resources.pop_all()
@@ -406,7 +405,7 @@ class _Sender:
             if self._producer is None:
                 self._producer = self._new_producer()
                 try:
-                    await self._producer.start()
+                    await _start(self._producer)
                 except BaseException:
                     await self._close()
                     raise
@@ -597,21 +596,36 @@ class _KafkaMember(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc] # 
 async def _started(consumer: aiokafka.AIOKafkaConsumer, bootstrap: str) -> AsyncIterator[None]:
     try:
         with _reported(f"no Kafka broker answers at {bootstrap}"):
-            async with asyncio.timeout(START_SECONDS):
-                await consumer.start()
+            await _start(consumer)
         yield
     finally:
         await _stop(consumer)
 
 
+async def _start(client: aiokafka.AIOKafkaConsumer | aiokafka.AIOKafkaProducer | AIOKafkaAdminClient) -> None:
+    """Raises TimeoutError after START_SECONDS. Cancelled while it asks its first broker for the others, a client would
+    forget that connection with its socket open."""
+
+    async def start() -> None:
+        async with asyncio.timeout(START_SECONDS):
+            await client.start()
+
+    await _to_the_end(start())
+
+
 async def _stop(consumer: aiokafka.AIOKafkaConsumer) -> None:
-    """Leaves the group and closes the connections, to the end even where the caller is cancelled meanwhile: half stopped,
-    a consumer would fetch on, and its group would wait for it."""
-    stopping = asyncio.create_task(_stop_all(consumer))
+    """Leaves the group and closes the connections. Half stopped, a consumer would fetch on, and its group would wait for
+    it."""
+    await _to_the_end(_stop_all(consumer))
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Does the work to its end even where the caller is cancelled meanwhile."""
+    task = asyncio.create_task(work)
     try:
-        await asyncio.shield(stopping)
+        await asyncio.shield(task)
     except asyncio.CancelledError:
-        await asyncio.wait([stopping])
+        await asyncio.wait([task])
         raise
 
 

@@ -12,6 +12,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from aiokafka.conn import AIOKafkaConnection
+from aiokafka.protocol.metadata import MetadataRequest
 
 from deploy.kafka import broker
 from holdfast.bus import Position
@@ -158,3 +160,31 @@ async def test_a_member_leaves_to_the_end_though_it_is_cancelled_on_its_way_out(
         async with asyncio.timeout(15), bus.join("g", [LINE]) as member:
             while not member.ownership.partitions:
                 await member.read(max_records=0, timeout=1)
+
+
+@pytest.mark.kafka
+async def test_a_reader_cancelled_at_its_first_question_leaves_no_connection_open(
+    kafka: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream that is left at once asks for a reader that nobody wants any more."""
+    connections: list[AIOKafkaConnection] = []
+    asked = asyncio.Event()
+    send = AIOKafkaConnection.send
+
+    def noting(connection: AIOKafkaConnection, request: object, **options: bool) -> object:
+        connections.append(connection)
+        if isinstance(request, MetadataRequest):
+            asked.set()
+        return send(connection, request, **options)
+
+    async with KafkaBus(kafka, namespace=f"test-{uuid.uuid4().hex[:12]}") as bus:
+        await bus.create_topics([LINE])
+        await bus.kept(PLACE)
+        monkeypatch.setattr(AIOKafkaConnection, "send", noting)
+        task = asyncio.ensure_future(bus.reader({PLACE: 0}).__aenter__())
+        await asked.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert connections
+        assert not [connection for connection in connections if connection.connected()]
