@@ -123,7 +123,7 @@ class KafkaBus:
         namespace: str = "",
         send_timeout: float = 10.0,
         session_timeout: float = 6.0,
-        heartbeat: float = 1.0,
+        heartbeat: float = 0.25,
     ) -> None:
         """`namespace`: stands before the names of all topics and groups in the cluster, so that several meshes can share
         it. `send_timeout`: seconds until an ack that has not come counts as `Unavailable`. `session_timeout`: seconds of

@@ -4,6 +4,8 @@
     python deploy/kafka/broker.py run       # a broker on a free port until Ctrl-C; prints host:port when it is ready
     python deploy/kafka/broker.py start     # the same in the background, on port 9092; its records survive `stop`
     python deploy/kafka/broker.py stop
+    python deploy/kafka/broker.py run --quorum 127.0.0.1:9093,127.0.0.1:9193,127.0.0.1:9293 --node 0 --port 9092 --folder a
+                                            # one of three, each started so with its own node, port and folder
 
 and in Python:
 
@@ -28,6 +30,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -80,10 +83,30 @@ def fetch() -> Path:
     return lib
 
 
+@dataclass(frozen=True)
+class Node:
+    """One of the brokers of a cluster, each of which is a controller too."""
+
+    number: int
+    """From 0."""
+    controllers: tuple[str, ...]
+    """`host:port` of each broker's controller, the same in the same order for all."""
+
+    @property
+    def controller_port(self) -> int:
+        return int(self.controllers[self.number].rpartition(":")[2])
+
+    @property
+    def cluster(self) -> uuid.UUID:
+        """The same for all."""
+        return uuid.uuid5(uuid.NAMESPACE_URL, ",".join(self.controllers))
+
+
 @contextlib.contextmanager
-def running(folder: Path | None = None, *, port: int = 0) -> Iterator[str]:
+def running(folder: Path | None = None, *, port: int = 0, node: Node | None = None) -> Iterator[str]:
     """A broker and its `host:port`, stopped when the block is left. It keeps its records in `folder`, by default a
-    temporary one; a broker started there again has them. Port 0 is any free one.
+    temporary one; a broker started there again has them. Port 0 is any free one. Without a `node` it is a cluster of its
+    own; with one the block begins when enough of the others are there.
 
     Raises:
         BrokerError: it cannot be started; the text has the end of its log.
@@ -93,18 +116,18 @@ def running(folder: Path | None = None, *, port: int = 0) -> Iterator[str]:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="holdfast-kafka-")))
         folder.mkdir(parents=True, exist_ok=True)
-        yield stack.enter_context(_on_some_port([java, "-cp", f"{lib}/*"], folder, port))
+        yield stack.enter_context(_on_some_port([java, "-cp", f"{lib}/*"], folder, port, node))
 
 
 @contextlib.contextmanager
-def _on_some_port(java: list[str], folder: Path, port: int) -> Iterator[str]:
+def _on_some_port(java: list[str], folder: Path, port: int, given: Node | None) -> Iterator[str]:
     for attempt in range(1, ATTEMPTS + 1):
         main, controller = _free_ports(port)
+        node = given or Node(0, (f"127.0.0.1:{controller}",))
         properties = folder / "server.properties"
-        template = (HERE / "server.properties").read_text()
-        properties.write_text(template.format(port=main, controller_port=controller, data=(folder / "data").as_posix()))
+        properties.write_text(_properties(folder, main, node))
         if not (folder / "data" / "meta.properties").exists():
-            _format(java, properties)
+            _format(java, properties, node.cluster if given else uuid.uuid4())
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(_process(java, properties, folder / "broker.log"))
@@ -116,9 +139,26 @@ def _on_some_port(java: list[str], folder: Path, port: int) -> Iterator[str]:
             return
 
 
-def _format(java: list[str], properties: Path) -> None:
+def _properties(folder: Path, port: int, node: Node) -> str:
+    voters = ",".join(f"{number}@{address}" for number, address in enumerate(node.controllers, start=1))
+    return (
+        (HERE / "server.properties")
+        .read_text()
+        .format(
+            node=node.number + 1,
+            voters=voters,
+            replicas=min(3, len(node.controllers)),
+            in_sync=max(1, min(3, len(node.controllers)) - 1),
+            port=port,
+            controller_port=node.controller_port,
+            data=(folder / "data").as_posix(),
+        )
+    )
+
+
+def _format(java: list[str], properties: Path, cluster_id: uuid.UUID) -> None:
     """Makes the data folder a Kafka storage."""
-    cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+    cluster = base64.urlsafe_b64encode(cluster_id.bytes).decode().rstrip("=")
     done = subprocess.run(
         [java[0], "-Xmx128m", _logging(), *java[1:], "kafka.tools.StorageTool", "format"]
         + [f"--cluster-id={cluster}", "--config", str(properties)],  # the id may begin with a dash
@@ -198,12 +238,12 @@ def _free_ports(port: int) -> tuple[int, int]:
         return port or first.getsockname()[1], second.getsockname()[1]
 
 
-def _run(folder: Path | None, port: int) -> None:
+def _run(folder: Path | None, port: int, node: Node | None) -> None:
     def stop(_signal: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
-    with contextlib.suppress(KeyboardInterrupt), running(folder, port=port) as bootstrap:
+    with contextlib.suppress(KeyboardInterrupt), running(folder, port=port, node=node) as bootstrap:
         print(bootstrap, flush=True)
         signal.pause()
 
@@ -242,6 +282,13 @@ def _stop(folder: Path) -> None:
     file.unlink()
 
 
+def _addresses(text: str) -> tuple[str, ...]:
+    addresses = tuple(text.split(","))
+    if not all(re.fullmatch(r"[^:]+:\d+", each) for each in addresses):
+        raise argparse.ArgumentTypeError(f"host:port,host:port is wanted, not {text}")
+    return addresses
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=f"One Apache Kafka {version()} broker for development and tests.")
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -249,18 +296,25 @@ def main() -> None:
     run = verbs.add_parser("run", help="run a broker until a signal; print its address when it is ready")
     run.add_argument("--folder", type=Path, help="where to keep its records; by default a temporary folder")
     run.add_argument("--port", type=int, default=0, help="by default any free one")
+    run.add_argument("--quorum", type=_addresses, help="as one of several: the controllers of all, host:port,host:port")
+    run.add_argument("--node", type=int, help="which of them it is, from 0")
     for verb, text in (("start", "run one in the background and print its address"), ("stop", "stop that one")):
         background = verbs.add_parser(verb, help=text)
         background.add_argument("--folder", type=Path, default=cache() / "broker", help="default: %(default)s")
         if verb == "start":
             background.add_argument("--port", type=int, default=9092, help="default: %(default)s")
     arguments = parser.parse_args()
+    if arguments.verb == "run" and (arguments.quorum is None) != (arguments.node is None):
+        parser.error("--quorum and --node go together")
+    if arguments.verb == "run" and arguments.quorum and not 0 <= arguments.node < len(arguments.quorum):
+        parser.error(f"--node is 0 to {len(arguments.quorum) - 1}, not {arguments.node}")
     try:
         match arguments.verb:
             case "fetch":
                 print(fetch())
             case "run":
-                _run(arguments.folder, arguments.port)
+                node = Node(arguments.node, arguments.quorum) if arguments.quorum else None
+                _run(arguments.folder, arguments.port, node)
             case "start":
                 _start(arguments.folder, arguments.port)
             case "stop":
