@@ -184,7 +184,6 @@ class Fleet:
 @asynccontextmanager
 async def running(model: Path, shape: Shape, *, engine: Sequence[str], folder: Path) -> AsyncIterator[Fleet]:
     """A mesh whose parts are all ready, with its logs and records in `folder`. `engine`: further flags of the engines."""
-    folder.mkdir(parents=True, exist_ok=True)
     fleet = _fleet(model, shape, engine=engine, folder=folder)
     try:
         await asyncio.gather(*(part.start() for part in fleet.brokers))
@@ -196,6 +195,7 @@ async def running(model: Path, shape: Shape, *, engine: Sequence[str], folder: P
 
 
 def _fleet(model: Path, shape: Shape, *, engine: Sequence[str], folder: Path) -> Fleet:
+    folder.mkdir(parents=True, exist_ok=True)
     ports = iter(_free_ports(2 * shape.brokers + shape.tokenizers + 2 * shape.gateways))
 
     def address() -> str:
