@@ -20,6 +20,7 @@ from benchmarks.chaos.faults import Fault
 from benchmarks.mesh import MeshError
 from benchmarks.options import above_zero, at_least
 from benchmarks.report import Report
+from holdfast import models
 from holdfast.errors import HoldfastError
 
 SETTLE = 120.0
@@ -31,10 +32,10 @@ async def measure(options: argparse.Namespace) -> tuple[Report, list[str]]:
     report = Report("chaos", settings={key: str(value) for key, value in vars(options).items() if key != "out"})
     chosen = faults.plan(options.faults, options.only, seed=options.seed)
     shape = fleet.Shape(options.brokers, options.tokenizers, options.engines, options.gateways)
-    flags = ["--device=cpu", "--dtype=float32", "--threads=1", "--cache-bytes=67108864", *options.engine_flags]
+    flags = [*fleet.ENGINE_FLAGS, *options.engine_flags]
     folder = options.folder or Path(tempfile.mkdtemp(prefix="holdfast-chaos-"))
     print(f"logs and records: {folder}")
-    async with fleet.running(options.model, shape, engine=flags, folder=folder) as mesh:
+    async with fleet.running(models.resolve(options.model), shape, engine=flags, folder=folder) as mesh:
         expected = await undisturbed(mesh.addresses[0], tasks(options.lengths))
         clients = Clients(mesh.addresses, expected, seed=options.seed)
         streaming = asyncio.create_task(clients.run(options.clients, pause=options.pause))
@@ -64,7 +65,9 @@ async def break_things(mesh: fleet.Fleet, chosen: Sequence[faults.Kind], options
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="a folder, or the name of a model")
+    parser.add_argument(
+        "--model", default="smollm2-135m-instruct", help="a folder, or the name of a model (%(default)s)"
+    )
     parser.add_argument("--faults", type=int, default=9, help="how many (%(default)s: one of each kind)")
     parser.add_argument("--only", nargs="+", default=[], help="kinds of faults; by default all")
     parser.add_argument("--gap", type=above_zero, default=2.0, help="seconds between two, at most (%(default)s)")

@@ -56,6 +56,7 @@ class Stream:
     asked: float
     accepted: float = 0.0
     """0 where it was not."""
+    first_token: float = 0.0
     ended: float = 0.0
     """However it did; 0 where it did not."""
     silences: list[tuple[float, float]] = field(default_factory=list)
@@ -66,6 +67,8 @@ class Stream:
     """What went wrong with it after it was accepted."""
     refusal: str = ""
     """Why it was not accepted."""
+    retry_after: float = 0.0
+    """Seconds after which its client may come again."""
 
     @property
     def has_held(self) -> bool:
@@ -76,12 +79,16 @@ class Stream:
 class Clients:
     """Many clients, each of which asks for one answer after the other until it is told to stop."""
 
-    def __init__(self, addresses: Sequence[str], expected: Mapping[Task, Text], *, seed: int) -> None:
-        """`expected`: the answers of a mesh that nobody disturbs."""
+    def __init__(
+        self, addresses: Sequence[str], expected: Mapping[Task, Text], *, seed: int, leaves: float = LEAVES
+    ) -> None:
+        """`expected`: the answers of a mesh that nobody disturbs. `leaves`: the share of streams that their client leaves in
+        the middle, and comes back to."""
         self.streams: list[Stream] = []
         self._addresses = list(addresses)
         self._expected = expected
         self._draw = random.Random(seed)
+        self._leaves = leaves
         self._stopping = asyncio.Event()
 
     async def run(self, count: int, *, pause: float) -> None:
@@ -97,10 +104,8 @@ class Clients:
     async def _live(self, pause: float) -> None:
         await self._rest(pause)
         while not self._stopping.is_set():
-            stream = Stream(self._draw.choice(list(self._expected)), time.monotonic())
-            self.streams.append(stream)
-            retry_after = await self._ask(stream)
-            await self._rest(max(pause, retry_after))
+            stream = await self.ask()
+            await self._rest(max(pause, stream.retry_after))
 
     async def _rest(self, most: float) -> None:
         try:
@@ -108,10 +113,12 @@ class Clients:
         except TimeoutError:
             pass
 
-    async def _ask(self, stream: Stream) -> float:
-        """Streams one answer. Returns for how many seconds it was told to stay away."""
+    async def ask(self) -> Stream:
+        """Streams one answer."""
+        stream = Stream(self._draw.choice(list(self._expected)), time.monotonic())
+        self.streams.append(stream)
         events: list[Event] = []
-        leave_at = self._draw.randrange(1, stream.task.max_tokens) if self._draw.random() < LEAVES else None
+        leave_at = self._draw.randrange(1, stream.task.max_tokens) if self._draw.random() < self._leaves else None
         try:
             cursor = await self._begin(stream, events, leave_at)
             while cursor:
@@ -125,10 +132,10 @@ class Clients:
                 stream.failure = said
             else:
                 stream.refusal = said
-                return error.retry_after if isinstance(error, RetryableError) else 0.0
+                stream.retry_after = error.retry_after if isinstance(error, RetryableError) else 0.0
         finally:
             stream.ended = time.monotonic()
-        return 0.0
+        return stream
 
     async def _begin(self, stream: Stream, events: list[Event], leave_at: int | None) -> str:
         """Returns the cursor at which the client left; none where it stayed to the end."""
@@ -160,6 +167,8 @@ class Clients:
                 last = now
                 if isinstance(event, Accepted):
                     stream.accepted = now
+                if isinstance(event, Tokens) and not stream.first_token:
+                    stream.first_token = now
                 events.append(event)
                 if leave_at is not None and isinstance(event, Tokens) and event.first_index >= leave_at:
                     return event.cursor

@@ -24,6 +24,9 @@ TRIES = 20
 REFUSES = 2
 """The exit code of a service that cannot start as it is configured: again it would be the same."""
 
+ENGINE_FLAGS = ["--device=cpu", "--dtype=float32", "--threads=1", "--cache-bytes=268435456"]
+"""Greedy texts are then the same, whatever is computed beside them."""
+
 PAUSE = 0.5
 """Seconds between these, as a supervisor would wait."""
 
@@ -182,9 +185,11 @@ class Fleet:
 
 
 @asynccontextmanager
-async def running(model: Path, shape: Shape, *, engine: Sequence[str], folder: Path) -> AsyncIterator[Fleet]:
-    """A mesh whose parts are all ready, with its logs and records in `folder`. `engine`: further flags of the engines."""
-    fleet = _fleet(model, shape, engine=engine, folder=folder)
+async def running(
+    model: Path, shape: Shape, *, engine: Sequence[str], gateway: Sequence[str] = (), folder: Path
+) -> AsyncIterator[Fleet]:
+    """A mesh whose parts are all ready, with its logs and records in `folder`. `engine`, `gateway`: further flags of these."""
+    fleet = _fleet(model, shape, engine=engine, gateway=gateway, folder=folder)
     try:
         await asyncio.gather(*(part.start() for part in fleet.brokers))
         await asyncio.gather(*(part.start() for part in fleet.tokenizers))
@@ -194,7 +199,7 @@ async def running(model: Path, shape: Shape, *, engine: Sequence[str], folder: P
         await asyncio.gather(*(part.kill() for part in fleet.parts if part._process is not None))
 
 
-def _fleet(model: Path, shape: Shape, *, engine: Sequence[str], folder: Path) -> Fleet:
+def _fleet(model: Path, shape: Shape, *, engine: Sequence[str], gateway: Sequence[str], folder: Path) -> Fleet:
     folder.mkdir(parents=True, exist_ok=True)
     ports = iter(_free_ports(2 * shape.brokers + shape.tokenizers + 2 * shape.gateways))
 
@@ -228,6 +233,7 @@ def _fleet(model: Path, shape: Shape, *, engine: Sequence[str], folder: Path) ->
                 f"--tokenizer=ipv4:{','.join(spellers)}",
                 f"--reply-partition={number}",
                 "--cursor-keys=sixteen bytes or more",
+                *gateway,
             )
             for number, (grpc, http) in enumerate(doors)
         ],

@@ -1,0 +1,105 @@
+"""What the chaos benchmark finds, what it does not miss, and a short run of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.chaos.clients import Stream, Task, Text, check
+from benchmarks.chaos.faults import KINDS, Fault, plan
+from benchmarks.chaos.findings import broken, effects
+from benchmarks.mesh import ROOT
+from deploy.kafka import broker
+from holdfast.events import Finished, FinishReason, Tokens, Usage
+from tests.conftest import missing
+
+TASK = Task("Once", 3)
+EXPECTED = Text("a b c", (1, 2, 3))
+END = Finished(0, FinishReason.LENGTH, Usage(1, 0, 3), "", "")
+
+
+def tokens(first: int, *token_ids: int, text: str) -> Tokens:
+    return Tokens(0, first, len(token_ids), text, token_ids, (), "")
+
+
+def test_the_whole_text_passes() -> None:
+    """However it is cut."""
+    assert check([tokens(0, 1, text="a"), tokens(1, 2, 3, text=" b c"), END], EXPECTED) == ""
+
+
+@pytest.mark.parametrize(
+    ("events", "wrong"),
+    [
+        ([tokens(0, 1, text="a"), tokens(2, 3, text=" c"), END], "token 2 came where 1 was due"),
+        ([tokens(0, 1, 2, text="a b"), tokens(1, 2, 3, text=" b c"), END], "token 1 came where 2 was due"),
+        ([tokens(0, 1, 2, 4, text="a b d"), END], "another text from token 2 on: it has 3, and 3 were due"),
+        ([tokens(0, 1, 2, text="a b"), END], "another text from token 2 on: it has 2, and 3 were due"),
+        ([tokens(0, 1, 2, 3, text="a b d"), END], "another text of the same tokens"),
+        ([tokens(0, 1, 2, 3, text="a b c")], "it has not one end"),
+    ],
+)
+def test_every_other_text_is_found(events: list[Tokens | Finished], wrong: str) -> None:
+    """Lost, doubled, another, cut off, decoded otherwise, without an end."""
+    assert check(events, EXPECTED) == wrong
+
+
+def test_a_silence_is_counted_from_the_fault() -> None:
+    """From its own beginning where that is later; and what happens before the first fault belongs to none."""
+    first, second = Fault("engine dies", "engine-0", 10.0, 12.0), Fault("gateway dies", "gateway-0", 20.0, 22.0)
+    stream = Stream(TASK, 1.0, accepted=2.0, ended=40.0, silences=[(3.0, 5.0), (9.0, 16.0), (23.0, 25.0)])
+    refused = Stream(TASK, 20.5, ended=21.0, refusal="Unavailable: gone")
+    failed = Stream(TASK, 11.0, accepted=11.5, ended=19.0, failure="it has not one end")
+    one, two = effects([stream, refused, failed], [first, second])
+    assert (one.recoveries, one.num_refused, one.num_failed) == ([6.0], 0, 1)
+    assert (two.recoveries, two.num_refused, two.num_failed) == ([2.0], 1, 0)
+
+
+def test_what_does_not_hold_is_said() -> None:
+    """A stream with a failure, one without an end, a process that ended by itself; not a refusal."""
+    streams = [
+        Stream(TASK, 1.0, accepted=2.0, ended=3.0),
+        Stream(TASK, 1.0, accepted=2.0, ended=3.0, failure="it has not one end"),
+        Stream(TASK, 1.0, accepted=2.0),
+        Stream(TASK, 1.0, ended=2.0, refusal="Unavailable: gone"),
+    ]
+    assert broken(streams, {"engine-1": [1]}) == [
+        "3 tokens: it has not one end",
+        "a stream has no end",
+        "engine-1 ended by itself, with [1]",
+    ]
+    assert broken(streams[:1], {}) == []
+
+
+def test_every_kind_of_fault_is_in_a_plan_with_room_for_it() -> None:
+    """The same seed plans the same; kinds may be named, and a wrong name is told with the right ones."""
+    chosen = plan(40, [], seed=3)
+    assert {kind.name for kind in chosen} == {kind.name for kind in KINDS}
+    assert chosen == plan(40, [], seed=3)
+    assert {kind.name for kind in plan(5, ["engine dies"], seed=0)} == {"engine dies"}
+    with pytest.raises(ValueError, match="no fault is called fire; there are: engine dies, "):
+        plan(5, ["fire"], seed=0)
+
+
+@pytest.mark.kafka
+@pytest.mark.timeout(400)
+def test_streams_hold_while_processes_die(stories260k: Path, tmp_path: Path) -> None:
+    """A mesh of processes on a broker of its own: a frozen engine, a gateway that dies with an engine, a tokenizer, the
+    broker."""
+    try:
+        broker.fetch()
+    except broker.BrokerError as error:
+        missing(f"no Kafka broker: {error}")
+    kinds = ["engine freezes and wakes", "gateway and engine die together", "tokenizer dies", "broker dies"]
+    out = tmp_path / "chaos.json"
+    command = [sys.executable, "-m", "benchmarks.chaos", f"--model={stories260k}", "--faults=4", "--only", *kinds]
+    command += ["--engines=2", "--clients=8", f"--folder={tmp_path / 'mesh'}", f"--out={out}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=380)
+    assert done.returncode == 0, done.stdout + done.stderr
+    streams, faults = json.loads(out.read_text())["tables"][:2]
+    counts = dict(streams["rows"])
+    assert counts["accepted"] == counts["with the whole text, every token once"] > 0
+    assert {row[0]: row[1] for row in faults["rows"]} == dict.fromkeys(kinds, 1)
