@@ -386,9 +386,12 @@ async def _waits_told(client: Client) -> AsyncIterator[Callable[[], object]]:
 
     async def tell() -> None:
         await asyncio.sleep(_PATIENCE_SECONDS)
-        with contextlib.suppress(HoldfastError):
-            if not await client.health():
-                print(f"holdfast: waiting: {_NOT_READY}", file=sys.stderr)
+        try:
+            reason = "" if await client.health() else _NOT_READY
+        except HoldfastError as error:
+            reason = str(error)
+        if reason:
+            print(f"holdfast: waiting: {reason}", file=sys.stderr)
 
     telling = asyncio.create_task(tell())
     try:

@@ -27,9 +27,11 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from holdfast.errors import (
+    Cancelled,
     HoldfastError,
     Interrupted,
     InvalidRequest,
+    NotAccepted,
     RequestError,
     RetryableError,
     StreamFailed,
@@ -48,7 +50,7 @@ from holdfast.events import (
     model_from_wire,
     result_from_wire,
 )
-from holdfast.gateways import PATIENT, Gateway, Gateways, Patience, broke, translated
+from holdfast.gateways import PATIENT, Gateway, Gateways, Patience, Tries, broke, is_lost, translated
 from holdfast.v1 import gateway_pb2, generation_pb2, tokenizer_pb2
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -58,6 +60,9 @@ GATEWAY_SERVICE = "holdfast.v1.GatewayService"
 
 NEEDS = ("log", "tokenizer", "engine")
 """What a gateway needs to serve: the names under which its health tells whether each is there."""
+
+_AT_ONCE = 0.001
+"""Seconds to wait for a result whose time is over."""
 
 _LATE = 5.0
 """Seconds that a call may outlive the deadline of its request: the gateway ends the answer, not the connection."""
@@ -113,10 +118,12 @@ class Client:
     answers at once; it belongs to one event loop.
 
     `address` is that of a gateway, or those of several (a sequence, or with commas between): one is used, and the next
-    where that does not answer. `patience` says how it tries to go on with answers whose connection is lost.
+    where that does not answer. `patience` says how it goes on where its gateway is lost, or is being stopped or started:
+    with streams as `generate` says, and with the other calls as far as they cannot be done twice thereby. One that never
+    was there is not waited for.
 
-    `timeout`, in seconds, is for the calls that do not stream. Every method raises `holdfast.errors`: `Unavailable`
-    where no gateway answers. Opening raises `ConfigurationError` where there can be no such address.
+    `timeout`, in seconds, is for the calls that do not stream, each time. Every method raises `holdfast.errors`:
+    `Unavailable` where no gateway answers. Opening raises `ConfigurationError` where there can be no such address.
     """
 
     def __init__(
@@ -171,10 +178,12 @@ class Client:
         """
         request = _request(prompt, messages, token_ids, options)
         request.cancel_on_disconnect = cancel_on_exit and not resume
+        request.hand_over = resume
         answer = Answer(
             self._gateways,
             request,
-            patience=self._patience if resume else None,
+            patience=self._patience,
+            resume=resume,
             cancel_on_exit=cancel_on_exit and resume,
             own_id=not options.get("request_id"),
         )
@@ -197,36 +206,51 @@ class Client:
         **options: Unpack[Options],
     ) -> Submitted:
         """Has a request run in the background; returns when the log has it. Arguments and errors as `generate`."""
-        request = gateway_pb2.SubmitRequest(request=_request(prompt, messages, token_ids, options))
-        gateway = await self._gateways.reachable()
-        with translated(gateway.address):
-            response = await gateway.stub.Submit(request, timeout=self._timeout)
-        return Submitted(request_id=response.request_id, cursor=response.cursor)
+        request = _request(prompt, messages, token_ids, options)
+        tries, own_id = Tries(self._gateways, self._patience), not options.get("request_id")
+        while True:
+            gateway = None
+            try:
+                gateway = await self._gateways.reachable()
+                with translated(gateway.address):
+                    response = await gateway.stub.Submit(
+                        gateway_pb2.SubmitRequest(request=request), timeout=self._timeout
+                    )
+                return Submitted(request_id=response.request_id, cursor=response.cursor)
+            except HoldfastError as error:
+                if not may_be_asked_anew(error, own_id=own_id):
+                    raise
+                await tries.after(error, gateway)
+                if not isinstance(error, NotAccepted):
+                    self._gateways.renew(request)
 
     async def result(self, cursor: str, *, wait: float | None = None) -> Result:
         """The whole answer to a request, from the cursor of its start (`Submitted.cursor`): awaited, or after `wait`
         seconds what there is of it."""
-        request = gateway_pb2.GetResultRequest(cursor=cursor)
-        if wait is not None:
-            request.wait.FromNanoseconds(round(wait * 1e9))
-        gateway = await self._gateways.reachable()
-        with translated(gateway.address):
-            response = await gateway.stub.GetResult(request, timeout=None if wait is None else wait + self._timeout)
-        return result_from_wire(response)
+        request = gateway_pb2.GetResultRequest(cursor=cursor, hand_over=True)
+        began = asyncio.get_running_loop().time()
+
+        async def call(gateway: Gateway) -> gateway_pb2.GetResultResponse:
+            if wait is None:
+                return await gateway.stub.GetResult(request)
+            left = wait - (asyncio.get_running_loop().time() - began)
+            request.wait.FromNanoseconds(round((left if left > 0 else min(wait, _AT_ONCE)) * 1e9))
+            return await gateway.stub.GetResult(request, timeout=max(left, 0) + self._timeout)
+
+        return result_from_wire(await self._gateways.ask(call, self._patience))
 
     async def cancel(self, request_id: str) -> None:
         """Ends a request, wherever it runs. Returns when the log has the wish; cancelling what has ended changes
         nothing."""
-        gateway = await self._gateways.reachable()
-        with translated(gateway.address):
-            await gateway.stub.Cancel(gateway_pb2.CancelRequest(request_id=request_id), timeout=self._timeout)
+        await self._gateways.cancel(request_id, self._patience, timeout=self._timeout)
 
     async def models(self) -> list[Model]:
         """The models that the mesh serves."""
-        gateway = await self._gateways.reachable()
-        with translated(gateway.address):
-            response = await gateway.stub.ListModels(gateway_pb2.ListModelsRequest(), timeout=self._timeout)
-        return [model_from_wire(model) for model in response.models]
+
+        async def call(gateway: Gateway) -> gateway_pb2.ListModelsResponse:
+            return await gateway.stub.ListModels(gateway_pb2.ListModelsRequest(), timeout=self._timeout)
+
+        return [model_from_wire(model) for model in (await self._gateways.ask(call, self._patience)).models]
 
     async def health(self) -> bool:
         """Whether the gateway says that it can serve."""
@@ -262,15 +286,17 @@ class Answer(AsyncIterator[Event]):
         request: gateway_pb2.GenerateRequest | None,
         *,
         cursor: str = "",
-        patience: Patience | None = None,
+        patience: Patience,
+        resume: bool = True,
         cancel_on_exit: bool = False,
         own_id: bool = False,
     ) -> None:
-        """`request`: None to go on from `cursor`. `patience`: None to break with the connection. `own_id`: the id was
+        """`request`: None to go on from `cursor`. `resume`: not to break with the connection. `own_id`: the id was
         drawn here, and may be drawn anew where nobody knows whether the mesh has the request."""
         self._gateways = gateways
         self._request = request
-        self._patience = patience
+        self._tries = Tries(gateways, patience)
+        self._resume = resume
         self._cancel_on_exit = cancel_on_exit
         self._own_id = own_id
         self._proof = _Proof(request)
@@ -280,7 +306,6 @@ class Answer(AsyncIterator[Event]):
         self._gateway: Gateway | None = None
         self._until: float | None = None
         """Loop time until which the whole answer may take."""
-        self._num_failed = 0
         self._resuming = False
         self._closed = False
         self._over = False
@@ -360,16 +385,19 @@ class Answer(AsyncIterator[Event]):
             self._resuming, first = False, not self._request_id
             self._request_id = event.request_id
             return event if first else None
-        self._num_failed = 0
+        self._tries.begin_anew()
         return event
 
     async def _begin(self) -> _Call:
         """The call that is open, or a new one."""
         if self._call is None:
-            self._gateway = gateway = await self._gateways.reachable()
+            gateway = await self._gateways.reachable()
+            if self._closed:
+                raise Cancelled("the answer was closed before it began")
+            self._gateway = gateway
             if self._cursor or self._request is None:
                 self._resuming = True
-                resume = gateway_pb2.ResumeRequest(cursor=self._cursor)
+                resume = gateway_pb2.ResumeRequest(cursor=self._cursor, hand_over=self._resume)
                 self._call = gateway.stub.Resume(resume, timeout=self._time_left())
             else:
                 self._call = gateway.stub.Generate(self._request, timeout=self._time_left())
@@ -392,60 +420,62 @@ class Answer(AsyncIterator[Event]):
         """
         if self._closed:
             raise error
-        if self._patience is None or not (isinstance(error, RetryableError) or broke(error)):
+        try:
+            await (self._go_on_after(error) if self._cursor else self._ask_anew_after(error))
+        except HoldfastError:
             self._over = True
+            raise
+
+    async def _go_on_after(self, error: HoldfastError) -> None:
+        """The mesh has the request: after whatever passes, the stream goes on from its cursor."""
+        if not self._resume or not (isinstance(error, RetryableError) or broke(error)):
             if self._resuming and self._cursor != self._first_cursor and isinstance(error, RequestError):
                 raise StreamFailed(
                     f"the stream broke and cannot be resumed: {error} (its last cursor: {self._cursor})"
                 ) from error
             raise error
-        if not self._cursor:
-            self._ask_another(error)
-        elif self._num_failed >= self._patience.tries:
-            self._over = True
+        try:
+            await self._tries.after(error, self._drop_call(), going_on=True)
+        except HoldfastError:
             raise Interrupted(
-                f"the stream broke, and {self._num_failed} tries to go on with it failed, the last one so: {error} "
+                f"the stream broke, and {self._tries.num_failed - 1} tries to go on with it failed, the last one so: {error} "
                 f"(its last cursor: {self._cursor})",
                 cursor=self._cursor,
             ) from error
-        self._drop_call()
-        if self._cursor:
-            self._num_failed += 1
-            await asyncio.sleep(self._patience.before(self._num_failed - 1))
 
-    def _ask_another(self, error: HoldfastError) -> None:
-        """After an error before anybody said that the mesh has the request: it may have it all the same. So another
-        gateway is asked for a request of another id, and the mesh told to end the first one."""
-        self._num_failed += 1
-        if not self._own_id or not isinstance(error, Unavailable) or self._num_failed >= len(self._gateways.addresses):
-            self._over = True
+    async def _ask_anew_after(self, error: HoldfastError) -> None:
+        """Nobody said that the mesh has the request."""
+        if not may_be_asked_anew(error, own_id=self._own_id):
             raise error
-        assert self._request is not None
-        left = self._request_id
-        self._request_id = self._request.request_id = uuid.uuid4().hex
-        if self._gateway is not None:
-            self._gateways.move_on(self._gateway)
-        self._gateways.farewell(left)
+        await self._tries.after(error, self._drop_call())
+        if not isinstance(error, NotAccepted):
+            assert self._request is not None
+            self._gateways.renew(self._request)
+            self._request_id = self._request.request_id
 
-    def _drop_call(self) -> None:
+    def _drop_call(self) -> Gateway | None:
+        """Ends the call that failed; returns the gateway that it was to."""
         if self._call is not None:
             self._call.cancel()
             self._call = None
-        if self._gateway is not None:
-            self._gateways.move_on(self._gateway)
-            self._gateway = None
+        gateway, self._gateway = self._gateway, None
+        return gateway
 
     def _leave(self) -> asyncio.Task[None] | None:
         """Ends the call; returns what has the request end where that is wanted."""
         self._closed = True
-        if self._call is None:
-            return None
-        self._call.cancel()
-        self._call = None
-        if self._over or not self._cancel_on_exit:
+        begun = self._call is not None or self._cursor
+        self._drop_call()
+        if not begun or self._over or not self._cancel_on_exit:
             return None
         self._over = True
         return self._gateways.farewell(self._request_id)
+
+
+def may_be_asked_anew(error: HoldfastError, *, own_id: bool) -> bool:
+    """Whether a request may be sent again after this error, before anybody said that the mesh has it. It may have it all the
+    same, unless the error says otherwise: then only a request of another id will do."""
+    return isinstance(error, NotAccepted) or (own_id and is_lost(error))
 
 
 class _Proof:

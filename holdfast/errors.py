@@ -10,6 +10,7 @@
     ├── RetryableError            the same call may succeed later; `retry_after` says when
     │   ├── Overloaded              too much is running or waiting
     │   └── Unavailable             a part of the mesh, or the log, cannot be reached
+    │       ├── NotAccepted           a gateway that starts, stops or is away: it has taken nothing of the call
     │       ├── NotOwner              a rebalance took the partition away
     │       └── Interrupted           a stream broke, and no gateway went on with it; `cursor` says from where one can
     ├── FinalError                trying again is no use
@@ -81,6 +82,11 @@ class Unavailable(RetryableError):
     """A part of the mesh, or the log, cannot be reached."""
 
 
+class NotAccepted(Unavailable):
+    """The gateway starts, is being stopped, or cannot be connected to, and has taken nothing of the call: it can be made
+    again as it is, at another gateway or in a moment."""
+
+
 class NotOwner(Unavailable):
     """A rebalance took the partition away."""
 
@@ -142,6 +148,7 @@ WIRE: dict[type[HoldfastError], Wire] = {
     NotFound: Wire(grpc.StatusCode.NOT_FOUND, 404, "not_found_error"),
     AlreadyExists: Wire(grpc.StatusCode.ALREADY_EXISTS, 409, "invalid_request_error"),
     Overloaded: Wire(grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "rate_limit_error"),
+    NotAccepted: Wire(grpc.StatusCode.UNAVAILABLE, 503, "service_unavailable_error"),
     Unavailable: Wire(grpc.StatusCode.UNAVAILABLE, 503, "service_unavailable_error"),
     Cancelled: Wire(grpc.StatusCode.CANCELLED, 499, "cancelled_error"),
     DeadlineExceeded: Wire(grpc.StatusCode.DEADLINE_EXCEEDED, 504, "timeout_error"),
@@ -150,6 +157,9 @@ WIRE: dict[type[HoldfastError], Wire] = {
     ConfigurationError: Wire(grpc.StatusCode.FAILED_PRECONDITION, 500, "server_error"),
     InternalError: Wire(grpc.StatusCode.INTERNAL, 500, "server_error"),
 }
+
+_SAID = (RequestTooLarge, NotAccepted)
+"""What no code alone means."""
 
 
 def wire(error: HoldfastError) -> Wire:
@@ -192,7 +202,7 @@ def from_rpc_error(error: grpc.RpcError) -> HoldfastError:
         elif detail.Unpack(info) and info.domain == "holdfast":
             reason = info.reason
     kind = next((k for k in WIRE if k.__name__ == reason), None) or next(
-        (k for k, row in WIRE.items() if row.grpc is code and k is not RequestTooLarge), InternalError
+        (k for k, row in WIRE.items() if row.grpc is code and k not in _SAID), InternalError
     )
     if issubclass(kind, InvalidRequest):
         return kind(text, field=field)
@@ -204,7 +214,7 @@ def from_rpc_error(error: grpc.RpcError) -> HoldfastError:
 def from_code(code: int, message: str) -> HoldfastError:
     """The error for a google.rpc.Code, as `StreamError` carries it."""
     name = code_pb2.Code.Name(code) if code in code_pb2.Code.values() else "INTERNAL"
-    kind = next((k for k, row in WIRE.items() if row.grpc.name == name and k is not RequestTooLarge), InternalError)
+    kind = next((k for k, row in WIRE.items() if row.grpc.name == name and k not in _SAID), InternalError)
     return kind(message)
 
 

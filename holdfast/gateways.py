@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterator, Sequence
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import grpc
 import grpc.aio
 from grpc_status import rpc_status
 
 from holdfast import rpc
-from holdfast.errors import Cancelled, ConfigurationError, Unavailable, from_rpc_error
+from holdfast.errors import (
+    Cancelled,
+    ConfigurationError,
+    HoldfastError,
+    NotAccepted,
+    RetryableError,
+    Unavailable,
+    from_rpc_error,
+)
 from holdfast.v1 import gateway_pb2, gateway_pb2_grpc
+
+T = TypeVar("T")
 
 _DIAL_SECONDS = 2.0
 """How long a gateway may take to let itself be connected to, where there are others."""
+
+_DIAL_ALONE_SECONDS = 20.0
+"""And where there are none."""
 
 _FAREWELL_SECONDS = 5.0
 """How long the mesh may take to hear that an answer was left."""
@@ -25,9 +40,10 @@ _FAREWELL_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How a client tries to go on with a stream that broke. The tries are counted anew with every event that comes."""
+    """How a client goes on where its gateway went: with a stream that broke, or with a call that was not taken. The tries
+    for a stream are counted anew with every event that comes."""
 
-    tries: int = 8
+    tries: int = 30
     first_seconds: float = 0.1
     """Before the first try, more or less; before each further one twice as long."""
     most_seconds: float = 2.0
@@ -39,7 +55,7 @@ class Patience:
 
 
 PATIENT = Patience()
-"""Some ten seconds."""
+"""Some forty seconds: a gateway that has no other beside it may drain (`drain_seconds`) and start again meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +76,8 @@ class Gateways:
         self.addresses = tuple(addresses)
         self._all: list[Gateway] = []
         self._index = 0
+        self.met = False
+        """Whether one of them was there once."""
         self._farewells: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
@@ -94,44 +112,105 @@ class Gateways:
         """The one in use, or where that cannot be connected to the next one that can. Nothing was asked of any.
 
         Raises:
-            Unavailable: there are several, and none can be connected to.
+            NotAccepted: none can be connected to.
         """
-        if len(self._all) == 1:
-            return self.current
+        seconds = _DIAL_SECONDS if len(self._all) > 1 else _DIAL_ALONE_SECONDS
         for _ in self._all:
             gateway = self.current
-            if await _connects(gateway.channel):
+            if await _connects(gateway.channel, seconds):
+                self.met = True
                 return gateway
             self.move_on(gateway)
-        raise Unavailable(f"no gateway answers at any of {', '.join(self.addresses)}; is one running there?")
+        where = f"any of {', '.join(self.addresses)}" if len(self._all) > 1 else self.address
+        raise NotAccepted(f"no gateway answers at {where}; is one running there?")
+
+    async def ask(self, call: Callable[[Gateway], Awaitable[T]], patience: Patience) -> T:
+        """What a gateway answers to a call that may be made again though an earlier one was heard.
+
+        Raises:
+            HoldfastError: what it answered last, instead.
+        """
+        tries = Tries(self, patience)
+        while True:
+            gateway = None
+            try:
+                gateway = await self.reachable()
+                with translated(gateway.address):
+                    return await call(gateway)
+            except HoldfastError as error:
+                if not is_lost(error):
+                    raise
+                await tries.after(error, gateway)
+
+    async def cancel(self, request_id: str, patience: Patience, *, timeout: float) -> None:
+        """Returns when the mesh has the wish that a request end. `timeout`: seconds that a gateway may take to hear it."""
+        request = gateway_pb2.CancelRequest(request_id=request_id)
+
+        async def call(gateway: Gateway) -> None:
+            await gateway.stub.Cancel(request, timeout=timeout)
+
+        await self.ask(call, patience)
 
     def farewell(self, request_id: str) -> asyncio.Task[None]:
         """Has the mesh end a request in the background, of which nobody wants to know more. The connections stay open for
         it for a while."""
-        task = asyncio.get_running_loop().create_task(self._cancel(request_id))
+        task = asyncio.get_running_loop().create_task(self._say_farewell(request_id))
         self._farewells.add(task)
         task.add_done_callback(self._farewells.discard)
         return task
 
-    async def _cancel(self, request_id: str) -> None:
+    def renew(self, request: gateway_pb2.GenerateRequest) -> None:
+        """Nobody knows whether the mesh has this request: gives it another id, and has the mesh end the one before."""
+        self.farewell(request.request_id)
+        request.request_id = uuid.uuid4().hex
+
+    async def _say_farewell(self, request_id: str) -> None:
         try:
             async with asyncio.timeout(_FAREWELL_SECONDS):
-                gateway = await self.reachable()
-                await gateway.stub.Cancel(gateway_pb2.CancelRequest(request_id=request_id), timeout=_FAREWELL_SECONDS)
-        except (grpc.RpcError, Unavailable, TimeoutError):
+                await self.cancel(request_id, PATIENT, timeout=_FAREWELL_SECONDS)
+        except (HoldfastError, TimeoutError):
             pass  # it goes on to its own end; nobody is there to be told
 
 
-async def _connects(channel: grpc.aio.Channel) -> bool:
-    """Whether there is a connection, or one can be made."""
+class Tries:
+    """The tries for one call, or for one stream to go on, of which one was made already."""
+
+    def __init__(self, gateways: Gateways, patience: Patience) -> None:
+        self._gateways = gateways
+        self._patience = patience
+        self.num_failed = 0
+
+    def begin_anew(self) -> None:
+        """There was success."""
+        self.num_failed = 0
+
+    async def after(self, error: HoldfastError, gateway: Gateway | None, *, going_on: bool = False) -> None:
+        """Counts a failure, and returns when it is time for another try, at the gateway after the one that failed (None:
+        there was none). A gateway that was there and went is waited for, and where the mesh has the request (`going_on`)
+        whatever is missing; otherwise each gateway is asked once.
+
+        Raises:
+            HoldfastError: the error, where there were tries enough.
+        """
+        self.num_failed += 1
+        patient = going_on or (self._gateways.met and is_passing(error))
+        if self.num_failed > (self._patience.tries if patient else len(self._gateways.addresses) - 1):
+            raise error
+        if gateway is not None:
+            self._gateways.move_on(gateway)
+        if not has_moved(error):
+            await asyncio.sleep(self._patience.before(self.num_failed - 1))
+
+
+async def _connects(channel: grpc.aio.Channel, seconds: float) -> bool:
+    """Whether there is a connection, or one can be made. A channel that failed tries again by itself, every two seconds at
+    least, and until it has succeeded counts as failed."""
     try:
-        async with asyncio.timeout(_DIAL_SECONDS):
-            state = channel.get_state(try_to_connect=True)
-            while state is not grpc.ChannelConnectivity.READY:
-                await channel.wait_for_state_change(state)
-                state = channel.get_state(try_to_connect=True)
+        async with asyncio.timeout(seconds):
+            while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
                 if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
                     return False
+                await channel.wait_for_state_change(state)
     except TimeoutError:
         return False
     return True
@@ -158,3 +237,18 @@ def translated(address: str) -> Iterator[None]:
 def broke(error: Exception) -> bool:
     """Whether the error, as `translated` gives it, is of the connection, and not one that a gateway told."""
     return isinstance(error.__cause__, grpc.RpcError) and rpc_status.from_call(error.__cause__) is None
+
+
+def is_lost(error: HoldfastError) -> bool:
+    """Whether a call failed because of where it was made: another gateway may answer it."""
+    return isinstance(error, Unavailable) or (isinstance(error, Cancelled) and broke(error))
+
+
+def has_moved(error: HoldfastError) -> bool:
+    """Whether a gateway says that the call goes on elsewhere, at once."""
+    return isinstance(error, RetryableError) and error.retry_after == 0
+
+
+def is_passing(error: HoldfastError) -> bool:
+    """Whether the gateway went, and comes back or has successors, rather than misses what it needs."""
+    return isinstance(error, NotAccepted) or broke(error) or has_moved(error)

@@ -28,7 +28,7 @@ from holdfast.v1 import generation_pb2 as holdfast_dot_v1_dot_generation__pb2
 from holdfast.v1 import tokenizer_pb2 as holdfast_dot_v1_dot_tokenizer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19holdfast/v1/gateway.proto\x12\x0bholdfast.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1choldfast/v1/generation.proto\x1a\x1bholdfast/v1/tokenizer.proto\"\xd5\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12&\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x16.holdfast.v1.ChatInputH\x00\x12*\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x15.holdfast.v1.TokenIdsH\x00\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.holdfast.v1.SamplingParams\x12$\n\x04stop\x18\x07 \x01(\x0b\x32\x16.holdfast.v1.StopRules\x12\x18\n\x0bnum_choices\x18\x08 \x01(\rH\x01\x88\x01\x01\x12\x30\n\rrequest_class\x18\t \x01(\x0e\x32\x19.holdfast.v1.RequestClass\x12*\n\x07timeout\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1c\n\x14\x63\x61ncel_on_disconnect\x18\x0b \x01(\x08\x12\x18\n\x10return_token_ids\x18\x0c \x01(\x08\x12\x1b\n\x13show_special_tokens\x18\r \x01(\x08\x42\x07\n\x05inputB\x0e\n\x0c_num_choices\"\x98\x01\n\x10GenerateResponse\x12)\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x15.holdfast.v1.AcceptedH\x00\x12%\n\x06tokens\x18\x02 \x01(\x0b\x32\x13.holdfast.v1.TokensH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.holdfast.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\x1f\n\rResumeRequest\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\t\"\x94\x01\n\x0eResumeResponse\x12\'\n\x07resumed\x18\x01 \x01(\x0b\x32\x14.holdfast.v1.ResumedH\x00\x12%\n\x06tokens\x18\x02 \x01(\x0b\x32\x13.holdfast.v1.TokensH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.holdfast.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"g\n\x07Resumed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x12\n\nnext_index\x18\x04 \x03(\r\x12\r\n\x05\x65nded\x18\x05 \x03(\r\"E\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\"\xa0\x01\n\x06Tokens\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12,\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1a.holdfast.v1.TokenLogprobs\x12\x0e\n\x06\x63ursor\x18\x07 \x01(\t\"\x86\x01\n\x08\x46inished\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.holdfast.v1.FinishReason\x12!\n\x05usage\x18\x03 \x01(\x0b\x32\x12.holdfast.v1.Usage\x12\x0c\n\x04stop\x18\x04 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x05 \x01(\t\">\n\rSubmitRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.holdfast.v1.GenerateRequest\"4\n\x0eSubmitResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\"K\n\x10GetResultRequest\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\t\x12\'\n\x04wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"|\n\x11GetResultResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12*\n\x07\x63hoices\x18\x03 \x03(\x0b\x32\x19.holdfast.v1.ChoiceResult\x12\x10\n\x08\x63omplete\x18\x04 \x01(\x08\"\x9a\x01\n\x0c\x43hoiceResult\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.holdfast.v1.TokenLogprobs\x12\'\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x15.holdfast.v1.Finished\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x10\n\x0e\x43\x61ncelResponse\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.holdfast.v1.Model\"|\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x0c\n\x04\x63hat\x18\x04 \x01(\x08\x12+\n\x07\x63reated\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp2\xc1\x03\n\x0eGatewayService\x12I\n\x08Generate\x12\x1c.holdfast.v1.GenerateRequest\x1a\x1d.holdfast.v1.GenerateResponse0\x01\x12\x41\n\x06Submit\x12\x1a.holdfast.v1.SubmitRequest\x1a\x1b.holdfast.v1.SubmitResponse\x12\x43\n\x06Resume\x12\x1a.holdfast.v1.ResumeRequest\x1a\x1b.holdfast.v1.ResumeResponse0\x01\x12J\n\tGetResult\x12\x1d.holdfast.v1.GetResultRequest\x1a\x1e.holdfast.v1.GetResultResponse\x12\x41\n\x06\x43\x61ncel\x12\x1a.holdfast.v1.CancelRequest\x1a\x1b.holdfast.v1.CancelResponse\x12M\n\nListModels\x12\x1e.holdfast.v1.ListModelsRequest\x1a\x1f.holdfast.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19holdfast/v1/gateway.proto\x12\x0bholdfast.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1choldfast/v1/generation.proto\x1a\x1bholdfast/v1/tokenizer.proto\"\xe8\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12&\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x16.holdfast.v1.ChatInputH\x00\x12*\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x15.holdfast.v1.TokenIdsH\x00\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.holdfast.v1.SamplingParams\x12$\n\x04stop\x18\x07 \x01(\x0b\x32\x16.holdfast.v1.StopRules\x12\x18\n\x0bnum_choices\x18\x08 \x01(\rH\x01\x88\x01\x01\x12\x30\n\rrequest_class\x18\t \x01(\x0e\x32\x19.holdfast.v1.RequestClass\x12*\n\x07timeout\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1c\n\x14\x63\x61ncel_on_disconnect\x18\x0b \x01(\x08\x12\x18\n\x10return_token_ids\x18\x0c \x01(\x08\x12\x1b\n\x13show_special_tokens\x18\r \x01(\x08\x12\x11\n\thand_over\x18\x0e \x01(\x08\x42\x07\n\x05inputB\x0e\n\x0c_num_choices\"\x98\x01\n\x10GenerateResponse\x12)\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x15.holdfast.v1.AcceptedH\x00\x12%\n\x06tokens\x18\x02 \x01(\x0b\x32\x13.holdfast.v1.TokensH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.holdfast.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"2\n\rResumeRequest\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\t\x12\x11\n\thand_over\x18\x02 \x01(\x08\"\x94\x01\n\x0eResumeResponse\x12\'\n\x07resumed\x18\x01 \x01(\x0b\x32\x14.holdfast.v1.ResumedH\x00\x12%\n\x06tokens\x18\x02 \x01(\x0b\x32\x13.holdfast.v1.TokensH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.holdfast.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"g\n\x07Resumed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x12\n\nnext_index\x18\x04 \x03(\r\x12\r\n\x05\x65nded\x18\x05 \x03(\r\"E\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\"\xa0\x01\n\x06Tokens\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12,\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1a.holdfast.v1.TokenLogprobs\x12\x0e\n\x06\x63ursor\x18\x07 \x01(\t\"\x86\x01\n\x08\x46inished\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.holdfast.v1.FinishReason\x12!\n\x05usage\x18\x03 \x01(\x0b\x32\x12.holdfast.v1.Usage\x12\x0c\n\x04stop\x18\x04 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x05 \x01(\t\">\n\rSubmitRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.holdfast.v1.GenerateRequest\"4\n\x0eSubmitResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\"^\n\x10GetResultRequest\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\t\x12\'\n\x04wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\thand_over\x18\x03 \x01(\x08\"|\n\x11GetResultResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12*\n\x07\x63hoices\x18\x03 \x03(\x0b\x32\x19.holdfast.v1.ChoiceResult\x12\x10\n\x08\x63omplete\x18\x04 \x01(\x08\"\x9a\x01\n\x0c\x43hoiceResult\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.holdfast.v1.TokenLogprobs\x12\'\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x15.holdfast.v1.Finished\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x10\n\x0e\x43\x61ncelResponse\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.holdfast.v1.Model\"|\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x0c\n\x04\x63hat\x18\x04 \x01(\x08\x12+\n\x07\x63reated\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp2\xc1\x03\n\x0eGatewayService\x12I\n\x08Generate\x12\x1c.holdfast.v1.GenerateRequest\x1a\x1d.holdfast.v1.GenerateResponse0\x01\x12\x41\n\x06Submit\x12\x1a.holdfast.v1.SubmitRequest\x1a\x1b.holdfast.v1.SubmitResponse\x12\x43\n\x06Resume\x12\x1a.holdfast.v1.ResumeRequest\x1a\x1b.holdfast.v1.ResumeResponse0\x01\x12J\n\tGetResult\x12\x1d.holdfast.v1.GetResultRequest\x1a\x1e.holdfast.v1.GetResultResponse\x12\x41\n\x06\x43\x61ncel\x12\x1a.holdfast.v1.CancelRequest\x1a\x1b.holdfast.v1.CancelResponse\x12M\n\nListModels\x12\x1e.holdfast.v1.ListModelsRequest\x1a\x1f.holdfast.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,41 +36,41 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'holdfast.v1.gateway_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=167
-  _globals['_GENERATEREQUEST']._serialized_end=636
-  _globals['_GENERATERESPONSE']._serialized_start=639
-  _globals['_GENERATERESPONSE']._serialized_end=791
-  _globals['_RESUMEREQUEST']._serialized_start=793
-  _globals['_RESUMEREQUEST']._serialized_end=824
-  _globals['_RESUMERESPONSE']._serialized_start=827
-  _globals['_RESUMERESPONSE']._serialized_end=975
-  _globals['_RESUMED']._serialized_start=977
-  _globals['_RESUMED']._serialized_end=1080
-  _globals['_ACCEPTED']._serialized_start=1082
-  _globals['_ACCEPTED']._serialized_end=1151
-  _globals['_TOKENS']._serialized_start=1154
-  _globals['_TOKENS']._serialized_end=1314
-  _globals['_FINISHED']._serialized_start=1317
-  _globals['_FINISHED']._serialized_end=1451
-  _globals['_SUBMITREQUEST']._serialized_start=1453
-  _globals['_SUBMITREQUEST']._serialized_end=1515
-  _globals['_SUBMITRESPONSE']._serialized_start=1517
-  _globals['_SUBMITRESPONSE']._serialized_end=1569
-  _globals['_GETRESULTREQUEST']._serialized_start=1571
-  _globals['_GETRESULTREQUEST']._serialized_end=1646
-  _globals['_GETRESULTRESPONSE']._serialized_start=1648
-  _globals['_GETRESULTRESPONSE']._serialized_end=1772
-  _globals['_CHOICERESULT']._serialized_start=1775
-  _globals['_CHOICERESULT']._serialized_end=1929
-  _globals['_CANCELREQUEST']._serialized_start=1931
-  _globals['_CANCELREQUEST']._serialized_end=1966
-  _globals['_CANCELRESPONSE']._serialized_start=1968
-  _globals['_CANCELRESPONSE']._serialized_end=1984
-  _globals['_LISTMODELSREQUEST']._serialized_start=1986
-  _globals['_LISTMODELSREQUEST']._serialized_end=2005
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2007
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2063
-  _globals['_MODEL']._serialized_start=2065
-  _globals['_MODEL']._serialized_end=2189
-  _globals['_GATEWAYSERVICE']._serialized_start=2192
-  _globals['_GATEWAYSERVICE']._serialized_end=2641
+  _globals['_GENERATEREQUEST']._serialized_end=655
+  _globals['_GENERATERESPONSE']._serialized_start=658
+  _globals['_GENERATERESPONSE']._serialized_end=810
+  _globals['_RESUMEREQUEST']._serialized_start=812
+  _globals['_RESUMEREQUEST']._serialized_end=862
+  _globals['_RESUMERESPONSE']._serialized_start=865
+  _globals['_RESUMERESPONSE']._serialized_end=1013
+  _globals['_RESUMED']._serialized_start=1015
+  _globals['_RESUMED']._serialized_end=1118
+  _globals['_ACCEPTED']._serialized_start=1120
+  _globals['_ACCEPTED']._serialized_end=1189
+  _globals['_TOKENS']._serialized_start=1192
+  _globals['_TOKENS']._serialized_end=1352
+  _globals['_FINISHED']._serialized_start=1355
+  _globals['_FINISHED']._serialized_end=1489
+  _globals['_SUBMITREQUEST']._serialized_start=1491
+  _globals['_SUBMITREQUEST']._serialized_end=1553
+  _globals['_SUBMITRESPONSE']._serialized_start=1555
+  _globals['_SUBMITRESPONSE']._serialized_end=1607
+  _globals['_GETRESULTREQUEST']._serialized_start=1609
+  _globals['_GETRESULTREQUEST']._serialized_end=1703
+  _globals['_GETRESULTRESPONSE']._serialized_start=1705
+  _globals['_GETRESULTRESPONSE']._serialized_end=1829
+  _globals['_CHOICERESULT']._serialized_start=1832
+  _globals['_CHOICERESULT']._serialized_end=1986
+  _globals['_CANCELREQUEST']._serialized_start=1988
+  _globals['_CANCELREQUEST']._serialized_end=2023
+  _globals['_CANCELRESPONSE']._serialized_start=2025
+  _globals['_CANCELRESPONSE']._serialized_end=2041
+  _globals['_LISTMODELSREQUEST']._serialized_start=2043
+  _globals['_LISTMODELSREQUEST']._serialized_end=2062
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2064
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2120
+  _globals['_MODEL']._serialized_start=2122
+  _globals['_MODEL']._serialized_end=2246
+  _globals['_GATEWAYSERVICE']._serialized_start=2249
+  _globals['_GATEWAYSERVICE']._serialized_end=2698
 # @@protoc_insertion_point(module_scope)

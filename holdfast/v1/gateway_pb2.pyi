@@ -41,6 +41,7 @@ class GenerateRequest(_message.Message):
     CANCEL_ON_DISCONNECT_FIELD_NUMBER: _builtins.int
     RETURN_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SHOW_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    HAND_OVER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """1 to 128 characters of [A-Za-z0-9_.:-], unique in the mesh. Empty: the gateway draws one."""
     model: _builtins.str
@@ -59,6 +60,11 @@ class GenerateRequest(_message.Message):
     """Put token ids beside the text."""
     show_special_tokens: _builtins.bool
     """Show special tokens in the text. Without it they are left out."""
+    hand_over: _builtins.bool
+    """The caller goes on by itself, with Resume from its last cursor: a gateway that is being stopped ends the stream at
+    once, with UNAVAILABLE and a RetryInfo of 0, and leaves the request running. Otherwise it does so when its time to
+    drain is over. (Neither where its cursors end with it, because it was given no key of the mesh.)
+    """
     @_builtins.property
     def chat(self) -> _tokenizer_pb2.ChatInput:
         """A conversation, rendered by the model's chat template."""
@@ -95,10 +101,11 @@ class GenerateRequest(_message.Message):
         cancel_on_disconnect: _builtins.bool = ...,
         return_token_ids: _builtins.bool = ...,
         show_special_tokens: _builtins.bool = ...,
+        hand_over: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "chat", b"chat", "input", b"input", "num_choices", b"num_choices", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "timeout", b"timeout", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "cancel_on_disconnect", b"cancel_on_disconnect", "chat", b"chat", "input", b"input", "model", b"model", "num_choices", b"num_choices", "prompt", b"prompt", "request_class", b"request_class", "request_id", b"request_id", "return_token_ids", b"return_token_ids", "sampling", b"sampling", "show_special_tokens", b"show_special_tokens", "stop", b"stop", "timeout", b"timeout", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices", "cancel_on_disconnect", b"cancel_on_disconnect", "chat", b"chat", "hand_over", b"hand_over", "input", b"input", "model", b"model", "num_choices", b"num_choices", "prompt", b"prompt", "request_class", b"request_class", "request_id", b"request_id", "return_token_ids", b"return_token_ids", "sampling", b"sampling", "show_special_tokens", b"show_special_tokens", "stop", b"stop", "timeout", b"timeout", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_choices: _TypeAlias = _typing.Literal["num_choices"]  # noqa: Y015
     _WhichOneofArgType__num_choices: _TypeAlias = _typing.Literal["_num_choices", b"_num_choices"]  # noqa: Y015
@@ -156,16 +163,20 @@ class ResumeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CURSOR_FIELD_NUMBER: _builtins.int
+    HAND_OVER_FIELD_NUMBER: _builtins.int
     cursor: _builtins.str
     """The cursor of the last event that the client has, as it came."""
+    hand_over: _builtins.bool
+    """As in GenerateRequest."""
     def __init__(
         self,
         *,
         cursor: _builtins.str = ...,
+        hand_over: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "hand_over", b"hand_over"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -433,8 +444,13 @@ class GetResultRequest(_message.Message):
 
     CURSOR_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
+    HAND_OVER_FIELD_NUMBER: _builtins.int
     cursor: _builtins.str
     """The start of its stream, as SubmitResponse or Accepted has it."""
+    hand_over: _builtins.bool
+    """The caller asks again by itself: a gateway that is being stopped ends the call at once, with UNAVAILABLE and a
+    RetryInfo of 0. Otherwise it does so when its time to drain is over.
+    """
     @_builtins.property
     def wait(self) -> _duration_pb2.Duration:
         """Return what there is after this time, > 0. Absent: wait for the end, as long as the call may take."""
@@ -444,10 +460,11 @@ class GetResultRequest(_message.Message):
         *,
         cursor: _builtins.str = ...,
         wait: _duration_pb2.Duration | None = ...,
+        hand_over: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "wait", b"wait"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "hand_over", b"hand_over", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

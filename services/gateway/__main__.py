@@ -23,6 +23,7 @@ from services.gateway.cancel import Canceller
 from services.gateway.cursor import Cursors
 from services.gateway.detokenize import Detokenizer
 from services.gateway.generate import Gateway
+from services.gateway.handover import Handover
 from services.gateway.metrics import Metrics
 from services.gateway.observation import Observer
 from services.gateway.readiness import Readiness
@@ -56,8 +57,9 @@ async def serve(
 ) -> AsyncIterator[GatewayAddresses]:
     """A gateway that can take requests: the log was reached, the tokenizer answered, and engines were looked for; without
     one requests wait in the log. Until all three were seen, and whenever one is gone, its health is NOT_SERVING and
-    `/readyz` says what is missing. Leaving the block lets open streams end for `drain_seconds`, while what feeds them still
-    runs; until they have, whoever comes is told that it stops.
+    `/readyz` says what is missing. Leaving the block hands streams over whose clients go on elsewhere by themselves, lets
+    the others end for `drain_seconds`, while what feeds them still runs, and then hands over what can be; until then
+    whoever comes is told that it stops.
 
     Raises:
         ConfigurationError: an address cannot be bound, the log has other topics, or the tokenizer has become another.
@@ -78,7 +80,8 @@ async def serve(
         )
         streams = make_streams(reply_partition=settings.reply_partition)
         tails = Tails(log, streams, lambda partition: make_streams(reply_partition=partition))
-        cursors = Cursors(cursor_keys(settings, kept=bus is None))
+        cursors = Cursors(keys := cursor_keys(settings, kept=bus is None))
+        handover = Handover(possible=bool(keys))
         await parts.enter_async_context(running(streams.run(), tails.run(), detokenizer.run()))
         await parts.enter_async_context(canceller.publishing())
         gateway = Gateway(
@@ -91,12 +94,13 @@ async def serve(
             tails=tails,
             resumer=Resumer(settings, bus=log, tokenizer=tokenizer, tails=tails, canceller=canceller, cursors=cursors),
             admission=admission,
+            handover=handover,
             readiness=readiness,
             observer=Observer(metrics, parts.enter_context(tracing("gateway"))),
         )
         app = http.application(gateway, readiness, metrics, settings)
         last = min(LAST_WORDS_SECONDS, settings.drain_seconds)
-        server, http_address = await parts.enter_async_context(
+        server, site = await parts.enter_async_context(
             together(
                 rpc.serving(settings.address, [servicer(gateway, settings)], drain=last),
                 web.serving(settings.http_address, app, drain=last, write_seconds=settings.write_seconds),
@@ -113,12 +117,16 @@ async def serve(
         await watch.look()
         await parts.enter_async_context(running(watch.run()))
         try:
-            yield GatewayAddresses(grpc=server.address, http=http_address)
+            yield GatewayAddresses(grpc=server.address, http=site.address)
         finally:
+            admission.close()
             await readiness.lost("draining", "this gateway is being stopped")
+            handover.begin()
             with suppress(TimeoutError):
                 async with asyncio.timeout(settings.drain_seconds):
-                    await admission.drain()
+                    await admission.empty()
+            site.take_no_more()  # first: a browser that came back and was refused would stay away
+            handover.end()
 
 
 @asynccontextmanager

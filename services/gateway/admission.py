@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from google.protobuf.duration_pb2 import Duration
 
-from holdfast.errors import InvalidRequest, Overloaded, Unavailable
+from holdfast.errors import InvalidRequest, NotAccepted, Overloaded
 from holdfast.events import Model
 from holdfast.v1 import gateway_pb2, generation_pb2
 from services.gateway.settings import GatewaySettings
@@ -64,10 +64,10 @@ class Admission:
 
         Raises:
             Overloaded: all are taken.
-            Unavailable: the gateway takes no more requests.
+            NotAccepted: the gateway takes no more requests.
         """
         if self._closed:
-            raise Unavailable("this gateway is being stopped; ask another one, or later")
+            raise NotAccepted("this gateway is being stopped; ask another one, or later")
         if self._num_open >= self._settings.max_streams:
             raise Overloaded(f"{self._num_open} requests are open, as many as this gateway takes; try again later")
         self._num_open += 1
@@ -79,9 +79,12 @@ class Admission:
             if self._num_open == 0:
                 self._empty.set()
 
-    async def drain(self) -> None:
-        """Gives no further request a place; returns when none holds one."""
+    def close(self) -> None:
+        """Gives no further request a place."""
         self._closed = True
+
+    async def empty(self) -> None:
+        """Returns when no request holds a place."""
         await self._empty.wait()
 
     def admit(

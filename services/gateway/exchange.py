@@ -25,6 +25,7 @@ from holdfast.errors import (
 )
 from holdfast.telemetry import extract
 from services.gateway.bodies import ClientLeft
+from services.gateway.handover import HandedOver
 from services.gateway.openai_reply import error_json
 from services.gateway.tasks import running
 
@@ -32,6 +33,9 @@ log = structlog.get_logger(__name__)
 
 CLIENTS_ID = re.compile(r"[!-~]{1,128}")
 """What a client may call its call, in x-request-id."""
+
+BREAK_OFF = "holdfast.break_off"
+"""The extension of a call's scope that closes its connection, behind what was written."""
 
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -53,16 +57,18 @@ def error_response(error: HoldfastError, *, chat: bool = False, headers: Mapping
 class Exchange:
     """The response to one call: what was sent of it, and how to go on."""
 
-    def __init__(self, send: Send, request_id: str, *, chat: bool = False, native: bool = False) -> None:
+    def __init__(self, scope: Scope, send: Send, request_id: str, *, chat: bool = False, native: bool = False) -> None:
         """`chat`: parameters are called as in the chat API. `native`: events have names, and the last one is no mark."""
         self.request_id = request_id
         """The mesh's."""
         self.clients_id = ""
         """What the client calls it, if it does."""
+        self._scope = scope
         self._send = send
         self._chat = chat
         self._native = native
         self._streams = False
+        self._has_cursor = False
 
     async def begin_stream(self) -> None:
         """The response is a stream of events."""
@@ -72,6 +78,7 @@ class Exchange:
 
     async def event(self, data: str, *, cursor: str = "", name: str = "") -> None:
         """An event. `cursor`: where its client stands after it. `name`: its kind, where there are several."""
+        self._has_cursor = self._has_cursor or bool(cursor)
         mark = f"id: {cursor}\n" if cursor else ""
         kind = f"event: {name}\n" if name else ""
         await self.write(f"{mark}{kind}data: {data}\n\n")
@@ -94,8 +101,12 @@ class Exchange:
         await self._give(JSONResponse(body, headers={"x-request-id": self._told_id}))
 
     async def refuse(self, error: HoldfastError) -> None:
-        """The error: as the response, or where a stream has begun, as its last event."""
-        if self._streams:
+        """The error: as the response, or where a stream has begun, as its last event. A stream that is handed over has none:
+        its connection is closed behind the last event, within the body, so that whoever reads takes it for broken and
+        not for complete; who knows how comes back with the last id, as a browser does by itself."""
+        if isinstance(error, HandedOver) and self._has_cursor:
+            self._scope["extensions"][BREAK_OFF]()
+        elif self._streams:
             error_name = "error" if self._native else ""
             await self.event(json.dumps(error_json(error, chat=self._chat)), name=error_name)
             await self.end_stream()

@@ -22,6 +22,7 @@ from services.gateway.answer import Answer
 from services.gateway.cancel import Canceller
 from services.gateway.choice import Manner, Mark, Place
 from services.gateway.cursor import Cursor, Cursors
+from services.gateway.handover import Handover, Moves
 from services.gateway.observation import Observation, Observer
 from services.gateway.readiness import Readiness
 from services.gateway.resume import Resumer, Resumption
@@ -49,6 +50,8 @@ class Call:
     """What the client calls it, for logs and traces alone."""
     default_max_tokens: int | None = None
     """Most tokens of each choice where the request does not say; None for what the context leaves."""
+    moves: Moves = Moves.NEVER
+    """When whoever reads the answer goes on elsewhere, if this gateway stops."""
 
 
 class Gateway:
@@ -66,6 +69,7 @@ class Gateway:
         tails: Tails,
         resumer: Resumer,
         admission: Admission,
+        handover: Handover,
         readiness: Readiness,
         observer: Observer,
     ) -> None:
@@ -78,6 +82,7 @@ class Gateway:
         self._tails = tails
         self._resumer = resumer
         self._admission = admission
+        self._handover = handover
         self._readiness = readiness
         self._observer = observer
         self._routing = Routing()
@@ -97,7 +102,7 @@ class Gateway:
                 with self._streams.open(answer):
                     answer.published(await self._publish(admitted, prompt_ids, partition, seen))
                     seen.answer = answer
-                    with answer.expiring(admitted.time_left()):
+                    with answer.expiring(admitted.time_left()), self._handover.of(answer, call.moves):
                         yield answer
 
     async def submit(self, request: gateway_pb2.GenerateRequest, call: Call) -> Accepted:
@@ -126,7 +131,8 @@ class Gateway:
             self._readiness.check("log")
             async with self._resumer.resume(cursor, spelled=call.spelled, only_ask=only_ask) as resumption:
                 seen.answer = resumption.answer
-                yield resumption
+                with self._handover.of(resumption.answer, call.moves):
+                    yield resumption
 
     async def result(self, cursor: str, call: Call, *, wait: float | None) -> Result:
         """The whole answer, from the cursor of its start; after `wait` seconds what there is of it."""

@@ -1,7 +1,8 @@
 """The HTTP face: the OpenAI API, health and metrics.
 
 Token streams are written to the ASGI `send` directly, from templates. A client that leaves - while its prompt is read,
-computed, or its answer written, streamed or not - cancels its request, unless it asked otherwise.
+computed, or its answer written, streamed or not - cancels its request, unless it asked otherwise for a stream that it
+could go on with.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from services.gateway.exchange import (
     trace_of,
 )
 from services.gateway.generate import Call, Gateway
+from services.gateway.handover import Moves
 from services.gateway.http_resume import Resume
 from services.gateway.metrics import Metrics
 from services.gateway.openai import Asked, Value, read_chat, read_completion, read_json
@@ -139,7 +141,7 @@ class Completions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = headers_of(scope)
         request_id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
-        exchange = Exchange(send, request_id, chat=self._chat)
+        exchange = Exchange(scope, send, request_id, chat=self._chat)
         async with answering(exchange):
             exchange.clients_id = read_clients_id(headers)
             asked = await self._asked(receive, headers)
@@ -168,6 +170,7 @@ class Completions:
                     spelled=True,
                     clients_id=exchange.clients_id,
                     default_max_tokens=asked.default_max_tokens,
+                    moves=Moves.LATE if asked.has_cursors else Moves.NEVER,
                 )
                 answers.append(await stack.enter_async_context(self._gateway.generate(request, call)))
             reply = self._reply(exchange, asked)
@@ -179,9 +182,9 @@ class Completions:
     async def _resume(self, exchange: Exchange, asked: Asked, headers: Mapping[str, str], cursor: str) -> None:
         """The rest of an earlier stream. Of the call itself only `stream` and `stream_options` count: the request is the
         one that the mesh has."""
-        if not asked.stream or len(asked.requests) > 1:
+        if not asked.has_cursors:
             raise InvalidRequest("last-event-id goes on with a stream of one prompt", field="last-event-id")
-        call = Call("http", trace=trace_of(headers), spelled=True)
+        call = Call("http", trace=trace_of(headers), spelled=True, moves=Moves.LATE)
         async with self._gateway.resume(cursor, call) as resumption:
             exchange.request_id = resumption.answer.request_id
             reply = (ChatReply if self._chat else CompletionReply)(

@@ -15,6 +15,7 @@ from holdfast.errors import InvalidRequest
 from holdfast.events import Finished, Resumed, Tokens
 from services.gateway.exchange import Exchange, answering, connected, headers_of, read_clients_id, trace_of
 from services.gateway.generate import Call, Gateway
+from services.gateway.handover import Moves
 from services.gateway.resume import Resumption
 from services.gateway.servicer import resumed_response
 from services.gateway.settings import GatewaySettings
@@ -28,17 +29,15 @@ class Resume:
         self._keepalive = settings.keepalive_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers, exchange = headers_of(scope), Exchange(send, "", native=True)
+        headers, exchange = headers_of(scope), Exchange(scope, send, "", native=True)
         async with answering(exchange):
             exchange.clients_id = read_clients_id(headers)
             asked = parse_qs(scope["query_string"].decode("latin-1")).get("cursor", [""])[0]
             cursor = headers.get("last-event-id") or asked  # a browser that comes back has the newer one there
             if not cursor:
                 raise InvalidRequest("name a cursor: in the header last-event-id, or as ?cursor=", field="cursor")
-            async with (
-                connected(receive),
-                self._gateway.resume(cursor, Call("http", trace=trace_of(headers))) as resumption,
-            ):
+            call = Call("http", trace=trace_of(headers), moves=Moves.LATE)
+            async with connected(receive), self._gateway.resume(cursor, call) as resumption:
                 exchange.request_id = resumption.answer.request_id
                 if resumption.answer.at_end:
                     await exchange.respond_nothing()

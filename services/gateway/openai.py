@@ -124,6 +124,11 @@ class Asked:
     """Most tokens of each choice where the requests do not say; None for what the context leaves."""
 
     @property
+    def has_cursors(self) -> bool:
+        """Whether the events of the response have cursors, and its client can go on with it elsewhere."""
+        return self.stream and len(self.requests) == 1
+
+    @property
     def num_choices(self) -> int:
         """Of each request."""
         return self.requests[0].num_choices
@@ -407,7 +412,14 @@ def _asked(fields: Fields, requests: list[gateway_pb2.GenerateRequest], *, chat:
     include_usage = options.get("include_usage") or False
     if not isinstance(include_usage, bool):
         raise _wrong("stream_options.include_usage", "must be true or false", include_usage)
-    return Asked(requests, chat=chat, stream=stream, include_usage=include_usage)
+    asked = Asked(requests, chat=chat, stream=stream, include_usage=include_usage)
+    if not asked.has_cursors and not requests[0].cancel_on_disconnect:
+        raise InvalidRequest(
+            "cancel_on_disconnect may be false only in a stream of one prompt: of any other response nobody could read "
+            "the rest",
+            field="cancel_on_disconnect",
+        )
+    return asked
 
 
 def _ids(name: str, value: Value) -> list[int]:

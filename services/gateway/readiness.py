@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 
-from holdfast.errors import Unavailable
+from holdfast.errors import NotAccepted, Unavailable
 
 NOT_YET = "it was not seen yet"
 
@@ -26,9 +26,10 @@ class Readiness:
         return dict(self._missing)
 
     def check(self, need: str) -> None:
-        """Raises Unavailable where this is missing."""
+        """Raises Unavailable where this is missing: NotAccepted while the gateway starts."""
         if need in self._missing:
-            raise Unavailable(f"the {need} is missing: {self._missing[need]}")
+            reason = self._missing[need]
+            raise (NotAccepted if reason == NOT_YET else Unavailable)(f"the {need} is missing: {reason}")
 
     async def found(self, need: str) -> None:
         """This is there."""

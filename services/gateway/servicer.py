@@ -15,6 +15,7 @@ from holdfast.v1 import gateway_pb2 as pb
 from holdfast.v1 import gateway_pb2_grpc, generation_pb2
 from services.gateway.cursor import TO_WIRE
 from services.gateway.generate import Call, Gateway
+from services.gateway.handover import Moves
 from services.gateway.settings import GatewaySettings
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GatewayService"].full_name
@@ -32,7 +33,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
 
     @rpc.unary  # as far as errors go: it writes its stream itself, each message within its time
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
-        async with self._gateway.generate(request, _call(context)) as answer:
+        async with self._gateway.generate(request, _call(context, hand_over=request.hand_over)) as answer:
             accepted = Accepted(answer.request_id, cursor=answer.cursor, prompt_tokens=answer.prompt_tokens)
             await self._write(response(accepted), context)
             while not answer.at_end:
@@ -41,7 +42,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
 
     @rpc.unary  # as Generate
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> None:
-        async with self._gateway.resume(request.cursor, _call(context)) as resumption:
+        async with self._gateway.resume(request.cursor, _call(context, hand_over=request.hand_over)) as resumption:
             answer = resumption.answer
             await self._write(resumed_response(resumption.resumed), context)
             while not answer.at_end:
@@ -58,7 +59,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         wait = request.wait.ToNanoseconds() / 1e9 if request.HasField("wait") else None
         if wait is not None and wait <= 0:
             raise InvalidRequest(f"wait must be above 0 seconds, not {wait:g}", field="wait")
-        result = await self._gateway.result(request.cursor, _call(context), wait=wait)
+        call = _call(context, hand_over=request.hand_over)
+        result = await self._gateway.result(request.cursor, call, wait=wait)
         return pb.GetResultResponse(
             request_id=result.request_id,
             prompt_tokens=result.prompt_tokens,
@@ -92,11 +94,17 @@ def servicer(gateway: Gateway, settings: GatewaySettings) -> rpc.Servicer:
     return rpc.Servicer(name=SERVICE, add=lambda server: add(serves, server))
 
 
-def _call(context: Context, *, outlived: bool = False) -> Call:
-    """`outlived`: the request goes on after the call, whose deadline is not the request's."""
+def _call(context: Context, *, outlived: bool = False, hand_over: bool = False) -> Call:
+    """`outlived`: the request goes on after the call, whose deadline is not the request's. `hand_over`: whoever calls goes
+    on elsewhere by itself."""
     metadata = context.invocation_metadata() or ()
     headers = tuple((name, value.encode() if isinstance(value, str) else value) for name, value in metadata)
-    return Call("grpc", time_left=None if outlived else context.time_remaining(), trace=extract(headers))
+    return Call(
+        "grpc",
+        time_left=None if outlived else context.time_remaining(),
+        trace=extract(headers),
+        moves=Moves.AT_ONCE if hand_over else Moves.LATE,
+    )
 
 
 def response(event: Accepted | Tokens | Finished) -> pb.GenerateResponse:

@@ -15,6 +15,7 @@ from holdfast.errors import (
     DeadlineExceeded,
     HoldfastError,
     InvalidRequest,
+    NotAccepted,
     Unavailable,
     from_rpc_error,
 )
@@ -43,10 +44,10 @@ class Tokenizer:
         """The model whose tokenizer it is: the one this gateway serves.
 
         Raises:
-            Unavailable: no tokenizer has answered yet.
+            NotAccepted: no tokenizer has answered yet.
         """
         if self._info is None:
-            raise Unavailable("no tokenizer has answered yet, so this gateway does not know its model")
+            raise NotAccepted("no tokenizer has answered yet, so this gateway does not know its model")
         return Model(
             name=self._info.model,
             context_length=self._info.context_length,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -15,6 +16,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from holdfast.errors import CannotListen
+from services.gateway.exchange import BREAK_OFF
 from services.gateway.tasks import unwrapped
 
 log = structlog.get_logger(__name__)
@@ -27,11 +29,21 @@ LAST_WORDS_SECONDS = 1.0
 """How long calls that are ended may take to say so. Connections whose clients do not read them are cut then."""
 
 
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A server that runs."""
+
+    address: str
+    """`host:port`, the port that was really bound."""
+    take_no_more: Callable[[], None]
+    """From now on nobody can connect, and a connection ends with its call."""
+
+
 @asynccontextmanager
-async def serving(address: str, app: ASGIApp, *, drain: float, write_seconds: float) -> AsyncIterator[str]:
-    """An HTTP server on `host:port` (port 0: any); yields the address that was really bound. A client that for
-    `write_seconds` does not take what is written for it loses its connection. Leaving the block takes no new
-    connections, lets running calls end for at most `drain` seconds and cancels what is left.
+async def serving(address: str, app: ASGIApp, *, drain: float, write_seconds: float) -> AsyncIterator[Site]:
+    """An HTTP server on `host:port` (port 0: any). A client that for `write_seconds` does not take what is written for it
+    loses its connection. Leaving the block takes no new connections, lets running calls end for at most `drain` seconds
+    and cancels what is left.
 
     Raises:
         CannotListen: the address cannot be bound.
@@ -60,7 +72,7 @@ async def serving(address: str, app: ASGIApp, *, drain: float, write_seconds: fl
         async with asyncio.TaskGroup() as group:
             life = group.create_task(server.serve(sockets=[listener]))
             try:
-                yield f"{host}:{listener.getsockname()[1]}"
+                yield Site(f"{host}:{listener.getsockname()[1]}", server.take_no_more)
             finally:
                 await _leave(server, life, drain)
 
@@ -80,6 +92,13 @@ class _Server(uvicorn.Server):
 
     def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
         return nullcontext()
+
+    def take_no_more(self) -> None:
+        """As it does itself a moment after `should_exit`."""
+        for listener in self.servers:
+            listener.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
 
     def cancel_calls(self) -> None:
         """Ends what runs; each call answers that as it can."""
@@ -101,6 +120,10 @@ class _Connection(HttpToolsProtocol):
         self._write_seconds = write_seconds
         self._limit: asyncio.TimerHandle | None = None
 
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["extensions"] = {BREAK_OFF: self._break_off}  # type: ignore[dict-item]  # extensions are anybody's
+
     def pause_writing(self) -> None:
         """More waits for the client than is kept for it."""
         super().pause_writing()
@@ -114,6 +137,11 @@ class _Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._forget_limit()
+
+    def _break_off(self) -> None:
+        self.cycle.disconnected = True  # for uvicorn the client has left, and the response need not end
+        self.cycle.message_event.set()
+        self.transport.close()
 
     def _forget_limit(self) -> None:
         if self._limit is not None:

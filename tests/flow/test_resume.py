@@ -58,7 +58,7 @@ async def test_streams_go_on_when_their_gateway_is_stopped(
             tokenizer=mesh.tokenizer,
             reply_partition=2,
             cursor_keys=KEY,  # type: ignore[arg-type]  # as text, as it comes from the environment
-            drain_seconds=0,
+            drain_seconds=PATIENCE,  # which it does not take: these clients go on elsewhere by themselves
             flush_ms=0,
         )
         bus = await life.enter_async_context(open_bus())

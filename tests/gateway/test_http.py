@@ -511,16 +511,24 @@ async def open_requests(mesh: Mesh, count: int) -> None:
 
 
 async def test_a_request_may_outlive_its_connection() -> None:
-    """With cancel_on_disconnect false a closed connection cancels nobody."""
+    """With cancel_on_disconnect false a stream whose connection closes cancels nobody."""
     async with open_mesh() as mesh:
         async with asyncio.TaskGroup() as group:
-            body = {"messages": HI, "cancel_on_disconnect": False}
+            body = {"messages": HI, "cancel_on_disconnect": False, "stream": True}
             call = group.create_task(mesh.http.post(CHAT, json=body))
             await mesh.engine.job()
             call.cancel()
         await open_requests(mesh, 0)
         await mesh.client.cancel("a-probe")
         assert (await mesh.engine.cancelled()).request_id == "a-probe"
+
+
+@pytest.mark.parametrize("body", [{"prompt": "hi"}, {"prompt": ["hi", "ho"], "stream": True}])
+async def test_what_nobody_could_go_on_with_ends_with_its_connection(body: dict[str, Any]) -> None:
+    """A response in one piece, or of several prompts, has no cursors: to let it run on is refused, by name."""
+    async with open_mesh() as mesh:
+        error = await refused(mesh, COMPLETION, body | {"cancel_on_disconnect": False}, 400)
+        assert error["param"] == "cancel_on_disconnect"
 
 
 async def test_one_bad_prompt_ends_the_others() -> None:

@@ -67,6 +67,7 @@ def test_every_parameter_finds_its_field() -> None:
         "skip_special_tokens": False,
         "timeout": 1.5,
         "cancel_on_disconnect": False,
+        "stream": True,
     }
     for asked in (chat(**common), completion(**common)):
         (request,) = asked.requests
@@ -81,7 +82,7 @@ def test_every_parameter_finds_its_field() -> None:
         assert (rules.max_tokens, rules.min_tokens, rules.ignore_eos) == (9, 2, True)
         assert (list(rules.stop), list(rules.stop_token_ids)) == (["a", "b"], [7, 8])
         assert request.timeout.ToMilliseconds() == 1500
-        assert (request.show_special_tokens, request.cancel_on_disconnect, asked.stream) == (True, False, False)
+        assert (request.show_special_tokens, request.cancel_on_disconnect, asked.stream) == (True, False, True)
 
 
 def test_what_is_left_out_is_left_open() -> None:

@@ -29,6 +29,7 @@ from services.gateway.cancel import Canceller
 from services.gateway.cursor import Cursors
 from services.gateway.detokenize import Detokenizer
 from services.gateway.generate import Gateway
+from services.gateway.handover import Handover
 from services.gateway.metrics import Metrics
 from services.gateway.observation import Observer
 from services.gateway.readiness import Readiness
@@ -130,6 +131,7 @@ async def test_a_gateway_that_is_not_ready_says_what_is_missing() -> None:
                 cursors=cursors,
             ),
             admission=Admission(settings()),
+            handover=Handover(possible=False),
             readiness=readiness,
             observer=Observer(metrics, NoOpTracer()),
         )

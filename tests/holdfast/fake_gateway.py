@@ -63,6 +63,8 @@ class FakeGateway(gateway_pb2_grpc.GatewayServiceServicer):
     """What Resume answers, call by call; after the last of these it refuses as a gateway that is being stopped."""
     cursors: list[str] = field(default_factory=list)
     """What Resume was asked for."""
+    refusals: Sequence[Exception] = ()
+    """What Submit answers, call by call, before it accepts."""
     requests: list[pb.GenerateRequest] = field(default_factory=list)
     submitted: list[pb.SubmitRequest] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
@@ -111,6 +113,9 @@ class FakeGateway(gateway_pb2_grpc.GatewayServiceServicer):
     @rpc.unary
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.SubmitResponse:
         self.submitted.append(request)
+        if self.refusals:
+            error, *self.refusals = self.refusals
+            raise error
         return pb.SubmitResponse(request_id=request.request.request_id, cursor="c0")
 
     @rpc.unary

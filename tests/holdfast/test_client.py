@@ -17,6 +17,7 @@ from holdfast.errors import (
     HoldfastError,
     Interrupted,
     InvalidRequest,
+    NotAccepted,
     NotFound,
     Overloaded,
     StreamFailed,
@@ -321,6 +322,73 @@ async def test_a_request_that_may_have_been_accepted_is_asked_anew_under_another
             await client.generate("Once").read()
     assert first.requests[0].request_id != second.requests[0].request_id
     assert first.requests[0].request_id in [*first.cancelled, *second.cancelled]
+
+
+STOPS = NotAccepted("being stopped")
+
+
+async def test_what_nobody_accepted_is_asked_again_as_it_is() -> None:
+    """As often as patience allows, of a gateway that stops, or starts again: under the id that was given, too."""
+    gateway = FakeGateway([STOPS], refusals=[STOPS] * 3)
+    async with serving(gateway) as server, Client(server.address, patience=SOON) as client:
+        assert (await client.submit("Once", request_id="mine")).request_id == "mine"
+        assert [each.request.request_id for each in gateway.submitted] == ["mine"] * 4
+        with pytest.raises(NotAccepted):
+            await client.generate("Once", request_id="mine").read()
+        assert [request.request_id for request in gateway.requests] == ["mine"] * 4
+        gateway.refusals = [STOPS] * 4
+        with pytest.raises(NotAccepted):
+            await client.submit("Once")
+    assert gateway.cancelled == []
+
+
+async def test_what_may_have_been_accepted_is_submitted_anew_only_under_another_id() -> None:
+    """And the first one is ended. Where the id was given, the client is told that nobody knows."""
+    lost = Unavailable("the log gave no ack")
+    gateway, other = FakeGateway(refusals=[lost] * 2), FakeGateway()
+    async with (
+        serving(gateway) as here,
+        serving(other) as there,
+        Client([here.address, there.address], patience=SOON) as client,
+        Client([here.address, there.address], patience=SOON) as careful,
+    ):
+        submitted = await client.submit("Once")
+        with pytest.raises(Unavailable, match="gave no ack"):
+            await careful.submit("Once", request_id="mine")
+    first, given = gateway.submitted
+    assert [each.request.request_id for each in other.submitted] == [submitted.request_id]
+    assert [*gateway.cancelled, *other.cancelled] == [first.request.request_id] != [submitted.request_id]
+    assert given.request.request_id == "mine"
+
+
+async def test_a_gateway_that_misses_something_is_not_waited_for() -> None:
+    """Only one that went is: otherwise each gateway is asked once."""
+    gateway = FakeGateway(refusals=[Unavailable("the log is missing")] * 2)
+    async with serving(gateway) as server, Client(server.address) as client:
+        with pytest.raises(Unavailable, match="log is missing"):
+            await client.submit("Once")
+    assert len(gateway.submitted) == 1
+
+
+async def test_leaving_a_stream_between_two_tries_cancels_its_request() -> None:
+    """Though there is no call then."""
+    waits = asyncio.Event()
+
+    class Told(Patience):
+        def before(self, index: int) -> float:
+            waits.set()
+            return 60
+
+    gateway = FakeGateway([accepted(), tokens(0, "a"), Unavailable("gone")])
+    async with serving(gateway) as server, Client(server.address, patience=Told()) as client:
+        answer = client.generate("Once")
+        reading = asyncio.ensure_future(answer.read())
+        await waits.wait()
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        await answer.aclose()
+    assert gateway.cancelled == [gateway.requests[0].request_id]
 
 
 async def test_a_result_arrives_whole() -> None:
