@@ -81,7 +81,8 @@ class GatewayServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Submit(self, request, context):
-        """Accepts a request and returns when the log has it. The request runs whether or not anybody listens.
+        """Accepts a request and returns when the log has it. The request runs whether or not anybody listens. Whoever did not
+        hear the answer may ask again, at the same gateway, in the same words under the same request_id: it is one request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

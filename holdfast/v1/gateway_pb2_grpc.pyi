@@ -38,7 +38,9 @@ class GatewayServiceStub:
     Generate: _grpc.UnaryStreamMultiCallable[_gateway_pb2.GenerateRequest, _gateway_pb2.GenerateResponse]
     """Accepts a request and streams its answer: accepted, then tokens, then finished once for each choice."""
     Submit: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.SubmitRequest, _gateway_pb2.SubmitResponse]
-    """Accepts a request and returns when the log has it. The request runs whether or not anybody listens."""
+    """Accepts a request and returns when the log has it. The request runs whether or not anybody listens. Whoever did not
+    hear the answer may ask again, at the same gateway, in the same words under the same request_id: it is one request.
+    """
     Resume: _grpc.UnaryStreamMultiCallable[_gateway_pb2.ResumeRequest, _gateway_pb2.ResumeResponse]
     """Goes on with a stream where a cursor stands: resumed, then what Generate would have sent after it. Any gateway of
     the mesh can do it, as long as the log keeps the tokens (6 hours), however often, and also beside the first stream.
@@ -60,7 +62,9 @@ class GatewayServiceAsyncStub(GatewayServiceStub):
     Generate: _aio.UnaryStreamMultiCallable[_gateway_pb2.GenerateRequest, _gateway_pb2.GenerateResponse]  # type: ignore[assignment]
     """Accepts a request and streams its answer: accepted, then tokens, then finished once for each choice."""
     Submit: _aio.UnaryUnaryMultiCallable[_gateway_pb2.SubmitRequest, _gateway_pb2.SubmitResponse]  # type: ignore[assignment]
-    """Accepts a request and returns when the log has it. The request runs whether or not anybody listens."""
+    """Accepts a request and returns when the log has it. The request runs whether or not anybody listens. Whoever did not
+    hear the answer may ask again, at the same gateway, in the same words under the same request_id: it is one request.
+    """
     Resume: _aio.UnaryStreamMultiCallable[_gateway_pb2.ResumeRequest, _gateway_pb2.ResumeResponse]  # type: ignore[assignment]
     """Goes on with a stream where a cursor stands: resumed, then what Generate would have sent after it. Any gateway of
     the mesh can do it, as long as the log keeps the tokens (6 hours), however often, and also beside the first stream.
@@ -91,7 +95,9 @@ class GatewayServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _gateway_pb2.SubmitRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_gateway_pb2.SubmitResponse, _abc.Awaitable[_gateway_pb2.SubmitResponse]]:
-        """Accepts a request and returns when the log has it. The request runs whether or not anybody listens."""
+        """Accepts a request and returns when the log has it. The request runs whether or not anybody listens. Whoever did not
+        hear the answer may ask again, at the same gateway, in the same words under the same request_id: it is one request.
+        """
 
     @_abc_1.abstractmethod
     def Resume(

@@ -58,8 +58,9 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     """Where the control service listens, `host:port`; port 0 for any: what serves needs no address, only who looks on."""
     metrics_address: str = ""
     """Where `/metrics` is served, `host:port`; empty for nowhere."""
-    drain_seconds: Annotated[float, Field(ge=0)] = 30.0
-    """How long running sequences may go on after the stop signal. What is left is taken up by another engine."""
+    drain_seconds: Annotated[float, Field(ge=0)] = 5.0
+    """How long running sequences may go on after the stop signal. What is left is taken up by another engine, which computes
+    its tokens so far anew; and so long new requests of this engine's share wait for another."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes cuda where there is one."""

@@ -29,6 +29,7 @@ from services.gateway.resume import Resumer, Resumption
 from services.gateway.routing import Routing
 from services.gateway.settings import GatewaySettings
 from services.gateway.streams import Streams
+from services.gateway.submissions import Submissions
 from services.gateway.tails import Tails
 from services.gateway.tokenizer import Tokenizer
 from services.gateway.validation import check_request_id
@@ -86,6 +87,7 @@ class Gateway:
         self._readiness = readiness
         self._observer = observer
         self._routing = Routing()
+        self._submissions = Submissions()
 
     @asynccontextmanager
     async def generate(self, request: gateway_pb2.GenerateRequest, call: Call) -> AsyncIterator[Answer]:
@@ -106,7 +108,11 @@ class Gateway:
                         yield answer
 
     async def submit(self, request: gateway_pb2.GenerateRequest, call: Call) -> Accepted:
-        """Has a request run in the background; returns once the log has it."""
+        """Has a request run in the background; returns once the log has it. Asked again in the same words under the same
+        id, it is the same request."""
+        return await self._submissions.once(request, lambda: self._submit(request, call))
+
+    async def _submit(self, request: gateway_pb2.GenerateRequest, call: Call) -> Accepted:
         if request.cancel_on_disconnect:
             raise InvalidRequest(
                 "cancel_on_disconnect must be false: a submitted request has no connection",

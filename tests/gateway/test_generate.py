@@ -479,6 +479,28 @@ async def test_submit_returns_when_the_log_has_the_request() -> None:
         await nobody_was_cancelled(mesh)
 
 
+async def test_a_request_that_is_submitted_again_is_the_same() -> None:
+    """In the same words under the same id, at once or later, also when it has ended: one record in the log, one cursor."""
+    async with open_mesh() as mesh:
+        one, two = await asyncio.gather(*(mesh.client.submit("hi", request_id="r-1") for _ in range(2)))
+        job = await mesh.engine.job()
+        await mesh.engine.say(job, "x", finish=LENGTH)
+        assert one == two == await mesh.client.submit("hi", request_id="r-1")
+        with pytest.raises(AlreadyExists, match="the id r-1 was submitted, and it says something else"):
+            await mesh.client.submit("ho", request_id="r-1")
+        await mesh.client.submit("hi", request_id="r-2")
+        assert (await mesh.engine.job()).request.request_id == "r-2"
+
+
+async def test_a_submission_that_was_refused_may_be_made_again() -> None:
+    """Nothing of it is remembered."""
+    async with open_mesh() as mesh:
+        with pytest.raises(InvalidRequest):
+            await mesh.client.submit(token_ids=[1 << 20], request_id="r-1")
+        await mesh.client.submit("hi", request_id="r-1")
+        assert (await mesh.engine.job()).request.request_id == "r-1"
+
+
 async def test_a_submitted_request_has_no_connection() -> None:
     """Submit refuses cancel_on_disconnect; its call's deadline is not the request's."""
     async with open_mesh() as mesh:
