@@ -29,6 +29,10 @@ BACKOFF_SECONDS = 0.1
 """Between two questions to a tokenizer that is there but refuses to answer. Until one is there, gRPC backs off."""
 
 
+RETURN_SECONDS = 5.0
+"""How long a prompt waits where no tokenizer answers: one that is started again is back by then."""
+
+
 class Tokenizer:
     """A client of the tokenizer service over one channel."""
 
@@ -104,11 +108,7 @@ class Tokenizer:
             return list(request.token_ids.ids)
         timeout = self._seconds if time_left is None else min(self._seconds, time_left)
         try:
-            if request.HasField("chat"):
-                chat = tokenizer_pb2.EncodeChatRequest(chat=request.chat)
-                return list((await self._stub.EncodeChat(chat, timeout=timeout)).ids.ids)
-            texts = tokenizer_pb2.EncodeRequest(texts=[request.prompt])
-            return list((await self._stub.Encode(texts, timeout=timeout)).ids[0].ids)
+            return await self._encode(request, timeout)
         except grpc.RpcError as error:
             ours = what_it_says(error)
             if isinstance(ours, DeadlineExceeded) and timeout == self._seconds:
@@ -118,6 +118,23 @@ class Tokenizer:
             if isinstance(ours, InvalidRequest):
                 raise InvalidRequest(str(ours), field=_field(request, ours.field)) from error
             raise ours from error
+
+    async def _encode(self, request: gateway_pb2.GenerateRequest, timeout: float) -> list[int]:
+        """Raises grpc.RpcError, for want of a tokenizer only when there was none for a while."""
+        now = asyncio.get_running_loop().time
+        begin = now()
+        while True:
+            left = max(0.0, begin + timeout - now())
+            try:
+                if request.HasField("chat"):
+                    chat = tokenizer_pb2.EncodeChatRequest(chat=request.chat)
+                    return list((await self._stub.EncodeChat(chat, timeout=left)).ids.ids)
+                texts = tokenizer_pb2.EncodeRequest(texts=[request.prompt])
+                return list((await self._stub.Encode(texts, timeout=left)).ids[0].ids)
+            except grpc.RpcError as error:
+                if not isinstance(what_it_says(error), Unavailable) or now() - begin >= RETURN_SECONDS:
+                    raise
+            await asyncio.sleep(BACKOFF_SECONDS)
 
     def decode(self) -> grpc.aio.StreamStreamCall[tokenizer_pb2.DecodeRequest, tokenizer_pb2.DecodeResponse]:
         """A new call that decodes; the caller ends it."""

@@ -152,8 +152,21 @@ async def test_what_nobody_waits_for_is_not_decoded() -> None:
         assert [bytes(message.items[0].ids) for message in tokenizer.decode_messages] == [b"nobody", b"text"]
 
 
-async def test_requests_are_refused_while_the_tokenizer_is_gone() -> None:
-    """A prompt that cannot be tokenized is UNAVAILABLE, not lost."""
+async def test_requests_wait_for_a_tokenizer_that_is_started_again() -> None:
+    """Nobody is told that it was away for a moment."""
+    async with open_mesh() as mesh:
+        await mesh.tokenizer_life.aclose()
+        submitting = asyncio.create_task(mesh.client.submit("hi"))
+        while (await mesh.http.get("/readyz")).status_code == 200:
+            pass
+        async with tokenizing(ByteTokenizer(), address=mesh.tokenizer_address):
+            await submitting
+        assert bytes((await mesh.engine.job()).request.prompt_token_ids) == b"hi"
+
+
+async def test_requests_are_refused_while_the_tokenizer_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a while a prompt that cannot be tokenized is UNAVAILABLE, not lost."""
+    monkeypatch.setattr("services.gateway.tokenizer.RETURN_SECONDS", 0.0)
     async with open_mesh() as mesh:
         await mesh.tokenizer_life.aclose()
         with pytest.raises(Unavailable):

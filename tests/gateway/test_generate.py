@@ -300,8 +300,9 @@ async def test_a_tokenizer_that_does_not_answer_is_unavailable() -> None:
             await mesh.client.submit("hi")
 
 
-async def test_a_tokenizer_that_is_gone_is_named_without_its_address() -> None:
+async def test_a_tokenizer_that_is_gone_is_named_without_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it listens, and what gRPC says of sockets, is for nobody outside."""
+    monkeypatch.setattr("services.gateway.tokenizer.RETURN_SECONDS", 0.0)
     async with open_mesh() as mesh:
         await mesh.tokenizer_life.aclose()
         with pytest.raises(Unavailable, match="^the tokenizer does not answer$"):
