@@ -136,9 +136,9 @@ async def test_the_edges_of_every_range_are_accepted() -> None:
     ]
     rules = StopRules(max_tokens=CONTEXT - 2, min_tokens=CONTEXT - 2, stop=["x" * 256] * 16, stop_token_ids=[257])
     async with open_mesh() as mesh:
-        for edge in edges:
+        for edge, request_id in zip(edges, ("A_z.0:-", "x" * 128), strict=True):
             edge.seed = (1 << 64) - 1
-            good = request({"sampling": edge, "stop": rules, "num_choices": 128, "request_id": "A_z.0:-"})
+            good = request({"sampling": edge, "stop": rules, "num_choices": 128, "request_id": request_id})
             await mesh.stub.Submit(pb.SubmitRequest(request=good))
             record = (await mesh.engine.job()).request
             assert (record.sampling, record.stop, record.num_choices) == (edge, rules, 128)
