@@ -115,6 +115,8 @@ class Lag:
     """The offset that the next record will get."""
     committed: Position | None = field(default=None)
     """Where the group would read on, None if it never committed."""
+    start: int = 0
+    """The offset of the oldest record that is kept."""
 
 
 class Reader(Protocol):

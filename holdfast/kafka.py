@@ -215,11 +215,10 @@ class KafkaBus:
 
     async def kept(self, partition: TopicPartition) -> range:
         await self._check_partitions([partition])
-        place = self._names.theirs(partition)
         # In this order, so that the end does not lie before the beginning.
-        beginnings = await self._ask(lambda: self._offsets.beginning_offsets([place]))
+        beginnings = await self._beginnings([partition])
         ends = await self._ends([partition])
-        return range(beginnings[place], ends[partition])
+        return range(beginnings[partition], ends[partition])
 
     @asynccontextmanager
     async def join(self, group: str, topics: Sequence[Topic], *, incarnation: int = 0) -> AsyncIterator[Member]:
@@ -248,10 +247,11 @@ class KafkaBus:
     async def lag(self, group: str, topics: Sequence[Topic]) -> dict[TopicPartition, Lag]:
         partitions = [partition for topic in topics for partition in topic.partitions]
         await self._check_partitions(partitions)
-        # In this order, so that no end lies before a position committed meanwhile.
+        # In this order, so that no end lies before a position committed meanwhile, or before the beginning.
         committed = await self.committed(group, partitions)
+        beginnings = await self._beginnings(partitions)
         ends = await self._ends(partitions)
-        return {partition: Lag(ends[partition], committed.get(partition)) for partition in partitions}
+        return {each: Lag(ends[each], committed.get(each), beginnings[each]) for each in partitions}
 
     async def committed(self, group: str, partitions: Iterable[TopicPartition]) -> dict[TopicPartition, Position]:
         """What the group has committed in these partitions.
@@ -286,6 +286,11 @@ class KafkaBus:
         if code:
             raise errors.for_code(code)
         return len(members)
+
+    async def _beginnings(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
+        """The offset of the oldest record that each partition keeps."""
+        beginnings = await self._ask(lambda: self._offsets.beginning_offsets(list(map(self._names.theirs, partitions))))
+        return {self._names.ours(partition): beginning for partition, beginning in beginnings.items()}
 
     async def _ends(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
         """The offset that the next record of each partition will get."""

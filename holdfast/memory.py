@@ -122,11 +122,9 @@ class MemoryBus:
     async def lag(self, group: str, topics: Sequence[Topic]) -> dict[TopicPartition, Lag]:
         self.check_open()
         committed = self._groups[group].committed if group in self._groups else {}
-        return {
-            partition: Lag(end=self.partition_log(partition).end, committed=committed.get(partition))
-            for topic in topics
-            for partition in topic.partitions
-        }
+        partitions = [partition for topic in topics for partition in topic.partitions]
+        logs = map(self.partition_log, partitions)
+        return {p: Lag(log.end, committed.get(p), log.start) for p, log in zip(partitions, logs, strict=True)}
 
     def members(self, group: str) -> list[MemoryMember]:
         """The group's live members in the order they joined, for tests that freeze one."""

@@ -1,27 +1,17 @@
-"""How far the engine is in each partition it owns: what it may commit.
-
-Requests end in another order than they came. What is committed is the **low watermark**, the offset of the first record
-that is not done, and beside it, as the position's metadata, the offsets above it that are. A new owner reads on from
-the watermark and skips those.
-
-    offsets    40 41 42 43 44 45 46 47
-    done        x  x     x  x     x         watermark 42, done above it 43-44, 46
-                                            next to read 48
-
-The metadata names ranges relative to the watermark, in base 36: `1-2,4-4`. It is cut where it would be longer than a
-position may hold; what is cut is answered again, and ignored by whoever reads the tokens.
+"""How far the engine is in each partition it owns: what it may commit, as `holdfast/committed.py` writes it. A new owner
+reads on from the watermark and skips what is done above it; what was begun and not done it begins again. What the text beside
+a position has no room for is answered again, and ignored by whoever reads the tokens.
 """
 
 from __future__ import annotations
 
 import asyncio
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from holdfast.bus import MAX_METADATA_BYTES, Position, TopicPartition
-
-_DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+from holdfast.bus import Position, TopicPartition
+from holdfast.committed import Committed
 
 
 @dataclass(slots=True)
@@ -41,7 +31,9 @@ class _Progress:
         return min(self.open, default=self.next)
 
     def position(self) -> Position:
-        return Position(self.watermark, _encode(self.watermark, self._ranges()))
+        done = self._ranges()
+        begun = max(self.next, done[-1][1] + 1) if done else self.next  # an earlier owner may have been further
+        return Committed(self.watermark, begun, done).position()
 
     def begin(self, offset: int) -> bool:
         known = offset in self.open or offset in self.done or offset < self.watermark
@@ -91,7 +83,8 @@ class Commits:
         progress = self._partitions[partition] = _Progress(committed=committed)
         if committed is not None:
             progress.next = committed.offset
-            progress.done = _decode(committed)
+            ranges = Committed.of(committed).done
+            progress.done = {offset for first, last in ranges for offset in range(first, last + 1)}
 
     def lose(self, partitions: Collection[TopicPartition]) -> None:
         """They are another engine's now."""
@@ -100,7 +93,10 @@ class Commits:
 
     def begin(self, partition: TopicPartition, offset: int) -> bool:
         """A record was read. False where it was begun or done before: after a rebalance records come again."""
-        return self._partitions[partition].begin(offset)
+        is_new = self._partitions[partition].begin(offset)
+        if is_new:
+            self.changed.set()
+        return is_new
 
     def finish(self, partition: TopicPartition, offset: int) -> None:
         """The record's last answer is in the log. Does nothing where the partition was lost meanwhile."""
@@ -123,35 +119,3 @@ class Commits:
         for partition, position in positions.items():
             if partition in self._partitions:
                 self._partitions[partition].committed = position
-
-
-def _encode(watermark: int, ranges: Iterable[tuple[int, int]]) -> str:
-    text = ""
-    for first, last in ranges:
-        more = f"{',' if text else ''}{_base36(first - watermark)}-{_base36(last - watermark)}"
-        if len(text) + len(more) > MAX_METADATA_BYTES:
-            break
-        text += more
-    return text
-
-
-def _decode(position: Position) -> set[int]:
-    """The offsets done above a committed watermark. Metadata of another version means nothing here: none are."""
-    done: set[int] = set()
-    try:
-        for part in filter(None, position.metadata.split(",")):
-            first, _, last = part.partition("-")
-            done.update(range(position.offset + int(first, 36), position.offset + int(last, 36) + 1))
-    except ValueError:
-        return set()
-    return done
-
-
-def _base36(number: int) -> str:
-    assert number >= 0
-    digits = ""
-    while True:
-        number, digit = divmod(number, 36)
-        digits = _DIGITS[digit] + digits
-        if not number:
-            return digits

@@ -25,17 +25,23 @@ def test_the_watermark_is_the_first_record_that_is_not_done() -> None:
     for offset in (40, 41, 43, 44, 46):
         commits.finish(HERE, offset)
     (position,) = commits.due().values()
-    assert position == Position(42, "1-2,4-4")
+    assert position == Position(42, "6;1-2,4-4")
 
     heir = owning(position)
     assert [offset for offset in range(42, 48) if heir.begin(HERE, offset)] == [42, 45, 47]
 
 
-def test_nothing_is_due_before_something_is_done_and_after_it_is_committed() -> None:
-    """A position is committed once."""
+def test_what_is_begun_and_what_is_done_is_due_until_it_is_committed() -> None:
+    """So gateways know what still waits in the log. A position is committed once."""
     commits = owning()
-    commits.begin(HERE, 0)
     assert commits.due() == {}
+    commits.begin(HERE, 0)
+    assert commits.changed.is_set()
+    due = commits.due()
+    assert due == {HERE: Position(0, "1;")}
+    commits.committed(due)
+    assert commits.due() == {}
+    commits.changed.clear()
     commits.finish(HERE, 0)
     assert commits.changed.is_set()
     due = commits.due()
@@ -56,10 +62,10 @@ def test_a_record_that_comes_again_is_known() -> None:
 
 def test_what_an_earlier_owner_did_is_forgotten_once_it_lies_behind() -> None:
     """Offsets of the metadata that the watermark passes without anything new being done are not written again."""
-    commits = owning(Position(0, "1-2"))
+    commits = owning(Position(0, "3;1-2"))
     commits.begin(HERE, 0)
     commits.finish(HERE, 0)
-    assert commits.due() == {HERE: Position(1, "0-1")}
+    assert commits.due() == {HERE: Position(1, "2;0-1")}
     assert not commits.begin(HERE, 1)
     assert not commits.begin(HERE, 2)
     assert commits.due() == {HERE: Position(3)}
@@ -87,7 +93,7 @@ def test_offsets_that_are_no_records_do_not_part_a_run() -> None:
         commits.begin(HERE, offset)
     for offset in (2, 4, 8):
         commits.finish(HERE, offset)
-    assert commits.due() == {HERE: Position(0, "2-4,8-8")}
+    assert commits.due() == {HERE: Position(0, "9;2-4,8-8")}
 
 
 def test_metadata_never_grows_beyond_what_a_position_holds() -> None:

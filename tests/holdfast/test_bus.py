@@ -551,7 +551,7 @@ class TestCommits:
             Lag(1, None),
             Lag(1, None),
         ]
-        assert (await bus.lag("nobody", [LINE])) == {PLACE: Lag(0, None)}
+        assert (await bus.lag("nobody", [LINE])) == {PLACE: Lag(0, None, start=0)}
 
 
 async def test_a_closed_bus_is_unavailable(bus: Bus, open_bus: OpenBus) -> None:
