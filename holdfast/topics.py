@@ -59,5 +59,11 @@ REQUESTS = {
 }
 """The request topic of each class."""
 
+GROUPS = {
+    pb.REQUEST_CLASS_INTERACTIVE: ENGINES,
+    pb.REQUEST_CLASS_BATCH: ENGINES_BATCH,
+}
+"""The group in which engines share it."""
+
 CLASSES = {topic.name: request_class for request_class, topic in REQUESTS.items()}
 """The class of the requests in each topic."""

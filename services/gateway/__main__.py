@@ -16,9 +16,11 @@ from holdfast.bus import Bus
 from holdfast.client import NEEDS
 from holdfast.service import run
 from holdfast.telemetry import tracing
-from holdfast.topics import TOPICS
+from holdfast.topics import REQUESTS_BATCH, REQUESTS_INTERACTIVE, TOPICS, Topic
+from holdfast.v1.generation_pb2 import REQUEST_CLASS_BATCH, REQUEST_CLASS_INTERACTIVE, RequestClass
 from services.gateway import http, web
 from services.gateway.admission import Admission
+from services.gateway.backlog import Backlog
 from services.gateway.cancel import Canceller
 from services.gateway.cursor import Cursors
 from services.gateway.detokenize import Detokenizer
@@ -66,7 +68,8 @@ async def serve(
         Unavailable: the log cannot be reached at the start.
     """
     metrics, readiness = Metrics(registry), Readiness(["log", "tokenizer", "engine"])
-    admission = Admission(settings)
+    admission = Admission(settings, refused=metrics.refused)
+    backlogs = make_backlogs(settings, metrics)
     metrics.watch_open(lambda: admission.num_open)
     async with AsyncExitStack() as parts:
         log = bus if bus is not None else await parts.enter_async_context(_kafka(settings))
@@ -94,6 +97,7 @@ async def serve(
             tails=tails,
             resumer=Resumer(settings, bus=log, tokenizer=tokenizer, tails=tails, canceller=canceller, cursors=cursors),
             admission=admission,
+            backlogs=backlogs,
             handover=handover,
             readiness=readiness,
             observer=Observer(metrics, parts.enter_context(tracing("gateway"))),
@@ -113,7 +117,7 @@ async def serve(
 
         await readiness.tell(tell)
         await readiness.wait("log", "tokenizer")
-        watch = Watch(log, readiness, every=settings.watch_seconds, seconds=settings.log_seconds)
+        watch = Watch(log, readiness, backlogs, every=settings.watch_seconds, seconds=settings.log_seconds)
         await watch.look()
         await parts.enter_async_context(running(watch.run()))
         try:
@@ -136,6 +140,26 @@ async def _kafka(settings: GatewaySettings) -> AsyncIterator[Bus]:
     client_id = f"gateway-{settings.reply_partition}"
     async with KafkaBus(settings.kafka, client_id=client_id, namespace=settings.kafka_namespace) as bus:
         yield bus
+
+
+def make_backlogs(settings: GatewaySettings, metrics: Metrics) -> dict[RequestClass.ValueType, Backlog]:
+    """That of each class, shown by the metrics."""
+
+    def make(name: str, topic: Topic, max_wait: float) -> Backlog:
+        backlog = Backlog(
+            name,
+            topic.num_partitions,
+            max_wait=max_wait,
+            max_waiting=settings.max_waiting,
+            refused=metrics.refused,
+        )
+        metrics.watch_backlog(name, waiting=lambda: backlog.num_waiting, wait=lambda: backlog.wait)
+        return backlog
+
+    return {
+        REQUEST_CLASS_INTERACTIVE: make("interactive", REQUESTS_INTERACTIVE, settings.max_wait_seconds),
+        REQUEST_CLASS_BATCH: make("batch", REQUESTS_BATCH, settings.max_batch_wait_seconds),
+    }
 
 
 def cursor_keys(settings: GatewaySettings, *, kept: bool) -> list[bytes]:

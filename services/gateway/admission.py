@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,8 +15,15 @@ from google.protobuf.duration_pb2 import Duration
 from holdfast.errors import InvalidRequest, NotAccepted, Overloaded
 from holdfast.events import Model
 from holdfast.v1 import gateway_pb2, generation_pb2
+from services.gateway.backlog import come_back
 from services.gateway.settings import GatewaySettings
 from services.gateway.validation import check_lengths, check_request
+
+FIRST_STAY = 1.0
+"""Seconds that a request is taken to keep its place, before any has ended."""
+
+STAYS_REMEMBERED = 32
+"""Over so many of the last requests, roughly, that is averaged: after so long about all places have changed hands."""
 
 TIMEOUT_PASSED = "the request's timeout passed before its answer was complete"
 """What a client is told wherever that happens."""
@@ -46,9 +53,12 @@ class Admitted:
 class Admission:
     """Keeps the limits of one gateway."""
 
-    def __init__(self, settings: GatewaySettings) -> None:
+    def __init__(self, settings: GatewaySettings, *, refused: Callable[[str], None] = lambda reason: None) -> None:
+        """`refused`: told of each refusal for want of a place."""
         self._settings = settings
+        self._refused = refused
         self._num_open = 0
+        self._stay = FIRST_STAY
         self._closed = False
         self._empty = asyncio.Event()
         self._empty.set()
@@ -69,11 +79,18 @@ class Admission:
         if self._closed:
             raise NotAccepted("this gateway is being stopped; ask another one, or later")
         if self._num_open >= self._settings.max_streams:
-            raise Overloaded(f"{self._num_open} requests are open, as many as this gateway takes; try again later")
+            self._refused("streams")
+            retry_after = come_back(self._stay)
+            raise Overloaded(
+                f"{self._num_open} requests are open, as many as this gateway takes; try again in {retry_after:.0f} seconds",
+                retry_after=retry_after,
+            )
         self._num_open += 1
         self._empty.clear()
+        began = time.monotonic()
         try:
             yield
+            self._stay += (time.monotonic() - began - self._stay) / STAYS_REMEMBERED
         finally:
             self._num_open -= 1
             if self._num_open == 0:

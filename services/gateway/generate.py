@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -19,6 +19,7 @@ from holdfast.v1 import gateway_pb2
 from holdfast.v1 import generation_pb2 as pb
 from services.gateway.admission import Admission, Admitted
 from services.gateway.answer import Answer
+from services.gateway.backlog import Backlog, Entry
 from services.gateway.cancel import Canceller
 from services.gateway.choice import Manner, Mark, Place
 from services.gateway.cursor import Cursor, Cursors
@@ -70,6 +71,7 @@ class Gateway:
         tails: Tails,
         resumer: Resumer,
         admission: Admission,
+        backlogs: Mapping[pb.RequestClass.ValueType, Backlog],
         handover: Handover,
         readiness: Readiness,
         observer: Observer,
@@ -83,10 +85,11 @@ class Gateway:
         self._tails = tails
         self._resumer = resumer
         self._admission = admission
+        self._backlogs = backlogs
         self._handover = handover
         self._readiness = readiness
         self._observer = observer
-        self._routing = Routing()
+        self._routing = Routing(affinity_tokens=settings.affinity_tokens)
         self._submissions = Submissions()
 
     @asynccontextmanager
@@ -98,11 +101,14 @@ class Gateway:
             self._admission.place(),
         ):
             admitted = self._admit(request, call, seen)
-            prompt_ids = await self._tokenize(admitted, call, seen)
-            with self._routing.partition(admitted.request_class) as partition:
+            backlog = self._backlogs[admitted.request_class]
+            with backlog.entering() as entry:
+                prompt_ids = await self._tokenize(admitted, call, seen)
+                partition = self._route(admitted, prompt_ids, entry)
                 answer = self._answer(admitted, prompt_ids, partition, spelled=call.spelled)
                 with self._streams.open(answer):
                     answer.published(await self._publish(admitted, prompt_ids, partition, seen))
+                    backlog.published(entry)
                     seen.answer = answer
                     with answer.expiring(admitted.time_left()), self._handover.of(answer, call.moves):
                         yield answer
@@ -123,10 +129,13 @@ class Gateway:
             self._admission.place(),
         ):
             admitted = self._admit(request, call, seen)
-            prompt_ids = await self._tokenize(admitted, call, seen)
-            with self._routing.partition(admitted.request_class) as partition:
+            backlog = self._backlogs[admitted.request_class]
+            with backlog.entering() as entry:
+                prompt_ids = await self._tokenize(admitted, call, seen)
+                partition = self._route(admitted, prompt_ids, entry)
                 answer = self._answer(admitted, prompt_ids, partition)
                 answer.published(await self._publish(admitted, prompt_ids, partition, seen))
+                backlog.published(entry, followed=False)
         return Accepted(admitted.request_id, cursor=answer.cursor, prompt_tokens=len(prompt_ids))
 
     @asynccontextmanager
@@ -175,6 +184,7 @@ class Gateway:
         seen.admit(admitted, model.name)
         self._readiness.check("log")
         self._streams.check_new(admitted.request_id)
+        self._backlogs[admitted.request_class].check(admitted.time_left())
         return admitted
 
     async def _tokenize(self, admitted: Admitted, call: Call, seen: Observation) -> list[int]:
@@ -185,6 +195,12 @@ class Gateway:
         if call.default_max_tokens is not None and not rules.HasField("max_tokens"):
             rules.max_tokens = min(call.default_max_tokens, model.context_length - len(prompt_ids))
         return prompt_ids
+
+    def _route(self, admitted: Admitted, prompt_ids: list[int], entry: Entry) -> int:
+        backlog = self._backlogs[admitted.request_class]
+        partition = self._routing.choose(admitted.request_class, prompt_ids, backlog.loads)
+        backlog.goes_to(entry, partition)
+        return partition
 
     async def _publish(self, admitted: Admitted, prompt_ids: list[int], partition: int, seen: Observation) -> int:
         """Returns once the log has the request: its offset."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -86,9 +87,40 @@ class Metrics:
             "holdfast_gateway_open_requests", "Requests between the call and their last token.", registry=registry
         )
 
+        self._refused = Counter(
+            "holdfast_gateway_refused_requests",
+            "Requests that were refused because too much runs or waits, by the reason: streams (as many are open here as "
+            "this gateway takes), wait (a new one would wait too long for an engine), waiting (too many wait).",
+            ["reason"],
+            registry=registry,
+        )
+        for reason in ("streams", "wait", "waiting"):
+            self._refused.labels(reason)
+        self._waiting = Gauge(
+            "holdfast_gateway_waiting_requests",
+            "Requests that wait for an engine, in the whole mesh, by class: what the log told, and what came here since.",
+            ["request_class"],
+            registry=registry,
+        )
+        self._wait = Gauge(
+            "holdfast_gateway_estimated_wait_seconds",
+            "How long a new request would wait for an engine, by class; NaN where nobody knows.",
+            ["request_class"],
+            registry=registry,
+        )
+
     def watch_open(self, count: Callable[[], int]) -> None:
         """Has the number of open requests asked for at each scrape."""
         self._open.set_function(count)
+
+    def watch_backlog(self, name: str, *, waiting: Callable[[], int], wait: Callable[[], float | None]) -> None:
+        """Has the backlog of a class asked for at each scrape."""
+        self._waiting.labels(name).set_function(waiting)
+        self._wait.labels(name).set_function(lambda: math.nan if (seconds := wait()) is None else seconds)
+
+    def refused(self, reason: str) -> None:
+        """A request was refused because too much runs or waits."""
+        self._refused.labels(reason).inc()
 
     def ended(self, *, face: str, outcome: str) -> None:
         """A request ended."""

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, SecretStr
 
 from holdfast.settings import Settings
-from holdfast.topics import TOKENS
+from holdfast.topics import REQUESTS_BATCH, TOKENS
 from services.gateway.bodies import MAX_BODY_BYTES
 
 
@@ -35,6 +35,19 @@ class GatewaySettings(Settings, env_prefix="HOLDFAST_GATEWAY_"):
 
     max_streams: Annotated[int, Field(ge=1)] = 1024
     """Most requests between call and last token at once; what comes beyond is refused with RESOURCE_EXHAUSTED."""
+    max_wait_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """Longest that an interactive request may have to wait for an engine, as far as can be estimated; what would wait longer
+    is refused with RESOURCE_EXHAUSTED, and told when to come back."""
+    max_batch_wait_seconds: Annotated[float, Field(gt=0, le=REQUESTS_BATCH.retention.total_seconds())] = 43_200.0
+    """The same for a batch request. The log forgets what nobody took within 24 hours: half of that leaves room for an
+    estimate that was wrong."""
+    max_waiting: Annotated[int, Field(ge=1)] = 10_000
+    """Most requests of a class that may wait for an engine, in the whole mesh, whatever is known of how long: as many are
+    accepted while no engine is there."""
+    affinity_tokens: Annotated[int, Field(ge=0)] = 128
+    """How many first tokens two prompts must share to go to the same engine, so that it computes them once. Engines keep
+    prefixes in blocks of 32 or 64 tokens: less than two is not worth a detour. Where all prompts begin with the same long
+    instructions, a number beyond these tells conversations apart. The same at all gateways of a mesh; 0 for no affinity."""
     max_choices: Annotated[int, Field(ge=1, le=128)] = 128
     """Most continuations of one request."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None

@@ -1,15 +1,20 @@
-"""Whether the log is there, and engines behind it. Who dies says nothing, so the log is asked again and again."""
+"""Whether the log is there, and engines behind it, and what waits for them. Who dies says nothing, so the log is asked again
+and again."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 import structlog
 
 from holdfast.bus import Bus
 from holdfast.errors import Unavailable
-from holdfast.topics import ENGINES
+from holdfast.topics import ENGINES, GROUPS, REQUESTS
+from holdfast.v1.generation_pb2 import RequestClass
+from services.gateway.backlog import Backlog
 from services.gateway.readiness import NOT_YET, Readiness
+from services.gateway.turnover import Standing
 
 log = structlog.get_logger(__name__)
 
@@ -17,12 +22,22 @@ NO_ENGINE = "no engine takes requests from the log; those that are accepted wait
 
 
 class Watch:
-    """Tells readiness of `log` and `engine`. A request needs the log to be accepted, and an engine to be answered."""
+    """Tells readiness of `log` and `engine`: a request needs the log to be accepted, and an engine to be answered. Tells each
+    class's backlog how the log stands."""
 
-    def __init__(self, bus: Bus, readiness: Readiness, *, every: float, seconds: float) -> None:
-        """`every`: seconds between two questions. `seconds`: how long the log may take to answer one."""
+    def __init__(
+        self,
+        bus: Bus,
+        readiness: Readiness,
+        backlogs: Mapping[RequestClass.ValueType, Backlog],
+        *,
+        every: float,
+        seconds: float,
+    ) -> None:
+        """`every`: seconds between two looks. `seconds`: how long the log may take for one."""
         self._bus = bus
         self._readiness = readiness
+        self._backlogs = backlogs
         self._every = every
         self._seconds = seconds
 
@@ -37,6 +52,8 @@ class Watch:
         try:
             async with asyncio.timeout(self._seconds):
                 num_engines = await self._bus.group_size(ENGINES)
+                for request_class, backlog in self._backlogs.items():
+                    await self._ask(request_class, backlog, has_engines=num_engines > 0)
         except TimeoutError:
             await self._lost("log", f"it did not answer within {self._seconds:g} seconds")
         except Unavailable as error:
@@ -44,6 +61,12 @@ class Watch:
         else:
             await self._found("log")
             await (self._found("engine") if num_engines else self._lost("engine", NO_ENGINE))
+
+    async def _ask(self, request_class: RequestClass.ValueType, backlog: Backlog, *, has_engines: bool) -> None:
+        told, topic = backlog.ask(), REQUESTS[request_class]
+        lag = await self._bus.lag(GROUPS[request_class], [topic])
+        standings = [Standing.of(lag[partition]) for partition in topic.partitions]
+        told(standings, has_engines, asyncio.get_running_loop().time())
 
     async def _lost(self, need: str, reason: str) -> None:
         if self._readiness.missing.get(need, NOT_YET) == NOT_YET:  # it is news

@@ -131,6 +131,7 @@ async def test_a_gateway_that_is_not_ready_says_what_is_missing() -> None:
                 cursors=cursors,
             ),
             admission=Admission(settings()),
+            backlogs={},
             handover=Handover(possible=False),
             readiness=readiness,
             observer=Observer(metrics, NoOpTracer()),

@@ -154,4 +154,4 @@ async def test_a_gateway_accepts_requests_though_no_engine_is_there() -> None:
 
 
 def watching(bus: MemoryBus, readiness: Readiness, **given: Any) -> Watch:
-    return Watch(bus, readiness, **{"every": 1.0, "seconds": 60.0} | given)
+    return Watch(bus, readiness, {}, **{"every": 1.0, "seconds": 60.0} | given)
