@@ -10,7 +10,8 @@ plans than commits:
 What it promises:
 
 * Interactive sequences come before batch ones, and first come is first served among equals. Batch sequences may hold a
-  tenth of the slots against interactive ones; beyond it they yield.
+  tenth of the slots against interactive ones, with their blocks, and a tenth of each step's prefill; beyond it they yield,
+  and within it none of them keeps an interactive one from being admitted for longer than until a slot or a block is free.
 * A running sequence that needs a block takes it from the youngest one running, never from an older one. Who is thrown
   out computes its tokens again later; its full blocks stay in the prefix cache as long as nobody needs them. So the
   oldest always gets on, and every sequence that is added ends.
@@ -56,8 +57,8 @@ class Limits:
 
     @property
     def batch_share(self) -> int:
-        """Slots that batch sequences hold against interactive ones."""
-        return max(1, self.max_sequences // 10)
+        """Slots that batch sequences hold against interactive ones: a tenth."""
+        return -(-self.max_sequences // 10)
 
 
 @dataclass(slots=True)
@@ -129,6 +130,10 @@ class _Line:
         index = bisect_left(self._sequences, sequence.order, key=_order)
         assert self._sequences[index] is sequence
         del self._sequences[index]
+
+    @property
+    def first(self) -> Sequence | None:
+        return self._sequences[0] if self._sequences else None
 
     @property
     def youngest(self) -> Sequence | None:
@@ -281,16 +286,31 @@ class Scheduler:
 
     def _admit(self, now: float) -> None:
         """Gives slots to waiting sequences as long as the step has tokens for them and there are blocks."""
-        num_tokens = self._prefill_tokens()
-        num_tokens -= sum(s.num_remaining for s in self._running if not s.has_all_planned and s.num_remaining > 1)
-        while num_tokens > 0:
+        budget = self._prefill_tokens()
+        prefilling = self._prefilling()
+        while True:
             for sequence in self._next_in_line():
-                if self._make_room(sequence, num_tokens):
+                num_tokens = self._tokens_for(sequence, budget, prefilling)
+                if num_tokens > 0 and self._make_room(sequence, num_tokens):
                     self._start(sequence, now)
-                    num_tokens -= sequence.num_remaining
+                    prefilling[sequence.interactive] += sequence.num_remaining
                     break
             else:
                 return
+
+    def _prefilling(self) -> dict[bool, int]:
+        """By `interactive`, the tokens of prompts that running sequences have yet to compute."""
+        tokens = {True: 0, False: 0}
+        for sequence in self._running:
+            if not sequence.has_all_planned and sequence.num_remaining > 1:
+                tokens[sequence.interactive] += sequence.num_remaining
+        return tokens
+
+    def _tokens_for(self, sequence: Sequence, budget: int, prefilling: dict[bool, int]) -> int:
+        """How many tokens the next step may have for one that is not admitted yet. Those of batch ones are in nobody's way
+        but their own; and where interactive ones fill the step batch ones have their share."""
+        left = budget - prefilling[True]
+        return left if sequence.interactive else max(left, _batch_share(budget)) - prefilling[False]
 
     def _next_in_line(self) -> list[Sequence]:
         """Who may be admitted next, the one to try first in front."""
@@ -318,11 +338,17 @@ class Scheduler:
         hits = self._cached_prefix(sequence)
         first = min(sequence.num_known, len(hits) * self.pool.block_size + num_tokens)
         wanted = self.pool.blocks_for(first) - len(hits) + self.pool.num_idle(hits)
-        return self.pool.num_available - wanted >= self._reserve()
+        return self.pool.num_available - wanted >= self._reserve(sequence)
 
-    def _reserve(self) -> int:
-        """Blocks that running sequences will want soon: the rest of their prompts, or the next one."""
-        return sum(max(1, self.pool.blocks_for(s.num_known + 1) - len(s.blocks)) for s in self._running)
+    def _reserve(self, newcomer: Sequence) -> int:
+        """Blocks that running sequences will want soon: the rest of their prompts, or the next one. A batch one's prompt
+        takes its time, and keeps no interactive newcomer out."""
+        return sum(
+            1
+            if newcomer.interactive and not each.interactive
+            else max(1, self.pool.blocks_for(each.num_known + 1) - len(each.blocks))
+            for each in self._running
+        )
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
         """The blocks of its longest prefix that is held and leaves something to compute."""
@@ -376,7 +402,7 @@ class Scheduler:
         thrown out for want of blocks has nothing assigned yet."""
         decodes: list[tuple[Sequence, Work]] = []
         chunks: list[tuple[Sequence, Work]] = []
-        prefill_tokens: int | None = None
+        left: dict[bool, int] | None = None
         for sequence in self._running:
             if sequence.phase is not Phase.RUNNING or sequence.has_all_planned:
                 continue
@@ -385,13 +411,19 @@ class Scheduler:
                 if self._grow(sequence, 1):
                     decodes.append((sequence, _work(sequence, 1, remaining)))
                 continue
-            if prefill_tokens is None:
-                prefill_tokens = self._prefill_tokens()
-            count = self._grow(sequence, min(remaining, prefill_tokens))
-            prefill_tokens -= count
+            if left is None:
+                left = self._shares_of_prefill()
+            count = self._grow(sequence, min(remaining, left[sequence.interactive]))
+            left = {interactive: tokens - count for interactive, tokens in left.items()}
             if count:
                 (chunks if count > 1 else decodes).append((sequence, _work(sequence, count, remaining)))
         return decodes + chunks
+
+    def _shares_of_prefill(self) -> dict[bool, int]:
+        """By `interactive`, the tokens of prefill in the next step: interactive ones come first, and leave batch ones their
+        share where they want it."""
+        budget = self._prefill_tokens()
+        return {True: budget - (_batch_share(budget) if self._prefilling()[False] else 0), False: budget}
 
     def _grow(self, sequence: Sequence, count: int) -> int:
         """Sees to blocks for the next `count` tokens of a sequence and, where there are plenty, for the `lookahead`
@@ -416,12 +448,16 @@ class Scheduler:
             sequence.blocks.extend(blocks)
 
     def _throw_out_after(self, sequence: Sequence) -> bool:
-        """Preempts the youngest one running behind this one. False where there is none, or where blocks are on their
-        way back anyway."""
-        victim = self._running.youngest
-        if self._returning or victim is None or victim is sequence:
+        """Preempts the youngest one running behind this one; batch ones that hold no more than their share only for the
+        first in line, who has to get on. False where there is none, or where blocks are on their way back anyway."""
+        behind = list(self._running)
+        behind = behind[behind.index(sequence) + 1 :]
+        if sequence.interactive and self._num_batch_running <= self.limits.batch_share:
+            others = [each for each in behind if each.interactive]
+            behind = others if others or sequence is not self._running.first else behind
+        if self._returning or not behind:
             return False
-        self._preempt(victim)
+        self._preempt(behind[-1])
         return True
 
     def _take_off(self, sequence: Sequence, work: Work) -> None:
@@ -531,6 +567,11 @@ class Scheduler:
 def _work(sequence: Sequence, count: int, remaining: int) -> Work:
     assert sequence.slot is not None
     return Work(sequence.slot, start=sequence.num_planned, count=count, samples=count == remaining)
+
+
+def _batch_share(num_tokens: int) -> int:
+    """Of the prefill of a step: a tenth; of a single token nothing."""
+    return -(-num_tokens // 10) if num_tokens > 1 else 0
 
 
 def _first_ready(line: _Line) -> Sequence | None:

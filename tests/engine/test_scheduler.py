@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import hypothesis.strategies as st
@@ -163,6 +164,79 @@ def test_batch_gets_its_share_however_many_interactive_ones_come() -> None:
         driver.step()
     assert batch.is_finished
     driver.run()
+    driver.check_all_answered()
+
+
+def overloaded(
+    driver: Driver, *, steps: int, prompt: int, max_tokens: int, batch_prompt: int
+) -> tuple[list[Sequence], list[Sequence]]:
+    """Many steps during which more interactive sequences wait than there are slots, and batch ones that have waited
+    longer than any of them. Both lists, of all that came."""
+    interactive: list[Sequence] = []
+    batch: list[Sequence] = []
+    for step in range(steps):
+        for line, many, length in ((interactive, 2, prompt), (batch, 1, batch_prompt)):
+            while sum(not each.is_finished for each in line) < many * driver.scheduler.limits.max_sequences:
+                prompt_ids = [1 + (len(line) + 3 * index) % 13 for index in range(length)]
+                is_interactive = line is interactive
+                arrival = 1000.0 + step if is_interactive else float(step)
+                each = sequence(prompt_ids, max_tokens=max_tokens, interactive=is_interactive, arrival=arrival)
+                line.append(driver.add(each))
+        driver.step()
+    return interactive, batch
+
+
+def share_of(batch: list[Sequence], interactive: list[Sequence], size: Callable[[Sequence], int]) -> float:
+    counts = [sum(map(size, each)) for each in (batch, interactive)]
+    return counts[0] / sum(counts)
+
+
+def test_batch_gets_a_tenth_where_slots_are_short() -> None:
+    """Of the tokens that are generated while interactive sequences would fill every slot; and not more."""
+    driver = Driver(max_sequences=20, num_blocks=400, max_step_tokens=64)
+    interactive, batch = overloaded(driver, steps=300, prompt=4, max_tokens=20, batch_prompt=4)
+    assert share_of(batch, interactive, lambda each: len(each.output_ids)) == pytest.approx(0.1, abs=0.01)
+
+
+@pytest.mark.parametrize("batch_prompt", [30, 200])
+def test_batch_gets_a_tenth_where_prefill_is_short(batch_prompt: int) -> None:
+    """Of the prompts' tokens that are computed, however long its own are."""
+    driver = Driver(max_sequences=20, num_blocks=800, max_step_tokens=40, keeps_prefixes=False)
+    interactive, batch = overloaded(driver, steps=300, prompt=30, max_tokens=2, batch_prompt=batch_prompt)
+    share = share_of(batch, interactive, lambda each: min(each.num_computed, len(each.prompt_ids)))
+    assert share == pytest.approx(0.1, abs=0.03)
+
+
+def test_batch_gets_a_tenth_where_blocks_are_short() -> None:
+    """What it has begun within its share is not thrown out again and again."""
+    driver = Driver(max_sequences=10, num_blocks=50, max_step_tokens=64, keeps_prefixes=False)
+    interactive, batch = overloaded(driver, steps=300, prompt=12, max_tokens=20, batch_prompt=40)
+    assert driver.scheduler.totals.num_preemptions
+    assert share_of(batch, interactive, lambda each: len(each.output_ids)) >= 0.1
+
+
+@pytest.mark.parametrize("num_blocks", [400, 110])
+def test_a_long_batch_prompt_delays_no_interactive_sequence(num_blocks: int) -> None:
+    """One that comes while it is computed begins with the next step, though there were not enough blocks for both."""
+    driver = Driver(max_sequences=10, num_blocks=num_blocks, max_step_tokens=20, keeps_prefixes=False)
+    driver.add(sequence([1] * 400, interactive=False, arrival=1.0))
+    driver.step()
+    late = driver.add(sequence([2] * 18, arrival=2.0))
+    driver.step()
+    assert len(late.output_ids) == 1
+    driver.run()
+    driver.check_all_answered()
+
+
+def test_the_only_interactive_sequence_gets_on_though_batch_holds_the_blocks() -> None:
+    """The first in line takes them from whom it must, its share or not."""
+    driver = Driver(max_sequences=4, num_blocks=8, max_step_tokens=16, keeps_prefixes=False)
+    batch = driver.add(sequence([1] * 12, interactive=False, max_tokens=16))
+    while len(batch.output_ids) < 8:
+        driver.step()
+    driver.add(sequence([2] * 4, max_tokens=20))
+    driver.run()
+    assert driver.scheduler.totals.num_preemptions
     driver.check_all_answered()
 
 
