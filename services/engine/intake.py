@@ -3,7 +3,8 @@
 It is a member of two groups, one for each request topic, so that interactive requests can be asked for first. It takes
 as many records as it has slots: what it does not take another engine could start. Since both groups are read at once,
 the slots that either may have are filled one by one, and at most one record is taken beyond them; apart from that, only
-interactive requests that take the slots of batch ones make it hold more. A record that cannot be honoured is answered
+interactive requests that take the slots of batch ones make it hold more. A tenth of the slots goes to interactive requests
+only while the log has no batch request to give. A record that cannot be honoured is answered
 with the reason; one that is no request at all is logged and passed over.
 
 A rebalance gives and takes partitions. What is kept goes on (its records come again and are known by their
@@ -198,6 +199,8 @@ class Intake:
         """The next records, as many as there is room for. Returns without any when the group moves, when there is
         room for the first time, or when the engine is drained."""
         side.num_asked = self._room(side)
+        if side.num_asked and not side.interactive:
+            asyncio.get_running_loop().call_soon(self._look_for_room)  # once the read waits
         try:
             async with asyncio.timeout(None) as side.reading:
                 return await side.member.read(max_records=side.num_asked)
@@ -213,7 +216,14 @@ class Intake:
             return 0
         free = self._max_sequences - self._requests.num_open(interactive=True)
         shared = min(1, free - self._requests.num_open(interactive=False))
-        return max(0, shared, free - self._batch_share if side.interactive else 0)
+        if side.interactive:
+            return max(0, free - self._batch_share, shared if self._batch_has_none() else 0)
+        return max(0, shared)
+
+    def _batch_has_none(self) -> bool:
+        """Whether the log was asked for a batch request and has not given one: else its share would be filled with the
+        interactive requests that always wait."""
+        return any(not side.interactive and side.num_asked and side.reading is not None for side in self._sides)
 
     def _look_for_room(self) -> None:
         for side in self._sides:

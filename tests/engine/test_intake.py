@@ -134,6 +134,29 @@ async def test_slots_that_batch_requests_took_meanwhile_are_not_promised(memory:
         await heard.finished(*batch, *interactive)
 
 
+async def test_batch_requests_get_a_tenth_while_interactive_ones_wait(memory: MemoryBus) -> None:
+    """Of what is answered while the log holds more of both than there are slots."""
+    async with answers(memory) as heard, engine(memory, max_sequences=20, num_blocks=400) as running:
+        running.runner.hold()
+        batch, interactive = ([f"{kind}{number}" for number in range(400)] for kind in "bi")
+        for ids in (batch, interactive):
+            for number, request_id in enumerate(ids):
+                message = request(request_id, [1, 2], max_tokens=8, ignore_eos=True)
+                await publish(memory, message, partition=number % 32, batch=ids is batch)
+        await until(lambda: running.num_open() > 0)
+        running.runner.allow()
+
+        def num_answered(ids: list[str]) -> int:
+            return sum(heard[request_id].finish is not None for request_id in ids)
+
+        await heard.until(lambda: num_answered(interactive) >= 40)  # batch ones filled the slots first
+        before = num_answered(batch), num_answered(interactive)
+        await heard.until(lambda: num_answered(interactive) >= 340)
+        answered = num_answered(batch) - before[0], num_answered(interactive) - before[1]
+        assert 0.08 <= answered[0] / sum(answered) <= 0.25, "more only where slots were free for a moment"
+        await heard.finished(*interactive)
+
+
 async def test_interactive_requests_take_the_slots_of_batch_ones(memory: MemoryBus) -> None:
     """An engine full of batch requests still takes an interactive one, which runs at once; the batch request that
     yields its slot is answered in full later."""
