@@ -16,7 +16,9 @@ def named_files(page: str) -> list[str]:
     return sorted(set(paths))
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/delivery.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/delivery.md", "docs/load.md"]
+)
 def test_every_file_that_a_page_names_exists(page: str) -> None:
     """The table of a request's life is kept true."""
     missing = [path for path in named_files(page) if not (ROOT / path).exists()]
