@@ -37,7 +37,7 @@ _PATIENCE_SECONDS = 3.0
 """How long a person may wait without being told what for."""
 
 _NOT_READY = (
-    "the gateway is not ready: it is starting or stopping, or it misses an engine, the log or the tokenizer "
+    "the gateway is not ready: it is starting or stopping, or it misses an engine, the log, the tokenizer or a reply partition "
     "(its /readyz says which)"
 )
 
@@ -461,8 +461,8 @@ async def _gateway_status(address: str) -> bool:
             _report("gateway", address, f"not serving: {error}")
             return False
     missing = ", ".join(need for need, there in needs.items() if not there)
-    why = f"it misses: {missing} (its /readyz says why)" if missing else "it is starting or stopping"
-    _report("gateway", address, "serving" if serving else f"not serving: {why}")
+    why = f"it misses: {missing}" if missing else "it is starting or stopping, or misses a reply partition"
+    _report("gateway", address, "serving" if serving else f"not serving: {why} (its /readyz says why)")
     print(f"{'':11}it sees: {', '.join(need for need, there in needs.items() if there) or 'nothing that it needs'}")
     for model in models:
         print(f"{'':11}{model.name}: {model.context_length} tokens of context{', chat' if model.chat else ''}")

@@ -51,6 +51,12 @@ ENGINES = "holdfast-engines-interactive"
 ENGINES_BATCH = "holdfast-engines-batch"
 """The group in which the same engines share `REQUESTS_BATCH`."""
 
+
+def gateways_of(reply_partition: int) -> str:
+    """The group, over `CONTROL`, in which gateways claim a reply partition: whoever owns something there has it."""
+    return f"holdfast-gateway-{reply_partition}"
+
+
 TOPICS = (REQUESTS_INTERACTIVE, REQUESTS_BATCH, TOKENS, CONTROL)
 
 REQUESTS = {

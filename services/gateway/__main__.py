@@ -22,10 +22,12 @@ from services.gateway import http, web
 from services.gateway.admission import Admission
 from services.gateway.backlog import Backlog
 from services.gateway.cancel import Canceller
+from services.gateway.claim import Claims
 from services.gateway.cursor import Cursors
 from services.gateway.detokenize import Detokenizer
 from services.gateway.generate import Gateway
 from services.gateway.handover import Handover
+from services.gateway.home import NEED, Home
 from services.gateway.metrics import Metrics
 from services.gateway.observation import Observer
 from services.gateway.readiness import Readiness
@@ -57,17 +59,18 @@ class GatewayAddresses:
 async def serve(
     settings: GatewaySettings, *, bus: Bus | None = None, registry: CollectorRegistry | None = None
 ) -> AsyncIterator[GatewayAddresses]:
-    """A gateway that can take requests: the log was reached, the tokenizer answered, and engines were looked for; without
-    one requests wait in the log. Until all three were seen, and whenever one is gone, its health is NOT_SERVING and
+    """A gateway that can take requests: the log was reached, a reply partition claimed, the tokenizer answered, and engines
+    were looked for; without one requests wait in the log. Until all were seen, and whenever one is gone, its health is NOT_SERVING and
     `/readyz` says what is missing. Leaving the block hands streams over whose clients go on elsewhere by themselves, lets
     the others end for `drain_seconds`, while what feeds them still runs, and then hands over what can be; until then
     whoever comes is told that it stops.
 
     Raises:
-        ConfigurationError: an address cannot be bound, the log has other topics, or the tokenizer has become another.
+        ConfigurationError: an address cannot be bound, the log has other topics, the tokenizer has become another, or other
+            gateways have the reply partition.
         Unavailable: the log cannot be reached at the start.
     """
-    metrics, readiness = Metrics(registry), Readiness(["log", "tokenizer", "engine"])
+    metrics, readiness = Metrics(registry), Readiness(["log", "tokenizer", "engine", NEED])
     admission = Admission(settings, refused=metrics.refused)
     backlogs = make_backlogs(settings, metrics)
     metrics.watch_open(lambda: admission.num_open)
@@ -81,17 +84,18 @@ async def serve(
         make_streams = functools.partial(
             Streams, log, tokenizer=tokenizer, detokenizer=detokenizer, readiness=readiness, metrics=metrics
         )
-        streams = make_streams(reply_partition=settings.reply_partition)
-        tails = Tails(log, streams, lambda partition: make_streams(reply_partition=partition))
+        tails = Tails(log, lambda partition: make_streams(reply_partition=partition))
+        claims = Claims(log, named=settings.reply_partition, seconds=settings.claim_seconds)
+        home = Home(claims, tails, readiness)
         cursors = Cursors(keys := cursor_keys(settings, kept=bus is None))
         handover = Handover(possible=bool(keys))
-        await parts.enter_async_context(running(streams.run(), tails.run(), detokenizer.run()))
+        await parts.enter_async_context(running(tails.run(), home.run(), detokenizer.run()))
         await parts.enter_async_context(canceller.publishing())
         gateway = Gateway(
             settings,
             bus=log,
             tokenizer=tokenizer,
-            streams=streams,
+            home=home,
             canceller=canceller,
             cursors=cursors,
             tails=tails,
@@ -116,7 +120,7 @@ async def serve(
             await (server.health.ready() if ready else server.health.not_ready())
 
         await readiness.tell(tell)
-        await readiness.wait("log", "tokenizer")
+        await readiness.wait("log", "tokenizer", NEED)
         watch = Watch(log, readiness, backlogs, every=settings.watch_seconds, seconds=settings.log_seconds)
         await watch.look()
         await parts.enter_async_context(running(watch.run()))
@@ -137,8 +141,7 @@ async def serve(
 async def _kafka(settings: GatewaySettings) -> AsyncIterator[Bus]:
     from holdfast.kafka import KafkaBus  # the embedded mesh runs without it
 
-    client_id = f"gateway-{settings.reply_partition}"
-    async with KafkaBus(settings.kafka, client_id=client_id, namespace=settings.kafka_namespace) as bus:
+    async with KafkaBus(settings.kafka, client_id="gateway", namespace=settings.kafka_namespace) as bus:
         yield bus
 
 

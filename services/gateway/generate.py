@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from opentelemetry.context import Context
@@ -24,6 +24,7 @@ from services.gateway.cancel import Canceller
 from services.gateway.choice import Manner, Mark, Place
 from services.gateway.cursor import Cursor, Cursors
 from services.gateway.handover import Handover, Moves
+from services.gateway.home import Home
 from services.gateway.observation import Observation, Observer
 from services.gateway.readiness import Readiness
 from services.gateway.resume import Resumer, Resumption
@@ -65,7 +66,7 @@ class Gateway:
         *,
         bus: Bus,
         tokenizer: Tokenizer,
-        streams: Streams,
+        home: Home,
         canceller: Canceller,
         cursors: Cursors,
         tails: Tails,
@@ -79,7 +80,7 @@ class Gateway:
         self._settings = settings
         self._bus = bus
         self._tokenizer = tokenizer
-        self._streams = streams
+        self._home = home
         self._canceller = canceller
         self._cursors = cursors
         self._tails = tails
@@ -96,18 +97,14 @@ class Gateway:
     async def generate(self, request: gateway_pb2.GenerateRequest, call: Call) -> AsyncIterator[Answer]:
         """The answer to a request. The block is entered once the log has the request; leaving it before the answer's
         end cancels the request, or not, as it asks."""
-        with (
-            self._observe(request, call) as seen,
-            self._admission.place(),
-        ):
-            admitted = self._admit(request, call, seen)
+        async with self._admitted(request, call) as (admitted, streams, seen):
             backlog = self._backlogs[admitted.request_class]
             with backlog.entering() as entry:
                 prompt_ids = await self._tokenize(admitted, call, seen)
                 partition = self._route(admitted, prompt_ids, entry)
-                answer = self._answer(admitted, prompt_ids, partition, spelled=call.spelled)
-                with self._streams.open(answer):
-                    answer.published(await self._publish(admitted, prompt_ids, partition, seen))
+                answer = self._answer(admitted, prompt_ids, partition, streams, spelled=call.spelled)
+                with streams.open(answer):
+                    answer.published(await self._publish(admitted, prompt_ids, partition, streams, seen))
                     backlog.published(entry)
                     seen.answer = answer
                     with answer.expiring(admitted.time_left()), self._handover.of(answer, call.moves):
@@ -124,17 +121,13 @@ class Gateway:
                 "cancel_on_disconnect must be false: a submitted request has no connection",
                 field="request.cancel_on_disconnect",
             )
-        with (
-            self._observe(request, call) as seen,
-            self._admission.place(),
-        ):
-            admitted = self._admit(request, call, seen)
+        async with self._admitted(request, call) as (admitted, streams, seen):
             backlog = self._backlogs[admitted.request_class]
             with backlog.entering() as entry:
                 prompt_ids = await self._tokenize(admitted, call, seen)
                 partition = self._route(admitted, prompt_ids, entry)
-                answer = self._answer(admitted, prompt_ids, partition)
-                answer.published(await self._publish(admitted, prompt_ids, partition, seen))
+                answer = self._answer(admitted, prompt_ids, partition, streams)
+                answer.published(await self._publish(admitted, prompt_ids, partition, streams, seen))
                 backlog.published(entry, followed=False)
         return Accepted(admitted.request_id, cursor=answer.cursor, prompt_tokens=len(prompt_ids))
 
@@ -174,8 +167,17 @@ class Gateway:
         """The models that this mesh serves."""
         return [self._tokenizer.model]
 
-    def _observe(self, request: gateway_pb2.GenerateRequest, call: Call) -> AbstractContextManager[Observation]:
-        return self._observer.request(request, face=call.face, parent=call.trace, clients_id=call.clients_id)
+    @asynccontextmanager
+    async def _admitted(
+        self, request: gateway_pb2.GenerateRequest, call: Call
+    ) -> AsyncIterator[tuple[Admitted, Streams, Observation]]:
+        """The request, with a place among the open ones, and the streams that its answer will come to."""
+        observed = self._observer.request(request, face=call.face, parent=call.trace, clients_id=call.clients_id)
+        with observed as seen, self._admission.place():
+            admitted = self._admit(request, call, seen)
+            async with self._home.streams() as streams:
+                streams.check_new(admitted.request_id)
+                yield admitted, streams, seen
 
     def _admit(self, request: gateway_pb2.GenerateRequest, call: Call, seen: Observation) -> Admitted:
         model = self._tokenizer.model
@@ -183,7 +185,6 @@ class Gateway:
         admitted = self._admission.admit(request, model, call_time_left=call.time_left)
         seen.admit(admitted, model.name)
         self._readiness.check("log")
-        self._streams.check_new(admitted.request_id)
         self._backlogs[admitted.request_class].check(admitted.time_left())
         return admitted
 
@@ -202,7 +203,9 @@ class Gateway:
         backlog.goes_to(entry, partition)
         return partition
 
-    async def _publish(self, admitted: Admitted, prompt_ids: list[int], partition: int, seen: Observation) -> int:
+    async def _publish(
+        self, admitted: Admitted, prompt_ids: list[int], partition: int, streams: Streams, seen: Observation
+    ) -> int:
         """Returns once the log has the request: its offset."""
         record = pb.GenerationRequest(
             request_id=admitted.request_id,
@@ -212,9 +215,9 @@ class Gateway:
             sampling=admitted.request.sampling,
             stop=admitted.request.stop,
             num_choices=admitted.num_choices,
-            reply_partition=self._streams.reply_partition,
-            reply_start_offset=self._streams.position,
-            reply_start_epoch=self._streams.epochs.highest(Source(admitted.request_class, partition)),
+            reply_partition=streams.reply_partition,
+            reply_start_offset=streams.position,
+            reply_start_epoch=streams.epochs.highest(Source(admitted.request_class, partition)),
             presentation=pb.Presentation(
                 cancel_on_disconnect=admitted.request.cancel_on_disconnect,
                 return_token_ids=admitted.request.return_token_ids,
@@ -250,14 +253,16 @@ class Gateway:
             self._canceller.wish(admitted.request_id, None, "it may not have been accepted")
             raise
 
-    def _answer(self, admitted: Admitted, prompt_ids: list[int], partition: int, *, spelled: bool = False) -> Answer:
+    def _answer(
+        self, admitted: Admitted, prompt_ids: list[int], partition: int, streams: Streams, *, spelled: bool = False
+    ) -> Answer:
         request, source = admitted.request, Source(admitted.request_class, partition)
         start = Cursor(
             admitted.request_id,
             source=source,
             request_offset=0,  # until it is published
-            reply_partition=self._streams.reply_partition,
-            mark=Mark(self._streams.position, self._streams.epochs.highest(source)),
+            reply_partition=streams.reply_partition,
+            mark=Mark(streams.position, streams.epochs.highest(source)),
             places=(Place.at_start(prompt_ids),) * admitted.num_choices,
         )
         return Answer(
@@ -273,7 +278,7 @@ class Gateway:
             cancel_on_disconnect=request.cancel_on_disconnect,
             flush=self._settings.flush_ms / 1000,
             max_waiting=self._settings.max_buffered_tokens,
-            on_end=self._streams.forget,
-            on_overflow=lambda answer: self._tails.fell_behind(answer, self._streams),
+            on_end=streams.forget,
+            on_overflow=lambda answer: self._tails.fell_behind(answer, streams),
             cancel=lambda choice, reason: self._canceller.wish(admitted.request_id, choice, reason),
         )

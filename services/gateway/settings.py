@@ -24,8 +24,11 @@ class GatewaySettings(Settings, env_prefix="HOLDFAST_GATEWAY_"):
     """Bootstrap servers of the log, `host:port,host:port`."""
     kafka_namespace: str = ""
     """Stands before the names of all topics and groups, so that several meshes can share a cluster."""
-    reply_partition: Annotated[int, Field(ge=0, lt=TOKENS.num_partitions)] = 0
-    """The partition of the token topic that answers come to; each gateway of a mesh has its own."""
+    reply_partition: Annotated[int, Field(ge=0, lt=TOKENS.num_partitions)] | None = None
+    """The partition of the token topic that answers come to, which no other gateway of the mesh may have; by default one that
+    is free."""
+    claim_seconds: Annotated[float, Field(gt=0)] = 10.0
+    """How long another gateway may keep the `reply_partition` that was named: one that died is known to be dead after 6."""
     cursor_keys: SecretStr = SecretStr("")
     """Secrets that sign cursors, of at least 16 characters, with commas between: the first one signs, all are accepted.
     The same at all gateways of a mesh, so that a stream can be resumed at any of them; better in the environment or the

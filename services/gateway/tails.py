@@ -1,5 +1,5 @@
-"""The ends of reply partitions, as far as somebody reads them here: this gateway's own always, another's while one of its
-streams is resumed here. However many these are, a partition is read once, and each record of it parsed once."""
+"""The ends of reply partitions, as far as somebody reads them here: the gateway's own always, another while a stream of it is
+open here. However many these are, a partition is read once, and each record of it parsed once."""
 
 from __future__ import annotations
 
@@ -26,10 +26,9 @@ class _Tail:
 class Tails:
     """Reads partitions while `run` runs."""
 
-    def __init__(self, bus: Bus, own: Streams, make: Callable[[int], Streams]) -> None:
-        """`own`: is read by somebody else. `make`: the streams of another partition."""
+    def __init__(self, bus: Bus, make: Callable[[int], Streams]) -> None:
+        """`make`: the streams of a partition."""
         self._bus = bus
-        self._own = own
         self._make = make
         self._tails: dict[int, _Tail] = {}
         self._group = asyncio.TaskGroup()
@@ -42,9 +41,6 @@ class Tails:
     @asynccontextmanager
     async def of(self, reply_partition: int) -> AsyncIterator[Streams]:
         """The streams of a partition, read while the block runs."""
-        if reply_partition == self._own.reply_partition:
-            yield self._own
-            return
         tail = self._tails.get(reply_partition) or self._begin(reply_partition)
         tail.num_readers += 1
         try:

@@ -308,6 +308,7 @@ async def open_mesh(
             "http_address": "127.0.0.1:0",
             "cursor_keys": KEY,
             "flush_ms": 0,
+            "reply_partition": 0,
             "drain_seconds": 0,
         } | settings
         addresses = await parts.enter_async_context(serve(GatewaySettings(tokenizer=server.address, **given), bus=bus))

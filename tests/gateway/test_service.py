@@ -26,10 +26,12 @@ from services.gateway import http
 from services.gateway.__main__ import cursor_keys, serve
 from services.gateway.admission import Admission
 from services.gateway.cancel import Canceller
+from services.gateway.claim import Claims
 from services.gateway.cursor import Cursors
 from services.gateway.detokenize import Detokenizer
 from services.gateway.generate import Gateway
 from services.gateway.handover import Handover
+from services.gateway.home import Home
 from services.gateway.metrics import Metrics
 from services.gateway.observation import Observer
 from services.gateway.readiness import Readiness
@@ -114,14 +116,15 @@ async def test_a_gateway_that_is_not_ready_says_what_is_missing() -> None:
             readiness=readiness,
             metrics=metrics,
         )
+        tails = Tails(bus, lambda partition: streams)
         gateway = Gateway(
             settings(),
             bus=bus,
             tokenizer=tokenizer,
-            streams=streams,
+            home=Home(Claims(bus, named=None, seconds=1), tails, readiness),
             canceller=Canceller(bus),
             cursors=(cursors := Cursors()),
-            tails=(tails := Tails(bus, streams, lambda partition: streams)),
+            tails=tails,
             resumer=Resumer(
                 settings(),
                 bus=bus,
