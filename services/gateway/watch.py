@@ -52,8 +52,6 @@ class Watch:
         try:
             async with asyncio.timeout(self._seconds):
                 num_engines = await self._bus.group_size(ENGINES)
-                for request_class, backlog in self._backlogs.items():
-                    await self._ask(request_class, backlog, has_engines=num_engines > 0)
         except TimeoutError:
             await self._lost("log", f"it did not answer within {self._seconds:g} seconds")
         except Unavailable as error:
@@ -61,6 +59,18 @@ class Watch:
         else:
             await self._found("log")
             await (self._found("engine") if num_engines else self._lost("engine", NO_ENGINE))
+            await self._ask_what_waits(has_engines=num_engines > 0)
+
+    async def _ask_what_waits(self, *, has_engines: bool) -> None:
+        """Where a part of the log does not say, the rest still takes requests: what was known before has to do."""
+        try:
+            async with asyncio.timeout(self._seconds):
+                for request_class, backlog in self._backlogs.items():
+                    await self._ask(request_class, backlog, has_engines=has_engines)
+        except TimeoutError:
+            log.warning("the log does not say what waits", reason=f"no answer within {self._seconds:g} seconds")
+        except Unavailable as error:
+            log.warning("the log does not say what waits", reason=str(error))
 
     async def _ask(self, request_class: RequestClass.ValueType, backlog: Backlog, *, has_engines: bool) -> None:
         told, topic = backlog.ask(), REQUESTS[request_class]

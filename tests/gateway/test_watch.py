@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -12,11 +13,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from holdfast import rpc
-from holdfast.bus import Headers, TopicPartition
+from holdfast.bus import Headers, Lag, TopicPartition
 from holdfast.client import NEEDS
-from holdfast.errors import Unavailable
+from holdfast.errors import Overloaded, Unavailable
 from holdfast.memory import MemoryBus
-from holdfast.topics import ENGINES, REQUESTS_INTERACTIVE, TOPICS
+from holdfast.topics import ENGINES, REQUESTS_INTERACTIVE, TOPICS, Topic
 from services.gateway.readiness import NOT_YET, Readiness
 from services.gateway.watch import NO_ENGINE, Watch
 from tests.gateway.doubles import LENGTH, Mesh, open_mesh
@@ -122,6 +123,28 @@ async def test_what_the_log_says_of_itself_is_told() -> None:
         watch = watching(bus, readiness)
     await watch.look()
     assert readiness.missing == {"log": "the in-memory log is closed"}
+
+
+class Reticent(MemoryBus):
+    """A log that does not say how far anybody is behind."""
+
+    num_asked = 0
+
+    async def lag(self, group: str, topics: Sequence[Topic]) -> dict[TopicPartition, Lag]:
+        self.num_asked += 1
+        raise Unavailable("a partition has no leader")
+
+
+async def test_a_log_that_does_not_say_what_waits_takes_requests() -> None:
+    """What was known before has to do; so many may wait as ever."""
+    log = Reticent()
+    async with open_mesh(log=log, watch_seconds=0.01, max_waiting=2) as mesh:
+        for _ in range(2):
+            await mesh.client.submit("hi")
+        with pytest.raises(Overloaded):
+            await mesh.client.submit("hi")
+        await ready(mesh, missing={})
+        assert log.num_asked > 0
 
 
 async def test_without_an_engine_a_gateway_is_not_ready() -> None:
