@@ -57,8 +57,8 @@ class Limits:
 
     @property
     def batch_share(self) -> int:
-        """Slots that batch sequences hold against interactive ones: a tenth."""
-        return -(-self.max_sequences // 10)
+        """Slots that batch sequences hold against interactive ones: a tenth; of a single one nothing."""
+        return _tenth(self.max_sequences)
 
 
 @dataclass(slots=True)
@@ -310,7 +310,7 @@ class Scheduler:
         """How many tokens the next step may have for one that is not admitted yet. Those of batch ones are in nobody's way
         but their own; and where interactive ones fill the step batch ones have their share."""
         left = budget - prefilling[True]
-        return left if sequence.interactive else max(left, _batch_share(budget)) - prefilling[False]
+        return left if sequence.interactive else max(left, _tenth(budget)) - prefilling[False]
 
     def _next_in_line(self) -> list[Sequence]:
         """Who may be admitted next, the one to try first in front."""
@@ -423,7 +423,7 @@ class Scheduler:
         """By `interactive`, the tokens of prefill in the next step: interactive ones come first, and leave batch ones their
         share where they want it."""
         budget = self._prefill_tokens()
-        return {True: budget - (_batch_share(budget) if self._prefilling()[False] else 0), False: budget}
+        return {True: budget - (_tenth(budget) if self._prefilling()[False] else 0), False: budget}
 
     def _grow(self, sequence: Sequence, count: int) -> int:
         """Sees to blocks for the next `count` tokens of a sequence and, where there are plenty, for the `lookahead`
@@ -569,9 +569,9 @@ def _work(sequence: Sequence, count: int, remaining: int) -> Work:
     return Work(sequence.slot, start=sequence.num_planned, count=count, samples=count == remaining)
 
 
-def _batch_share(num_tokens: int) -> int:
-    """Of the prefill of a step: a tenth; of a single token nothing."""
-    return -(-num_tokens // 10) if num_tokens > 1 else 0
+def _tenth(number: int) -> int:
+    """Rounded up, but never all."""
+    return -(-number // 10) if number > 1 else 0
 
 
 def _first_ready(line: _Line) -> Sequence | None:

@@ -157,6 +157,22 @@ async def test_batch_requests_get_a_tenth_while_interactive_ones_wait(memory: Me
         await heard.finished(*interactive)
 
 
+async def test_of_a_single_slot_batch_requests_have_none(memory: MemoryBus) -> None:
+    """However many of them wait, an interactive one comes next."""
+    async with answers(memory) as heard, engine(memory, max_sequences=1) as running:
+        running.runner.hold()
+        batch = [f"b{number}" for number in range(5)]
+        for number, request_id in enumerate(batch):
+            await publish(memory, request(request_id, [number + 1], max_tokens=3), batch=True)
+        await until(lambda: running.num_open(interactive=False) == 1)
+        await publish(memory, request("i", [9], max_tokens=3))
+        await until(lambda: running.num_open() == 1)
+        running.runner.allow()
+        await heard.finished("i", *batch)
+        order = [each.request_id for record in heard.records for each in record.streams if each.HasField("finish")]
+        assert order[0] == "i"
+
+
 async def test_interactive_requests_take_the_slots_of_batch_ones(memory: MemoryBus) -> None:
     """An engine full of batch requests still takes an interactive one, which runs at once; the batch request that
     yields its slot is answered in full later."""

@@ -198,6 +198,12 @@ def test_batch_gets_a_tenth_where_slots_are_short() -> None:
     assert share_of(batch, interactive, lambda each: len(each.output_ids)) == pytest.approx(0.1, abs=0.01)
 
 
+@pytest.mark.parametrize(("max_sequences", "share"), [(1, 0), (2, 1), (10, 1), (11, 2), (64, 7), (256, 26)])
+def test_the_share_of_batch_is_a_tenth_rounded_up(max_sequences: int, share: int) -> None:
+    """And never all."""
+    assert Limits(max_sequences=max_sequences, max_step_tokens=max_sequences).batch_share == share
+
+
 @pytest.mark.parametrize("batch_prompt", [30, 200])
 def test_batch_gets_a_tenth_where_prefill_is_short(batch_prompt: int) -> None:
     """Of the prompts' tokens that are computed, however long its own are."""
