@@ -166,7 +166,7 @@ async def test_of_a_single_slot_batch_requests_have_none(memory: MemoryBus) -> N
             await publish(memory, request(request_id, [number + 1], max_tokens=3), batch=True)
         await until(lambda: running.num_open(interactive=False) == 1)
         await publish(memory, request("i", [9], max_tokens=3))
-        await until(lambda: running.num_open() == 1)
+        await until(lambda: (found := running.engine.requests.running("i")) is not None and found.has_begun)
         running.runner.allow()
         await heard.finished("i", *batch)
         order = [each.request_id for record in heard.records for each in record.streams if each.HasField("finish")]
