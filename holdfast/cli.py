@@ -1,4 +1,4 @@
-"""The `holdfast` command: chat, generate, resume, cancel, status, pull.
+"""The `holdfast` command: chat, generate, resume, cancel, status, trace, pull.
 
 Exit codes: 0 done, 1 failed, 2 asked for what cannot be, 130 interrupted. What went wrong is one line on standard error.
 """
@@ -22,11 +22,12 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read when grpc is imported: 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from holdfast import __version__, rpc
+from holdfast import __version__, rpc, timeline
 from holdfast.client import DEFAULT_ADDRESS, Answer, Client, Message, Options
 from holdfast.errors import ConfigurationError, HoldfastError, InvalidRequest, from_rpc_error
 from holdfast.events import Accepted, Event, FinishReason, Resumed, Tokens
 from holdfast.stopwatch import Stopwatch
+from holdfast.trace import trace as trace_request
 from holdfast.v1 import engine_pb2, engine_pb2_grpc
 
 ADDRESS_VARIABLE = "HOLDFAST_ADDRESS"
@@ -43,6 +44,12 @@ _NOT_READY = (
 
 _LIMITS = {"chat": 1024, "generate": 256}
 """Most tokens of an answer where --max-tokens is not given, by command."""
+
+_LOG = (
+    ("kafka", "127.0.0.1:9092", "bootstrap servers of the log, host:port,host:port"),
+    ("kafka-namespace", "", "what stands before the names of its topics"),
+)
+"""Where the log is: what a gateway is told, and by the same names."""
 
 _MAX_NUMBER = 10**9
 """Of seconds, say: beyond, a deadline would be past the end of time for some library."""
@@ -116,6 +123,18 @@ def _parser() -> argparse.ArgumentParser:
     for service in ("tokenizer", "engine", "kvstore"):
         what = f"ask this {service} too, host:port (repeatable)"
         verb.add_argument(f"--{service}", action="append", default=[], metavar="ADDRESS", help=what)
+
+    verb = _verb(
+        verbs, "trace", trace, "tell a request's life, as the log has it: who owned it, and what of theirs counted"
+    )
+    verb.add_argument("request_id", nargs="?", default="")
+    verb.add_argument(
+        "--cursor", default="", help="a cursor of the request, which finds it at once; an id, all are looked through"
+    )
+    for flag, default, what in _LOG:
+        variable = f"HOLDFAST_GATEWAY_{flag.upper().replace('-', '_')}"
+        verb.add_argument(f"--{flag}", default=os.environ.get(variable, default), help=f"{what} (also by {variable})")
+    verb.add_argument("--json", action="store_true", help="print every event as a line of JSON")
 
     verb = _verb(verbs, "pull", pull, "fetch a model, so that a later start finds it at once")
     verb.add_argument("model", help="a name known here, or a hub id")
@@ -498,6 +517,43 @@ async def _engine_status(channel: grpc.aio.Channel) -> None:
 
 def _report(service: str, address: str, state: str) -> None:
     print(f"{service:10} {address:21} {state}")
+
+
+# --- trace ------------------------------------------------------------------------------------------------------------
+
+
+def trace(arguments: argparse.Namespace) -> int:
+    """A request's life, an event a line."""
+    if bool(arguments.request_id) == bool(arguments.cursor):
+        raise InvalidRequest("name a request by its id, or by --cursor")
+    try:
+        from holdfast.kafka import KafkaBus
+    except ImportError as error:
+        raise ConfigurationError(
+            f"trace needs more than the client: pip install 'holdfast[service]' ({error})"
+        ) from error
+
+    async def read() -> list[timeline.Event]:
+        async with KafkaBus(arguments.kafka, client_id="trace", namespace=arguments.kafka_namespace) as bus:
+            return await trace_request(
+                bus, arguments.request_id, cursor=arguments.cursor, tell=lambda line: print(line, file=sys.stderr)
+            )
+
+    show_timeline(asyncio.run(read()), as_json=arguments.json)
+    return 0
+
+
+def show_timeline(events: Sequence[timeline.Event], *, as_json: bool) -> None:
+    """Prints events: when, how long after the first one, and what."""
+    for event in events:
+        if as_json:
+            fields = {"event": event.kind.value, "at": event.at.isoformat(timespec="milliseconds"), **event.facts}
+            print(json.dumps(fields, ensure_ascii=False))
+        else:
+            after = (event.at_ms - events[0].at_ms) / 1000
+            print(
+                f"{event.at:%Y-%m-%d %H:%M:%S}.{event.at_ms % 1000:03} {after:+9.3f} s  {event.kind.value:9} {event.what}"
+            )
 
 
 # --- pull -------------------------------------------------------------------------------------------------------------
