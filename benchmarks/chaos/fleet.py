@@ -231,7 +231,6 @@ def _fleet(model: Path, shape: Shape, *, engine: Sequence[str], gateway: Sequenc
                 f"--http-address={http}",
                 f"--kafka={bootstrap}",
                 f"--tokenizer=ipv4:{','.join(spellers)}",
-                f"--reply-partition={number}",
                 "--cursor-keys=sixteen bytes or more",
                 *gateway,
             )
