@@ -18,7 +18,7 @@ NEED = "reply partition"
 """What readiness calls it."""
 
 AGAIN_SECONDS = 1.0
-"""After a claim that failed, where an earlier one had succeeded."""
+"""After all were taken, where there had been a claim."""
 
 log = structlog.get_logger(__name__)
 
@@ -46,11 +46,10 @@ class Home:
             yield streams
 
     async def run(self) -> None:
-        """Until cancelled.
+        """Until cancelled. A log that cannot be asked is asked again.
 
         Raises:
-            ConfigurationError: there never was a claim.
-            Unavailable: as well.
+            ConfigurationError: there was no claim to be had, and never had been one.
         """
         claimed = False
         while True:
@@ -60,10 +59,10 @@ class Home:
                     await self._live_in(claim)
                 await self._lost(f"another gateway has taken number {claim.partition}")
             except (ConfigurationError, Unavailable) as error:
-                if not claimed:
+                if isinstance(error, ConfigurationError) and not claimed:
                     raise
                 await self._lost(str(error))
-                await asyncio.sleep(AGAIN_SECONDS)
+                await asyncio.sleep(error.retry_after if isinstance(error, Unavailable) else AGAIN_SECONDS)
 
     async def _live_in(self, claim: Claim) -> None:
         """Returns when the claim is lost."""

@@ -13,7 +13,7 @@ import pytest
 
 from holdfast.bus import Bus
 from holdfast.client import Client
-from holdfast.errors import ConfigurationError, NotAccepted
+from holdfast.errors import ConfigurationError, NotAccepted, Unavailable
 from holdfast.gateways import Patience
 from holdfast.kafka import KafkaBus
 from holdfast.memory import MemoryBus
@@ -201,6 +201,22 @@ async def test_a_process_that_froze_finds_out_on_a_broker_too(kafka: str) -> Non
                 pass
         while "reply partition" in (await http.get(ready)).json()["missing"]:
             pass
+
+
+async def test_a_gateway_whose_log_cannot_be_asked_yet_asks_again() -> None:
+    """As that of a broker which has just started."""
+
+    class Starting(MemoryBus):
+        async def group_size(self, group: str) -> int:
+            if group.startswith("holdfast-gateway") and not refusals:
+                refusals.append(group)
+                raise Unavailable("there is no coordinator yet", retry_after=0.01)
+            return await super().group_size(group)
+
+    refusals: list[str] = []
+    async with Starting() as bus, playing_engine(bus), gateway(bus, None) as face:
+        assert await missing(face) == {}
+    assert len(refusals) == 1
 
 
 async def test_a_gateway_does_not_start_on_the_partition_of_another() -> None:
