@@ -1,4 +1,4 @@
-"""The `holdfast` command: chat, generate, resume, cancel, status, trace, pull.
+"""The `holdfast` command: chat, generate, resume, cancel, status, trace, dead, pull.
 
 Exit codes: 0 done, 1 failed, 2 asked for what cannot be, 130 interrupted. What went wrong is one line on standard error.
 """
@@ -20,15 +20,18 @@ from typing import Any
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read when grpc is imported: its notes are not for people
 
 import grpc
+from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from holdfast import __version__, rpc, timeline
+from holdfast.bus import Bus
 from holdfast.client import DEFAULT_ADDRESS, Answer, Client, Message, Options
+from holdfast.dead import dead_letters
 from holdfast.errors import ConfigurationError, HoldfastError, InvalidRequest, from_rpc_error
 from holdfast.events import Accepted, Event, FinishReason, Resumed, Tokens
 from holdfast.stopwatch import Stopwatch
 from holdfast.trace import trace as trace_request
-from holdfast.v1 import engine_pb2, engine_pb2_grpc
+from holdfast.v1 import engine_pb2, engine_pb2_grpc, generation_pb2
 
 ADDRESS_VARIABLE = "HOLDFAST_ADDRESS"
 
@@ -131,10 +134,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--cursor", default="", help="a cursor of the request, which finds it at once; an id, all are looked through"
     )
-    for flag, default, what in _LOG:
-        variable = f"HOLDFAST_GATEWAY_{flag.upper().replace('-', '_')}"
-        verb.add_argument(f"--{flag}", default=os.environ.get(variable, default), help=f"{what} (also by {variable})")
+    _add_log(verb)
     verb.add_argument("--json", action="store_true", help="print every event as a line of JSON")
+
+    verb = _verb(verbs, "dead", dead, "list the requests that were given up, as engine after engine died of them")
+    _add_log(verb)
+    verb.add_argument("--json", action="store_true", help="print every dead letter as a line of JSON")
 
     verb = _verb(verbs, "pull", pull, "fetch a model, so that a later start finds it at once")
     verb.add_argument("model", help="a name known here, or a hub id")
@@ -152,6 +157,13 @@ def _add_address(parser: argparse.ArgumentParser, *, default: str) -> None:
     """The same flag before and after the command."""
     what = f"the gateway, host:port, or several with commas between (also by {ADDRESS_VARIABLE}; otherwise {DEFAULT_ADDRESS})"
     parser.add_argument("--address", default=default, help=what)
+
+
+def _add_log(verb: argparse.ArgumentParser) -> None:
+    """Where the log is, for what is read from there without a gateway."""
+    for flag, default, what in _LOG:
+        variable = f"HOLDFAST_GATEWAY_{flag.upper().replace('-', '_')}"
+        verb.add_argument(f"--{flag}", default=os.environ.get(variable, default), help=f"{what} (also by {variable})")
 
 
 def _add_options(verb: argparse.ArgumentParser, command: str) -> None:
@@ -526,15 +538,9 @@ def trace(arguments: argparse.Namespace) -> int:
     """A request's life, an event a line."""
     if bool(arguments.request_id) == bool(arguments.cursor):
         raise InvalidRequest("name a request by its id, or by --cursor")
-    try:
-        from holdfast.kafka import KafkaBus
-    except ImportError as error:
-        raise ConfigurationError(
-            f"trace needs more than the client: pip install 'holdfast[service]' ({error})"
-        ) from error
 
     async def read() -> list[timeline.Event]:
-        async with KafkaBus(arguments.kafka, client_id="trace", namespace=arguments.kafka_namespace) as bus:
+        async with _log("trace", arguments) as bus:
             return await trace_request(
                 bus, arguments.request_id, cursor=arguments.cursor, tell=lambda line: print(line, file=sys.stderr)
             )
@@ -554,6 +560,35 @@ def show_timeline(events: Sequence[timeline.Event], *, as_json: bool) -> None:
             print(
                 f"{event.at:%Y-%m-%d %H:%M:%S}.{event.at_ms % 1000:03} {after:+9.3f} s  {event.kind.value:9} {event.what}"
             )
+
+
+def _log(command: str, arguments: argparse.Namespace) -> contextlib.AbstractAsyncContextManager[Bus]:
+    """The log that the flags name."""
+    try:
+        from holdfast.kafka import KafkaBus
+    except ImportError as error:
+        raise ConfigurationError(
+            f"{command} needs more than the client: pip install 'holdfast[service]' ({error})"
+        ) from error
+    return KafkaBus(arguments.kafka, client_id=command, namespace=arguments.kafka_namespace)
+
+
+# --- dead -------------------------------------------------------------------------------------------------------------
+
+
+def dead(arguments: argparse.Namespace) -> int:
+    """The dead letters that the log keeps, oldest first: when, which request, and why."""
+
+    async def read() -> list[generation_pb2.DeadLetter]:
+        async with _log("dead", arguments) as bus:
+            return await dead_letters(bus)
+
+    for letter in asyncio.run(read()):
+        if arguments.json:
+            print(json_format.MessageToJson(letter, indent=None, preserving_proto_field_name=True))
+        else:
+            print(f"{letter.given_up_at.ToDatetime():%Y-%m-%d %H:%M:%S}  {letter.request_id}: {letter.reason}")
+    return 0
 
 
 # --- pull -------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,12 @@ count, and the request is scanned from its offset to a marker that lies at or be
 (the gateway started since, and knows none), another one is written. If it is higher, the tenure is over.
 This holds for every request, whenever it is delivered: a backlog may be taken piece by piece.
 
+**Which requests are given up.** Some request may be what ends engines. So an owner announces that it begins one, by an
+entry without tokens, and where the request is not new it begins only once the log has that. A scan counts the epochs that
+began a request in vain: since the last one that got on with it. Owners alone would be the wrong thing to count, for a
+restart of all engines moves a long answer through the hands of each. A request that was begun in vain before is a
+**suspect**, and suspects are begun one at a time: else those that died with a poison would die with it again.
+
 **Epochs must never be used twice.** They are not, as long as whoever makes the consumer group anew raises the
 incarnation. Where somebody forgot, a scan may meet a higher epoch than the own one, or tokens under the own epoch before
 the own marker. Both end the tenure: nobody answers then, rather than two.
@@ -38,12 +44,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from holdfast.accept import Epochs, Place, Prefix, Source, Verdict, judge
+from holdfast.accept import End, Epochs, Place, Prefix, Source, Verdict, judge
 from holdfast.epochs import NO_EPOCH
 from holdfast.records import Batch, Entry
 
 MAX_STARTS = 3
-"""A request that so many epochs began without ending it is given to nobody any more: it may be what ends engines."""
+"""A request that so many epochs began in vain, one after the other, is given to nobody any more: it may be what ends
+engines."""
+
+PROOF = 2
+"""With so many tokens of one choice an owner has got on with a request. The first comes of computing what is known of
+it, the second of going on from there: what an engine dies of may lie in either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +97,17 @@ class Standing:
     """What is committed of a request."""
 
     choices: list[Choice]
-    epochs: set[int] = field(default_factory=set)
-    """Those under which anybody began it: wrote an entry of it, be it one without tokens, be it ignored."""
+    is_new: bool = False
+    """Whether nobody else can have begun it."""
+    vain: set[int] = field(default_factory=set)
+    """The epochs that began it, and did not get on with it, since one did: that wrote an entry of it, be it one without
+    tokens, be it ignored, but fewer than `PROOF` tokens of any choice."""
     contradiction: str = ""
     """Why no reader goes on with it, where the log contradicts itself. Such a request must be ended outright."""
+    _first: dict[tuple[int, int], int] = field(default_factory=dict)
+    """By epoch and choice, from which token on it was begun."""
+    _proven: set[int] = field(default_factory=set)
+    """The epochs that got on with it."""
 
     @property
     def has_ended(self) -> bool:
@@ -97,14 +115,36 @@ class Standing:
         return all(choice.has_ended for choice in self.choices)
 
     @property
-    def is_exhausted(self) -> bool:
-        """Whether it was begun too often to be begun again."""
-        return not self.has_ended and len(self.epochs) >= MAX_STARTS
+    def is_suspect(self) -> bool:
+        """Whether an engine may have died of it."""
+        return bool(self.vain)
 
-    def take(self, entry: Entry) -> None:
-        """Applies the rule to an admitted entry."""
-        if self.contradiction:
-            return
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether it was begun in vain too often to be begun again."""
+        return not self.has_ended and len(self.vain) >= MAX_STARTS
+
+    def take(self, entry: Entry, epoch: int, *, is_admitted: bool) -> None:
+        """The next entry. Whoever wrote it has begun; only what is admitted counts otherwise."""
+        self._count(entry, epoch, is_admitted=is_admitted)
+        if is_admitted and not self.contradiction:
+            self._accept(entry)
+
+    def _count(self, entry: Entry, epoch: int, *, is_admitted: bool) -> None:
+        """One that got on is not counted, accepted or not: it did not die of the request. Where it is accepted, neither
+        is who came before: from here on the request is another one."""
+        first = self._first.setdefault((epoch, entry.choice), entry.first_index)
+        num_told = entry.first_index + len(entry.token_ids) - first
+        if num_told >= PROOF or (entry.token_ids and entry.end is End.BY_TOKENS):
+            self._proven.add(epoch)
+        if epoch not in self._proven:
+            self.vain.add(epoch)
+        elif is_admitted:
+            self.vain.clear()
+        else:
+            self.vain.discard(epoch)
+
+    def _accept(self, entry: Entry) -> None:
         if entry.choice >= len(self.choices):
             self.contradiction = f"the log holds tokens of choice {entry.choice} of {len(self.choices)}"
             return
@@ -177,11 +217,9 @@ class Scan:
             entries = [
                 entry for offset, entry in run.entries.get(request.request_id, ()) if offset >= request.start.offset
             ]
-            if entries:
-                standing.epochs.add(run.epoch)
-            if epochs.admit(self._source, run.epoch):
-                for entry in entries:
-                    standing.take(entry)
+            is_admitted = epochs.admit(self._source, run.epoch)
+            for entry in entries:
+                standing.take(entry, run.epoch, is_admitted=is_admitted)
         return standing
 
     def has_entries(self, epoch: int, *, before: int) -> bool:
@@ -362,5 +400,5 @@ class Tenure:
         """A request's standing; None where it is not known yet."""
         marker, scan = lane.marker, lane.scan
         if marker is not None and marker < request.start.offset and request.start.epoch == self.epoch:
-            return Standing([Choice() for _ in range(request.num_choices)])
+            return Standing([Choice() for _ in range(request.num_choices)], is_new=True)
         return scan.standing(request) if scan is not None and scan.covers(request) else None

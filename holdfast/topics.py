@@ -45,6 +45,9 @@ TOKENS = Topic("holdfast.tokens", 32, timedelta(hours=6))
 CONTROL = Topic("holdfast.control", 1, timedelta(hours=1))
 """`Cancel`, key = request id. Every engine reads all of it."""
 
+DEAD = Topic("holdfast.dead", 1, timedelta(days=7))
+"""`DeadLetter`, key = request id: requests that were given up. For people; nothing in the mesh reads it."""
+
 ENGINES = "holdfast-engines-interactive"
 """The group in which engines share `REQUESTS_INTERACTIVE`."""
 
@@ -57,7 +60,7 @@ def gateways_of(reply_partition: int) -> str:
     return f"holdfast-gateway-{reply_partition}"
 
 
-TOPICS = (REQUESTS_INTERACTIVE, REQUESTS_BATCH, TOKENS, CONTROL)
+TOPICS = (REQUESTS_INTERACTIVE, REQUESTS_BATCH, TOKENS, CONTROL, DEAD)
 
 REQUESTS = {
     pb.REQUEST_CLASS_INTERACTIVE: REQUESTS_INTERACTIVE,

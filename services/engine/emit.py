@@ -64,6 +64,8 @@ class _Outgoing:
     value: bytes
     ends: list[tuple[Request, int]]
     """Choices that end with it."""
+    proves: list[Request]
+    """Suspects that it shows to be none."""
     delivery: _Delivery
     ack: asyncio.Future[int] | None = None
 
@@ -160,6 +162,20 @@ class Emitter:
             self._requests.told(request, choice)
         self._put(streams, lambda: None)
 
+    def announce(self, requests: Iterable[Request], *, confirmed: Callable[[], None]) -> None:
+        """Says that this engine begins these. `confirmed` is called once, when the log has that of all that are still
+        this engine's."""
+        streams: _Streams = defaultdict(list)
+        for request in requests:
+            choice = min(request.open)
+            prefix = request.prefixes[choice]
+            stream = pb.StreamTokens(
+                request_id=request.request_id, choice=choice, first_index=prefix.count, prefix_hash=prefix.hash
+            )
+            streams[request.reply_partition, request.source].append((stream, request))
+            request.begun_at = [each.count for each in request.prefixes]
+        self._put(streams, confirmed)
+
     async def run(self) -> None:
         """Sends until it is cancelled."""
         async with asyncio.TaskGroup() as tasks:
@@ -212,11 +228,18 @@ class Emitter:
             engine=self._engine,
         )
         ends = [(request, stream.choice) for stream, request in entries if stream.HasField("finish")]
-        return _Outgoing(source, batch.SerializeToString(), ends, delivery)
+        proves = [
+            request
+            for stream, request in entries
+            if request.is_proof(stream.choice, stream.first_index + len(stream.token_ids))
+        ]
+        return _Outgoing(source, batch.SerializeToString(), ends, proves, delivery)
 
     def _settle(self, lane: _Lane) -> bool:
         """Acts on the acks that came. Returns whether some records failed."""
         for record in lane.confirmed():
+            for request in record.proves:
+                self._requests.when_proven(request)
             for request, choice in record.ends:
                 self._requests.settle(request, choice)
             record.delivery.confirm_one()

@@ -12,6 +12,7 @@ from opentelemetry.trace import Tracer
 
 from holdfast.bus import Bus
 from services.engine.commits import Commits
+from services.engine.dead import DeadLetters
 from services.engine.emit import Emitter
 from services.engine.intake import Intake
 from services.engine.loop import Runner, StepLoop
@@ -19,7 +20,7 @@ from services.engine.metrics import EngineMetrics
 from services.engine.offload import Cache, Store
 from services.engine.requests import Requests
 from services.engine.scheduler import Scheduler
-from services.engine.sequence import News
+from services.engine.sequence import FinishReason, News
 from services.engine.takeover import Takeover
 from services.engine.validation import Served
 
@@ -53,6 +54,12 @@ class Engine(Generic[L]):
         self._emitter = Emitter(
             bus, self.requests, engine=name, epoch_of=self._takeover.epoch_of, metrics=metrics, tracer=tracer
         )
+        self._dead_letters = DeadLetters(
+            bus,
+            engine=name,
+            end=lambda request, error: self._emitter.refuse(request, FinishReason.ERROR, error),
+            metrics=metrics,
+        )
         self.steps = StepLoop(scheduler, runner, deliver=self._deliver, metrics=metrics, store=store)
         self.intake = Intake(
             bus,
@@ -62,6 +69,7 @@ class Engine(Generic[L]):
             served=served,
             commits=commits,
             takeover=self._takeover,
+            dead_letters=self._dead_letters,
             metrics=metrics,
             max_sequences=scheduler.limits.max_sequences,
             batch_share=scheduler.limits.batch_share,
@@ -82,7 +90,9 @@ class Engine(Generic[L]):
             await self._drain()
 
     def _at_work(self) -> AbstractAsyncContextManager[None]:
-        return running(self.steps.watch(), self._emitter.run(), self._takeover.run(), self.intake.run())
+        return running(
+            self.steps.watch(), self._emitter.run(), self._takeover.run(), self._dead_letters.run(), self.intake.run()
+        )
 
     async def _drain(self) -> None:
         try:

@@ -9,7 +9,8 @@ with the reason; one that is no request at all is logged and passed over.
 
 A rebalance gives and takes partitions. What is kept goes on (its records come again and are known by their
 offsets); what is lost is dropped without another word: the new owner answers now. A request that another engine may have
-begun waits until it is known how far that came (`takeover`); those behind it do not.
+begun waits until it is known how far that came (`takeover`), and one of which an engine may have died until no other such
+is on trial (`starts`); those behind it do not. One of which too many may have died is given up (`dead`).
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ from holdfast.ownership import Accepted, Standing
 from holdfast.topics import Topic
 from holdfast.v1 import generation_pb2 as pb
 from services.engine.commits import Commits
+from services.engine.dead import DeadLetters
 from services.engine.emit import Emitter
 from services.engine.metrics import EngineMetrics
 from services.engine.requests import Request, Requests
 from services.engine.sequence import FinishReason, Sequence
+from services.engine.starts import Starts
 from services.engine.takeover import Takeover
 from services.engine.validation import MAX_CHOICES, Served, deadline_of, sequences_of
 
@@ -93,6 +96,7 @@ class Intake:
         served: Served,
         commits: Commits,
         takeover: Takeover,
+        dead_letters: DeadLetters,
         metrics: EngineMetrics,
         max_sequences: int,
         batch_share: int,
@@ -107,6 +111,8 @@ class Intake:
         self._served = served
         self._commits = commits
         self._takeover = takeover
+        self._starts = Starts(emitter, begin=self._begin)
+        self._dead_letters = dead_letters
         self._metrics = metrics
         self._max_sequences = max_sequences
         self._batch_share = batch_share
@@ -119,7 +125,8 @@ class Intake:
         self._drained = asyncio.Event()
         self._left = asyncio.Event()
         requests.when_fewer = self._look_for_room
-        requests.when_done = lambda request: takeover.forget(request.source, request.claim)
+        requests.when_proven = self._starts.over
+        requests.when_done = self._done
 
     async def run(self) -> None:
         """Takes requests; returns once it was drained, when the groups are left.
@@ -133,12 +140,13 @@ class Intake:
             self._join(topics.REQUESTS_BATCH, topics.ENGINES_BATCH, interactive=False) as batch,
             asyncio.TaskGroup() as tasks,
         ):
-            hearing = tasks.create_task(self._hear_on(control))
+            beside = [tasks.create_task(each) for each in (self._hear_on(control), self._starts.run())]
             async with asyncio.TaskGroup() as until_drained:
                 until_drained.create_task(self._read(interactive))
                 until_drained.create_task(self._read(batch))
                 until_drained.create_task(self._commit_regularly())
-            hearing.cancel()
+            for task in beside:
+                task.cancel()
         self._left.set()
 
     async def until_joined(self) -> None:
@@ -260,6 +268,7 @@ class Intake:
         self._commits.lose(partitions)
         for request in self._requests.drop(partitions):
             log.info("request left to another engine", request_id=request.request_id)
+            self._starts.over(request)
             if request.has_begun:
                 self._steps.cancel(request.sequences)
 
@@ -304,10 +313,15 @@ class Intake:
         self._requests.add(request)
         start = Place(message.reply_start_offset, message.reply_start_epoch)
         accepted = Accepted(request.request_id, request.reply_partition, start, request.num_choices)
-        request.claim = self._takeover.ask(source, accepted, partial(self._answer, request, reason, error))
+        request.claim = self._takeover.ask(source, accepted, partial(self._answer, request, message, reason, error))
 
     def _answer(
-        self, request: Request, reason: FinishReason | None, error: HoldfastError | None, standing: Standing
+        self,
+        request: Request,
+        message: pb.GenerationRequest,
+        reason: FinishReason | None,
+        error: HoldfastError | None,
+        standing: Standing,
     ) -> None:
         """What other engines told of a request is known now: it goes on from there, or ends there for a reason."""
         for choice, each in enumerate(standing.choices):
@@ -321,23 +335,32 @@ class Intake:
             log.info("request refused", request_id=request.request_id, reason=reason.value, error=str(error or ""))
             self._emitter.refuse(request, reason, error)
             return
+        if standing.is_exhausted:
+            self._dead_letters.put(request, message, standing)
+            return
         for sequence in request.sequences:
             sequence.go_on_after(standing.choices[sequence.choice].token_ids)
         full = [each.choice for each in request.sequences if each.choice in request.open and each.is_full]
         self._emitter.refuse(request, FinishReason.LENGTH, choices=full)
-        self._begin(request)
+        if request.open:
+            self._starts.put(request, standing)
 
     def _begin(self, request: Request) -> None:
-        """The scheduler takes what is open of the request."""
+        """The scheduler takes what is open of the request: nothing, where it was dropped meanwhile."""
         request.has_begun = True
+        cancelled = [choice for choice in sorted(request.open) if self._was_cancelled(request, choice)]
+        self._emitter.refuse(request, FinishReason.CANCELLED, choices=cancelled)
         sequences = [each for each in request.sequences if each.choice in request.open]
         if sequences and request.sequences[0] is not sequences[0]:
             for each in sequences:
                 each.shares_prompt_with = None
         self._metrics.resumed(sequences)
         self._steps.add(sequences)
-        cancelled = (each for each in sequences if self._was_cancelled(request, each.choice))
-        self._steps.cancel(list(cancelled))
+
+    def _done(self, request: Request) -> None:
+        """The log has the request's last answer."""
+        self._takeover.forget(request.source, request.claim)
+        self._starts.over(request)
 
     def _readable(self, record: Record) -> pb.GenerationRequest | None:
         """The request in a record; None where there is none, or nowhere to answer it."""

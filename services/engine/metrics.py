@@ -53,6 +53,7 @@ class EngineMetrics:
         )
         self.unreadable_records = counter("unreadable_records", "Records of the request topics that are no request.")
         self.resent_records = counter("resent_records", "Token records that were sent again for want of an ack.")
+        self.dead_letters = counter("dead_letters", "Requests given up because engine after engine began them in vain.")
         self._resumed = counter("resumed_requests", "Choices that go on where another engine left them.")
         self._resumed_tokens = counter("resumed_tokens", "Tokens that other engines had generated of those.")
         self.blocks_fetched = counter("store_blocks_fetched", "Blocks fetched from the KV store.")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from holdfast.accept import Prefix
 from holdfast.bus import Headers, TopicPartition
+from holdfast.ownership import PROOF
 from services.engine.commits import Commits
 from services.engine.sequence import Sequence
 
@@ -40,19 +41,29 @@ class Request:
     claim: str = field(init=False)
     """Under which name it is claimed (`takeover`): its id, where no other of that id is held."""
 
+    # `Starts` fills this.
+    on_trial: bool = False
+    """Whether it was begun in vain before, and it is not known yet that this engine gets on with it."""
+
     # `Requests` fills these.
     open: set[int] = field(default_factory=set)
     unsettled: set[int] = field(default_factory=set)
 
-    # `emit` fills this.
+    # `emit` fills these.
     prefixes: list[Prefix] = field(default_factory=list)
     """For each choice what its records said so far."""
+    begun_at: list[int] = field(default_factory=list)
+    """For each choice how many tokens it had when this engine began."""
 
     def __post_init__(self) -> None:
         self.open = set(range(len(self.sequences)))
         self.unsettled = set(range(self.num_choices))
         self.claim = self.request_id
         self.prefixes = [Prefix()] * self.num_choices
+
+    def is_proof(self, choice: int, num_tokens: int) -> bool:
+        """Whether it is no suspect any more once the log has so many tokens of a choice."""
+        return self.on_trial and num_tokens - self.begun_at[choice] >= PROOF
 
 
 class Requests:
@@ -70,6 +81,8 @@ class Requests:
         self._num_open = {True: 0, False: 0}
         self.when_fewer: Callable[[], None] = lambda: None
         """Called when a choice is no longer open."""
+        self.when_proven: Callable[[Request], None] = lambda request: None
+        """Called when the log has what says that a suspect is none."""
         self.when_done: Callable[[Request], None] = lambda request: None
         """Called when a request is done."""
         self._empty = asyncio.Event()

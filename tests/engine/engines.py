@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as Seq
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -31,11 +32,33 @@ async def until(holds: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
-class GatedRunner(FakeRunner):
-    """A runner that can be held, and let go step by step."""
+@dataclass(frozen=True)
+class Poison:
+    """A prompt of which engines die."""
 
-    def __init__(self, pool: BlockPool, taste: int = 0) -> None:
+    prompt_ids: list[int]
+    num_known: int = 0
+    """Where so many tokens are known beside it,"""
+    num_own: int = 0
+    """or the engine itself has added so many; 0 for no such limit."""
+
+    def is_met(self, known: Seq[int], num_known: int) -> bool:
+        """Whether whoever computes the next token dies: of a sequence that it began with the tokens known, and that has
+        so many now."""
+        num_prompt = len(self.prompt_ids)
+        if list(known[:num_prompt]) != self.prompt_ids:
+            return False
+        if self.num_own:
+            return num_known >= len(known) + self.num_own
+        return num_known >= num_prompt + self.num_known
+
+
+class GatedRunner(FakeRunner):
+    """A runner that can be held, and let go step by step, and dies of poison."""
+
+    def __init__(self, pool: BlockPool, taste: int = 0, poison: Poison | None = None) -> None:
         super().__init__(pool, taste)
+        self._poison = poison
         self._gate = threading.Condition()
         self._num_allowed = float("inf")
         self.engine_stops: Callable[[], bool] = lambda: False
@@ -46,7 +69,13 @@ class GatedRunner(FakeRunner):
                 if self.engine_stops():
                     break
             self._num_allowed -= 1
-        return super().launch(step)
+        launched = super().launch(step)
+        if self._poison is not None:
+            for work in step.works:
+                known = self.slots[work.slot].admission.token_ids
+                if work.samples and self._poison.is_met(known, work.end):
+                    raise MemoryError("poisoned")
+        return launched
 
     def hold(self) -> None:
         """No further step is launched."""
@@ -92,11 +121,13 @@ async def engine(
     lookahead: int = 0,
     tracer: Tracer | None = None,
     taste: int = 0,
+    poison: Poison | None = None,
+    incarnation: int = 0,
 ) -> AsyncIterator[Running]:
     await bus.create_topics(TOPICS)
     pool = BlockPool(num_blocks, block_size=4)
     limits = Limits(max_sequences=max_sequences, max_step_tokens=32, lookahead=lookahead)
-    runner, registry = GatedRunner(pool, taste), CollectorRegistry()
+    runner, registry = GatedRunner(pool, taste, poison), CollectorRegistry()
     made = Engine(
         bus,
         Scheduler(pool, limits),
@@ -106,6 +137,7 @@ async def engine(
         metrics=EngineMetrics(registry),
         tracer=tracer or NoOpTracer(),
         drain_seconds=drain_seconds,
+        incarnation=incarnation,
     )
     runner.engine_stops = lambda: made.steps.is_stopping
     async with made.running():

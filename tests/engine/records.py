@@ -111,6 +111,7 @@ class Answers:
 
 
 @asynccontextmanager
-async def answers(bus: Bus, *, reply: int = REPLY) -> AsyncIterator[Answers]:
-    async with bus.reader({topics.TOKENS.partition(reply): None}) as reader:
+async def answers(bus: Bus, *, reply: int = REPLY, start: int | None = None) -> AsyncIterator[Answers]:
+    """From an offset on, or the log's end."""
+    async with bus.reader({topics.TOKENS.partition(reply): start}) as reader:
         yield Answers(reader)

@@ -164,16 +164,21 @@ async def test_a_text_goes_on_in_the_middle(bus: Bus) -> None:
 
 
 async def test_nothing_is_told_before_the_marker(memory: MemoryBus) -> None:
-    """Of an epoch the first record in a reply partition has no stream, and is the only one."""
+    """Of an epoch the first record in a reply partition has no stream, and is the only one; of a request the first has no
+    token."""
     async with answers(memory) as heard, engine(memory):
         for request_id in ("a", "b"):
             await publish(memory, request(request_id, [1], **heard.start(2)))
             await heard.finished(request_id)
-    (marker,) = heard.markers
+    marker, *announced = heard.markers
     assert not marker.streams and marker.epoch == heard.records[0].epoch
+    assert [each.request_id for batch in announced for each in batch.streams] == ["a", "b"]
     async with memory.reader({topics.TOKENS.partition(REPLY): 0}) as reader:
         records = [pb.TokenBatch.FromString(record.value) for record in await reader.read()]
-    assert records[0] == marker and len(records) > 2
+    assert records[0] == marker
+    for request_id in ("a", "b"):
+        first, *rest = (each for record in records for each in record.streams if each.request_id == request_id)
+        assert not first.token_ids and rest
 
 
 async def test_choices_stand_where_each_of_them_stood(memory: MemoryBus) -> None:

@@ -152,7 +152,7 @@ class Process:
 
 @asynccontextmanager
 async def process(name: str, /, **settings: object) -> AsyncIterator[Process]:
-    """`python -m services.<name>`; killed, if it still runs, at the end of the block."""
+    """`command` as a process; killed, if it still runs, at the end of the block."""
     child = await asyncio.create_subprocess_exec(
         *command(name, **settings), stderr=asyncio.subprocess.PIPE, env=environment(), limit=1 << 20
     )
@@ -171,9 +171,9 @@ async def process(name: str, /, **settings: object) -> AsyncIterator[Process]:
 
 
 def command(name: str = "", /, **settings: object) -> list[str]:
-    """The program of one service, or of all in one process."""
+    """The program of one service, or of all in one process; or a program of the tests, by its whole name."""
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
-    return [sys.executable, "-m", f"services.{name}".rstrip("."), *flags]
+    return [sys.executable, "-m", name if "." in name else f"services.{name}".rstrip("."), *flags]
 
 
 def environment() -> dict[str, str]:

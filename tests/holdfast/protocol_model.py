@@ -10,12 +10,14 @@ that picks what happens next at random. Each run draws which faults it has, so t
   send leaves some of them in the log, and all are sent again;
 * the group throws out who is alive, moves partitions about, and is made anew (its generation starts again); owners that
   do not hear of it work on beside their successors;
-* requests lie published or unpublished, are delivered again, cancelled, and have several choices;
+* requests lie published or unpublished, are delivered again, cancelled, and have several choices; some are poison, and
+  whoever computes them dies: at once, some tokens on, or of the step after its first;
 * gateways lag behind the log, and start again at its end, knowing nothing; readers begin at a cursor or at a start.
 
 Nothing that engines write is determined: every token is a new number, and the model knows which token its writer took
 to be the one before. So a text that two owners mixed without knowing of each other shows at once. At the end faults
-cease, whoever lives goes on, and everything must come to an end (`World.check`).
+cease, whoever lives goes on, and everything must come to an end (`World.check`), poison after few more deaths. Some runs
+have no fault but one poison: there every other request must come to its own end.
 
 `Variant` names protocols that are known to be wrong. The model must find their faults: else it is blind.
 """
@@ -33,8 +35,9 @@ from dataclasses import dataclass, field, replace
 
 from holdfast.accept import End, Epochs, Place, Prefix, Source, Verdict, judge
 from holdfast.bus import NOTHING_OWNED, Ownership, TopicPartition
-from holdfast.ownership import Accepted, Choice, Claim, Scan, Standing, Tenure
+from holdfast.ownership import MAX_STARTS, PROOF, Accepted, Choice, Claim, Scan, Standing, Tenure
 from holdfast.records import Batch, Entry
+from services.engine.trials import Trials
 
 
 class Variant(enum.Enum):
@@ -52,6 +55,10 @@ class Variant(enum.Enum):
     CURSOR_WITHOUT_EPOCH = "a cursor says an offset, but not the epoch"
     CURSOR_OF_NEWEST_EPOCH = "a cursor has the newest epoch met, though its offset lies before that"
     CURSOR_WITHOUT_ENDS = "a cursor does not say which choices have ended"
+    COUNTS_OWNERS = "owners are counted as starts in vain, whether or not the request got on"
+    ONE_TOKEN_IS_PROOF = "a request got on that got one token"
+    BEGINS_UNANNOUNCED = "an inherited request begins before the log has its announcement"
+    SUSPECTS_TOGETHER = "suspects begin all at once"
 
 
 class Fault(Exception):
@@ -226,7 +233,7 @@ class Naive(Tenure):
         if request.request_id not in self._known and self.is_new(request):
             self._known.add(request.request_id)
             self._claimed.add(request.request_id)
-            self._claims.append(Claim(request, Standing([Choice() for _ in range(request.num_choices)])))
+            self._claims.append(Claim(request, Standing([Choice() for _ in range(request.num_choices)], is_new=True)))
             return True
         return super().meet(replace(request, start=Place(request.start.offset, 0)))
 
@@ -300,6 +307,14 @@ class Work:
     choices: list[Choice]
     unacked_ends: int = 0
     is_exhausted: bool = False
+    is_begun: bool = False
+    begun_at: list[int] = field(default_factory=list)
+    """For each choice how many tokens it had."""
+
+    @property
+    def num_own(self) -> int:
+        """Tokens of the first choice that this owner added."""
+        return self.choices[0].prefix.count - self.begun_at[0]
 
     @property
     def is_told(self) -> bool:
@@ -328,6 +343,9 @@ class Engine:
         """(reply partition, offset, record), not heard yet."""
         self.marking: dict[int, Tenure] = {}
         """Whose each marker is that is on its way."""
+        self.announced: dict[int, Work] = {}
+        """What each announcement is about that is on its way."""
+        self.trials: Trials[Work] = Trials(lambda work: work.request.request_id)
 
     # What it does when it is its turn.
 
@@ -355,6 +373,8 @@ class Engine:
         if not self.acks:
             return
         reply_partition, offset, batch = self.acks.popleft()
+        if (begun := self.announced.pop(id(batch), None)) is not None:
+            begun.is_begun = True
         if not batch.entries:
             tenure = self.marking.pop(id(batch))
             if self.world.variant is not Variant.EMITS_EARLY:
@@ -362,8 +382,16 @@ class Engine:
                 self._begin(tenure)
         for entry in batch.entries:
             work = self.work.get(entry.request_id)
-            if work is not None and work.tenure.epoch == batch.epoch and entry.end is not End.OPEN:
-                work.unacked_ends -= 1
+            if work is not None and work.tenure.epoch == batch.epoch:
+                self._hear_of(work, entry)
+        self._go_on_with_suspects()
+
+    def _hear_of(self, work: Work, entry: Entry) -> None:
+        """The log has an entry."""
+        work.unacked_ends -= entry.end is not End.OPEN
+        is_done = work.is_told and work.unacked_ends <= 0
+        if is_done or entry.first_index + len(entry.token_ids) - work.begun_at[entry.choice] >= PROOF:
+            self.trials.over(work)
 
     def mark(self) -> None:
         """Writes the markers that are due."""
@@ -412,7 +440,11 @@ class Engine:
     def compute(self) -> None:
         """A step: some tokens for some of its choices, a record for each pair of partitions."""
         told: dict[tuple[int, Source, int], list[Entry]] = {}
-        for work in self.work.values():
+        works = [work for work in self.work.values() if work.is_begun]
+        if deadly := [work for work in works if self.world.is_deadly(work)]:
+            self.world.poisoned(self, deadly[0].request)
+            return
+        for work in works:
             if work.tenure.may_emit(work.request.request_id):
                 record = told.setdefault((work.request.reply_partition, work.tenure.source, work.tenure.epoch), [])
                 record += [entry for index in range(len(work.choices)) for entry in self._step(work, index)]
@@ -448,7 +480,11 @@ class Engine:
     def _lose(self, partition: int) -> None:
         tenure = self.tenures.pop(partition)
         tenure.end()
+        for work in self.work.values():
+            if work.tenure is tenure:
+                self.trials.over(work)
         self.work = {key: work for key, work in self.work.items() if work.tenure is not tenure}
+        self._go_on_with_suspects()
 
     def _begin(self, tenure: Tenure) -> None:
         for claim in tenure.take_claims():
@@ -457,19 +493,40 @@ class Engine:
             standing = claim.standing
             if standing.contradiction:
                 raise Fault(f"refused: by a scan, {standing.contradiction}")
+            self.world.recount(tenure, claim)
             if standing.is_exhausted:
-                self.world.exhausted(claim)
+                self.world.exhausted(tenure, claim)
             work = Work(tenure, claim.request, standing.choices, is_exhausted=standing.is_exhausted)
+            work.begun_at = [choice.prefix.count for choice in work.choices]
+            work.is_begun = standing.is_exhausted or standing.has_ended
             self.work[claim.request.request_id] = work
-            if self.world.rng.random() < 0.5 and not standing.has_ended:
-                self._tell_start(work)
+            if not work.is_begun:
+                self._start(work, standing)
+        self._go_on_with_suspects()
 
-    def _tell_start(self, work: Work) -> None:
+    def _start(self, work: Work, standing: Standing) -> None:
+        """What `services.engine.starts` does."""
+        if standing.is_suspect and self.world.variant is not Variant.SUSPECTS_TOGETHER:
+            self.trials.add(work)
+            return
+        self._announce(work)
+        work.is_begun = standing.is_new or self.world.variant is Variant.BEGINS_UNANNOUNCED
+
+    def _go_on_with_suspects(self) -> None:
+        if (on_trial := self.trials.on_trial) is not None and on_trial.tenure.is_over:
+            self.trials.over(on_trial)
+        if (work := self.trials.next()) is not None:
+            self._announce(work)
+            work.is_begun = self.world.variant is Variant.BEGINS_UNANNOUNCED
+
+    def _announce(self, work: Work) -> None:
         """An entry without tokens: the request is begun."""
         index = next(index for index, choice in enumerate(work.choices) if not choice.has_ended)
         prefix = work.choices[index].prefix
         entry = Entry(work.request.request_id, index, prefix.count, [], prefix.hash)
-        self.wires[work.request.reply_partition].append(Batch(work.tenure.source, work.tenure.epoch, [entry]))
+        batch = Batch(work.tenure.source, work.tenure.epoch, [entry])
+        self.announced[id(batch)] = work
+        self.wires[work.request.reply_partition].append(batch)
 
     def _step(self, work: Work, index: int) -> Iterator[Entry]:
         world, choice, request_id = self.world, work.choices[index], work.request.request_id
@@ -480,7 +537,8 @@ class Engine:
             tokens, end = world.write(choice.token_ids, world.rng.randint(0, 1)), End.OUTRIGHT
         else:
             room = world.length - before.count
-            tokens = world.write(choice.token_ids, min(room, world.rng.choice([1, 1, 1, 2, 3])))
+            most = 1 if request_id in world.poison else world.rng.choice([1, 1, 1, 2, 3])
+            tokens = world.write(choice.token_ids, min(room, most))
             last = before.count + len(tokens) == world.length or world.rng.random() < 0.05
             end = End.BY_TOKENS if last else End.OPEN
         choice.token_ids += tokens
@@ -521,7 +579,7 @@ class Group:
             return
         for partition in range(len(self.world.topics)):
             before = self.owners.get(partition)
-            stays = before in self.members and self.world.rng.random() < 0.6
+            stays = before in self.members and (self.world.is_only_poisoned or self.world.rng.random() < 0.6)
             after = before if stays and before else self.world.rng.choice(list(self.members))
             if after != before:
                 self.owners[partition] = after
@@ -553,6 +611,28 @@ class Group:
 # The world.
 
 
+@dataclass(frozen=True)
+class Poison:
+    """What a request has that ends engines."""
+
+    index: int
+    """With so many tokens it cannot be computed on."""
+    most_own: int
+    """An engine that has added so many tokens to it dies of the next."""
+
+
+def _got_on(choice: Followed) -> int:
+    """The offset behind the last record with which an owner got on, as a reader sees it; 0 where there is none."""
+    behind, first = 0, dict[int, int]()
+    count = choice.first_count
+    for offset, epoch, after, _ in choice.records:
+        first.setdefault(epoch, count)
+        if after - first[epoch] >= PROOF:
+            behind = offset + 1
+        count = after
+    return behind
+
+
 class World:
     """One run."""
 
@@ -568,6 +648,12 @@ class World:
         self.topics: list[list[Accepted]] = [[] for _ in range(rng.choice([1, 1, 2, 3]))]
         self.committed: set[str] = set()
         self.cancelled: set[str] = set()
+        self.is_only_poisoned = rng.random() < 0.15
+        """Nothing goes wrong but for one poison request."""
+        self.poison_rate = rng.choice([0, 0, 0.1, 0.3])
+        self.poison: dict[str, Poison] = {}
+        self.deaths: Counter[str] = Counter()
+        """Of each poison request, since faults ceased."""
         self.parents: dict[int, int] = {}
         self.source_of: dict[str, Source] = {}
         self.requests: list[Accepted] = []
@@ -631,6 +717,38 @@ class World:
         if [(each.token_ids, each.has_ended) for each in claim.standing.choices] != accepted:
             raise Fault("a scan has another text than readers")
 
+    def recount(self, tenure: Tenure, claim: Claim) -> None:
+        """Two wrong protocols count otherwise what was begun in vain."""
+        if self.variant not in (Variant.COUNTS_OWNERS, Variant.ONE_TOKEN_IS_PROOF) or claim.standing.is_new:
+            return
+        epochs, vain = Epochs({tenure.source: claim.request.start.epoch}), claim.standing.vain
+        vain.clear()
+        for batch in self.logs[claim.request.reply_partition][claim.request.start.offset : self._until(tenure, claim)]:
+            if batch.source != tenure.source:
+                continue
+            is_admitted = epochs.admit(batch.source, batch.epoch)
+            for entry in [each for each in batch.entries if each.request_id == claim.request.request_id]:
+                vain.add(batch.epoch)
+                if is_admitted and entry.token_ids and self.variant is Variant.ONE_TOKEN_IS_PROOF:
+                    vain.clear()
+
+    def is_deadly(self, work: Work) -> bool:
+        """Whether whoever computes the next step of it dies."""
+        poison = self.poison.get(work.request.request_id)
+        if poison is None or work.is_exhausted or work.is_told or not work.tenure.may_emit(work.request.request_id):
+            return False
+        return work.choices[0].prefix.count >= poison.index or work.num_own >= poison.most_own
+
+    def poisoned(self, engine: Engine, request: Accepted) -> None:
+        """An engine dies of a request."""
+        self._kill(engine)
+        self.events["engines that a poison request ended"] += 1
+        self.deaths[request.request_id] += self.is_calm
+        poison = self.poison[request.request_id]
+        # The first may be on nobody's count, and each token that is left makes the next start another one.
+        if self.deaths[request.request_id] > MAX_STARTS + 1 + min(poison.index, self.length) * (poison.most_own > 1):
+            raise Fault("poison: it ends one engine after the other")
+
     def note_claim(self, tenure: Tenure, claim: Claim) -> None:
         if any(choice.token_ids for choice in claim.standing.choices):
             marker = tenure._lanes[claim.request.reply_partition].first_marker
@@ -649,18 +767,31 @@ class World:
         later = (n for n, each in enumerate(log) if each.source == tenure.source and each.epoch > tenure.epoch)
         return next(later, len(log))
 
-    def exhausted(self, claim: Claim) -> None:
+    def exhausted(self, tenure: Tenure, claim: Claim) -> None:
         """A request was begun too often."""
+        request_id = claim.request.request_id
+        until = self._until(tenure, claim)
+        got_on = max(map(_got_on, self.stream(claim.request, until=until).choices))
+        log = self.logs[claim.request.reply_partition][:until]
         wrote = {
             batch.epoch
-            for batch in self.logs[claim.request.reply_partition]
+            for batch in log[max(got_on, claim.request.start.offset) :]
             for entry in batch.entries
-            if entry.request_id == claim.request.request_id
+            if entry.request_id == request_id
         }
-        if len(wrote) < 3:
-            raise Fault("a request is called exhausted that fewer than three epochs began")
-        self.cancelled.add(claim.request.request_id)
-        self.events["requests begun too often"] += 1
+        if len(wrote) < MAX_STARTS:
+            raise Fault("given up: a request that fewer than three epochs began since it got on")
+        if self.is_only_poisoned and request_id not in self.poison:
+            raise Fault("given up: an innocent, where nothing went wrong but for one poison request")
+        self.cancelled.add(request_id)
+        self.events["requests given up"] += 1
+        self.events["poison requests given up"] += request_id in self.poison
+
+    def _until(self, tenure: Tenure, claim: Claim) -> int:
+        """Up to where the log counts for a claim that was scanned."""
+        scan = tenure._lanes[claim.request.reply_partition].scan
+        end = len(self.logs[claim.request.reply_partition])
+        return end if scan is None else min(end, scan.marker + 1)
 
     # What happens.
 
@@ -689,6 +820,8 @@ class World:
             "cancel": (self._cancel, 0.5),
             "cursor": (self._note_cursor, 1.5),
         }
+        if self.is_only_poisoned:
+            return usual | {"replace": (self._replace_dead, 3)}
         has_all = rng.random() < 0.5
         chosen = {
             name: (act, weight * rng.choice([0.3, 1, 3]))
@@ -713,11 +846,20 @@ class World:
         start = Place(gateway.position, gateway.highest(source))
         reply_partition = self.gateways.index(gateway)
         request = Accepted(request_id, reply_partition, start, self.rng.choice([1, 1, 2, 3]))
+        if self.rng.random() < self.poison_rate and not (self.is_only_poisoned and self.poison):
+            request = replace(request, num_choices=1)
+            self.poison[request_id] = self._poison()
         self.events["requests"] += 1
         self.events["requests of gateways that know no epoch"] += start.epoch == 0
         self.requests.append(request)
         self.unpublished.append(request)
         gateway.streams[request_id] = Stream(self, request)
+
+    def _poison(self) -> Poison:
+        never = self.length + 1
+        if self.is_only_poisoned:
+            return self.rng.choice([Poison(0, never), Poison(never, 1)])
+        return self.rng.choice([Poison(0, never), Poison(self.rng.randint(1, self.length), never), Poison(never, 1)])
 
     def _arrive(self) -> None:
         """The log takes a request that was on its way."""
@@ -742,13 +884,16 @@ class World:
             self._work(engine, learns=self.rng.random() < 0.3 * engine.attention)
 
     def _work(self, engine: Engine, *, learns: bool) -> None:
+        if engine.is_dead:
+            return
         if learns:
             engine.learn()
         for act in (engine.mark, engine.fetch, engine.scan, engine.compute):
             act()
         for reply_partition in range(len(self.logs)):
             self._land_first(engine, reply_partition)
-            engine.hear()
+            if not engine.is_dead:
+                engine.hear()
 
     def _usurp(self) -> None:
         """An owner is thrown out and hears nothing of it, while another takes over: two are at work, and gateways and
@@ -808,12 +953,21 @@ class World:
 
     def _crash(self) -> None:
         if live := self._live():
-            engine = self.rng.choice(live)
-            engine.is_dead = True
-            for wire in engine.wires:
-                for _ in range(self.rng.randint(0, len(wire))):
-                    wire.pop()
+            self._kill(self.rng.choice(live))
             self.events["crashes"] += 1
+
+    def _kill(self, engine: Engine) -> None:
+        engine.is_dead = True
+        for wire in engine.wires:
+            for _ in range(self.rng.randint(0, len(wire))):
+                wire.pop()
+
+    def _replace_dead(self) -> None:
+        """The group throws out who is dead, and where nobody lives somebody starts."""
+        for member_id in [name for name, engine in self.group.members.items() if engine.is_dead]:
+            self.group.throw_out(member_id)
+        if not self._live():
+            self.engines.append(Engine(self, self.group.incarnation))
 
     def _freeze(self) -> None:
         if awake := self._awake():
@@ -874,17 +1028,15 @@ class World:
             engine.is_frozen = False
         for _ in range(self.rng.randint(0, 12)):
             self.rng.choice([self._engine_acts, self._land])()
-        for member_id in [name for name, engine in self.group.members.items() if engine.is_dead]:
-            self.group.throw_out(member_id)
+        self._replace_dead()
         for engine in self._live():
             if engine.incarnation < self.group.incarnation and self.variant is not Variant.JOINS_OUTDATED:
                 engine.is_dead = True  # whoever raises the incarnation starts engines again with it
                 if engine.member_id in self.group.members:
                     self.group.throw_out(engine.member_id)
-        if not self._live():
-            self.engines.append(Engine(self, self.group.incarnation))
         self.is_calm = True
-        for _ in range(60):
+        for _ in range(300):
+            self._replace_dead()
             if all(self.stream(request).has_ended for request in self.requests):
                 return
             for engine in self.rng.sample(self.engines, len(self.engines)):
@@ -894,7 +1046,7 @@ class World:
     def _go_on(self, engine: Engine) -> None:
         if not engine.is_dead:
             engine.learn()
-            for act in (engine.mark, engine.fetch, engine.fetch, engine.scan, engine.compute, engine.commit):
+            for act in (engine.mark, engine.fetch, engine.fetch, engine.scan, engine.commit, engine.compute):
                 act()
         for reply_partition in range(len(self.logs)):
             while engine.wires[reply_partition]:

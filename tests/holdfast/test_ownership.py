@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from holdfast.accept import End, Place, Prefix, Source, extend_hash
-from holdfast.ownership import Accepted, Claim, Scan, Tenure
+from holdfast.ownership import Accepted, Claim, Scan, Standing, Tenure
 from holdfast.records import Batch, Entry
 
 SOURCE, OTHER = Source(1, 7), Source(2, 7)
@@ -75,7 +75,7 @@ def test_a_marker_is_asked_for_once_and_where_a_request_wants_it() -> None:
 
 def test_a_claim_has_what_the_rule_accepts_up_to_the_marker() -> None:
     """Tokens, hash and ends of each choice; nothing from below the highest epoch, from other sources or behind the
-    marker; and every epoch that began the request counts, ignored or not."""
+    marker."""
     tenure = owner(epoch=5, markers={0: 20})
     tenure.meet(request(num_choices=3))
     (claim,) = scan(
@@ -95,24 +95,64 @@ def test_a_claim_has_what_the_rule_accepts_up_to_the_marker() -> None:
     assert (first.token_ids, first.prefix, first.has_ended) == (TEXT[:3], Prefix().extended(TEXT[:3]), False)
     assert (second.token_ids, second.has_ended) == (TEXT[:2], True)
     assert (third.token_ids, third.has_ended) == ([], False)
-    assert claim.standing.epochs == {1, 2, 3}
-    assert claim.standing.is_exhausted and not claim.standing.has_ended and not claim.standing.contradiction
+    assert not claim.standing.has_ended and not claim.standing.contradiction
+
+
+def standing_after(*batches: Batch, num_choices: int = 1) -> Standing:
+    """That of a request of which the log has these, as the owner finds it that comes next."""
+    tenure = owner(epoch=50, markers={0: 40})
+    tenure.meet(request(num_choices=num_choices))
+    log: dict[int, Batch | None] = dict(enumerate(batches, start=10))
+    (claim,) = scan(tenure, log | {40: tenure.marker})
+    return claim.standing
 
 
 def test_an_entry_without_tokens_counts_as_a_start() -> None:
-    """An engine that says that it begins, and dies of the prompt, is known to have tried; an ended request is never
-    exhausted."""
-    tenure = owner(epoch=5, markers={0: 20})
-    tenure.meet(request())
-    begun: dict[int, Batch | None] = {10 + each: Batch(SOURCE, each, [entry(0, 0)]) for each in (1, 2)}
-    (claim,) = scan(tenure, begun | {20: tenure.marker})
-    assert (claim.standing.epochs, claim.standing.is_exhausted) == ({1, 2}, False)
+    """An engine that says that it begins, and dies of the prompt, is known to have tried; at the third one nobody else
+    does, and an ended request is never exhausted."""
+    begun = [Batch(SOURCE, epoch, [entry(0, 0)]) for epoch in (1, 2, 3)]
+    assert not standing_after().is_suspect
+    first, second, third = (standing_after(*begun[:count]) for count in (1, 2, 3))
+    assert (first.vain, first.is_suspect, first.is_exhausted) == ({1}, True, False)
+    assert (second.vain, second.is_exhausted) == ({1, 2}, False)
+    assert (third.vain, third.is_exhausted) == ({1, 2, 3}, True)
+    ended = standing_after(*begun, Batch(SOURCE, 4, [entry(0, 1, end=End.OUTRIGHT)]))
+    assert ended.has_ended and not ended.is_exhausted
 
-    tenure = owner(epoch=5, markers={0: 20})
-    tenure.meet(request())
-    ends: dict[int, Batch | None] = {14: Batch(SOURCE, 3, [entry(0, 1, end=End.OUTRIGHT)])}
-    (claim,) = scan(tenure, begun | ends | {20: tenure.marker})
-    assert claim.standing.has_ended and not claim.standing.is_exhausted
+
+def test_a_request_that_got_on_is_as_good_as_new() -> None:
+    """Two tokens of a choice, or its last one, and the starts before do not count; those after do. So an answer may pass
+    through any number of hands."""
+    begun = [Batch(SOURCE, epoch, [entry(0, 0)]) for epoch in (1, 2)]
+    got_on = Batch(SOURCE, 3, [entry(0, 2)])
+    assert not standing_after(*begun, got_on).is_suspect
+    assert not standing_after(*begun, Batch(SOURCE, 3, [entry(0, 1)]), Batch(SOURCE, 3, [entry(1, 2)])).is_suspect
+    assert standing_after(*begun, got_on, Batch(SOURCE, 4, [entry(2, 2)])).vain == {4}
+    ended = Batch(SOURCE, 3, [entry(0, 1, choice=1, end=End.BY_TOKENS)])
+    assert not standing_after(*begun, ended, num_choices=2).is_suspect
+    hands = [Batch(SOURCE, epoch, [entry(epoch, epoch + 2, text=list(range(20)))]) for epoch in range(0, 12, 2)]
+    assert not standing_after(*hands).is_suspect
+
+
+def test_one_token_is_no_proof() -> None:
+    """It comes of computing the prompt; what dies of the step after would leave one more each time. Nor is the same token
+    sent again, nor one of each choice, nor an end that another hand made."""
+    one_each = [Batch(SOURCE, epoch, [entry(epoch - 1, epoch)]) for epoch in (1, 2, 3)]
+    assert standing_after(*one_each).is_exhausted
+    assert standing_after(one_each[0], one_each[0]).vain == {1}
+    both = Batch(SOURCE, 1, [entry(0, 1), entry(0, 1, choice=1)])
+    assert standing_after(both, num_choices=2).vain == {1}
+    cancelled = Batch(SOURCE, 1, [entry(0, 0, end=End.OUTRIGHT)])
+    assert standing_after(cancelled, num_choices=2).vain == {1}
+
+
+def test_an_owner_whose_word_is_ignored_counts_as_long_as_it_may_have_died() -> None:
+    """What it announced does, and no longer once it told tokens; of the starts before these say nothing."""
+    marker = Batch(SOURCE, 9)
+    announced = Batch(SOURCE, 2, [entry(0, 0)])
+    assert standing_after(Batch(SOURCE, 1, [entry(0, 0)]), marker, announced).vain == {1, 2}
+    told = Batch(SOURCE, 2, [entry(0, 2)])
+    assert standing_after(Batch(SOURCE, 1, [entry(0, 0)]), marker, announced, told).vain == {1}
 
 
 def test_a_request_whose_gateway_knew_the_own_epoch_is_new() -> None:
@@ -123,7 +163,7 @@ def test_a_request_whose_gateway_knew_the_own_epoch_is_new() -> None:
     assert tenure.take_claims() == []
     tenure.marked(0, 20)
     (claim,) = tenure.take_claims()
-    assert claim.standing.choices[0].token_ids == [] and claim.standing.epochs == set()
+    assert claim.standing.choices[0].token_ids == [] and claim.standing.is_new and not claim.standing.is_suspect
     assert tenure.take_scans() == [] and tenure.take_markers() == []
 
 

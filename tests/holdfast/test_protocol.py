@@ -46,6 +46,8 @@ def test_the_model_meets_what_it_is_for() -> None:
         "gateways that start again",
         "readers that begin in mid-log",
         "cursors with an epoch below the newest",
-        "requests begun too often",
+        "requests given up",
+        "poison requests given up",
+        "engines that a poison request ended",
         "choices ended outright",
     }
