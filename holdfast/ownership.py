@@ -31,8 +31,8 @@ This holds for every request, whenever it is delivered: a backlog may be taken p
 **Which requests are given up.** Some request may be what ends engines. So an owner announces that it begins one, by an
 entry without tokens, and where the request is not new it begins only once the log has that. A scan counts the epochs that
 began a request in vain: since the last one that got on with it. Owners alone would be the wrong thing to count, for a
-restart of all engines moves a long answer through the hands of each. A request that was begun in vain before is a
-**suspect**, and suspects are begun one at a time: else those that died with a poison would die with it again.
+restart of all engines moves a long answer through the hands of each; and an owner that lost a request, or leaves, and
+lives, says so. A request that was begun in vain before is a **suspect**, and suspects are begun one at a time: else those that died with a poison would die with it again.
 
 **Epochs must never be used twice.** They are not, as long as whoever makes the consumer group anew raises the
 incarnation. Where somebody forgot, a scan may meet a higher epoch than the own one, or tokens under the own epoch before
@@ -100,14 +100,14 @@ class Standing:
     is_new: bool = False
     """Whether nobody else can have begun it."""
     vain: set[int] = field(default_factory=set)
-    """The epochs that began it, and did not get on with it, since one did: that wrote an entry of it, be it one without
-    tokens, be it ignored, but fewer than `PROOF` tokens of any choice."""
+    """The epochs that began it, and may have died of it, since one got on: that wrote an entry of it, be it one without
+    tokens, be it ignored, but neither `PROOF` tokens of a choice nor that they let go of it."""
     contradiction: str = ""
     """Why no reader goes on with it, where the log contradicts itself. Such a request must be ended outright."""
     _first: dict[tuple[int, int], int] = field(default_factory=dict)
     """By epoch and choice, from which token on it was begun."""
-    _proven: set[int] = field(default_factory=set)
-    """The epochs that got on with it."""
+    _alive: set[int] = field(default_factory=set)
+    """The epochs that did not die of it: they got on with it, or let go."""
 
     @property
     def has_ended(self) -> bool:
@@ -133,16 +133,20 @@ class Standing:
     def _count(self, entry: Entry, epoch: int, *, is_admitted: bool) -> None:
         """One that got on is not counted, accepted or not: it did not die of the request. Where it is accepted, neither
         is who came before: from here on the request is another one."""
-        first = self._first.setdefault((epoch, entry.choice), entry.first_index)
-        num_told = entry.first_index + len(entry.token_ids) - first
-        if num_told >= PROOF or (entry.token_ids and entry.end is End.BY_TOKENS):
-            self._proven.add(epoch)
-        if epoch not in self._proven:
+        gets_on = not entry.lets_go and self._gets_on(entry, epoch)
+        if gets_on or entry.lets_go:
+            self._alive.add(epoch)
+        if epoch not in self._alive:
             self.vain.add(epoch)
-        elif is_admitted:
+        elif gets_on and is_admitted:
             self.vain.clear()
         else:
             self.vain.discard(epoch)
+
+    def _gets_on(self, entry: Entry, epoch: int) -> bool:
+        first = self._first.setdefault((epoch, entry.choice), entry.first_index)
+        num_told = entry.first_index + len(entry.token_ids) - first
+        return num_told >= PROOF or bool(entry.token_ids and entry.end is End.BY_TOKENS)
 
     def _accept(self, entry: Entry) -> None:
         if entry.choice >= len(self.choices):

@@ -22,6 +22,8 @@ class Entry:
     token_ids: Sequence[int]
     prefix_hash: int
     end: End = End.OPEN
+    lets_go: bool = False
+    """Whether it says only that its writer has let go of the request, alive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ def _entry(tokens: pb.StreamTokens) -> Entry:
         token_ids=list(tokens.token_ids),
         prefix_hash=tokens.prefix_hash,
         end=_end(tokens.finish) if tokens.HasField("finish") else End.OPEN,
+        lets_go=tokens.let_go,
     )
 
 

@@ -447,6 +447,7 @@ class StreamTokens(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     PREFIX_HASH_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
+    LET_GO_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     choice: _builtins.int
@@ -455,6 +456,10 @@ class StreamTokens(_message.Message):
     """Index of the first of token_ids among all tokens of the choice: the stream's sequence number."""
     prefix_hash: _builtins.int
     """CRC-32 of the tokens before first_index, each as four little-endian bytes: a reader that holds others must not go on."""
+    let_go: _builtins.bool
+    """The engine has let go of the request, unfinished and alive: it did not die of it. Says nothing else: first_index is 0,
+    and there are no tokens.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The tokens; empty where the choice ends without one, and where an engine says that it begins the request, or goes on
@@ -479,10 +484,11 @@ class StreamTokens(_message.Message):
         logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
         prefix_hash: _builtins.int = ...,
         finish: Global___Finish | None = ...,
+        let_go: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "finish", b"finish", "first_index", b"first_index", "logprobs", b"logprobs", "prefix_hash", b"prefix_hash", "request_id", b"request_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "finish", b"finish", "first_index", b"first_index", "let_go", b"let_go", "logprobs", b"logprobs", "prefix_hash", b"prefix_hash", "request_id", b"request_id", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

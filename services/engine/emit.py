@@ -66,6 +66,8 @@ class _Outgoing:
     """Choices that end with it."""
     proves: list[Request]
     """Suspects that it shows to be none."""
+    is_farewell: bool
+    """Whether it is to be said though the partition is another engine's."""
     delivery: _Delivery
     ack: asyncio.Future[int] | None = None
 
@@ -174,7 +176,17 @@ class Emitter:
             )
             streams[request.reply_partition, request.source].append((stream, request))
             request.begun_at = [each.count for each in request.prefixes]
+            request.epoch = self._epoch_of(request.source)
         self._put(streams, confirmed)
+
+    def let_go(self, requests: Iterable[Request], *, confirmed: Callable[[], None]) -> None:
+        """Says of requests that were announced, and are another engine's now, that this one did not die of them.
+        `confirmed` is called once, when the log has that."""
+        streams: _Streams = defaultdict(list)
+        for request in requests:
+            stream = pb.StreamTokens(request_id=request.request_id, let_go=True)
+            streams[request.reply_partition, request.source].append((stream, request))
+        self._put(streams, confirmed, is_farewell=True)
 
     async def run(self) -> None:
         """Sends until it is cancelled."""
@@ -202,7 +214,7 @@ class Emitter:
             trace_sequence(self._tracer, request, sequence)
             self._requests.told(request, sequence.choice)
 
-    def _put(self, streams: _Streams, confirmed: Callable[[], None]) -> None:
+    def _put(self, streams: _Streams, confirmed: Callable[[], None], *, is_farewell: bool = False) -> None:
         """Makes records of the streams and queues them."""
         records = [
             (reply_partition, source, entries[start : start + MAX_STREAMS])
@@ -215,11 +227,13 @@ class Emitter:
         delivery = _Delivery(len(records), confirmed)
         for reply_partition, source, entries in records:
             lane = self._lanes[reply_partition]
-            lane.unsent.append(self._outgoing(source, entries, delivery))
+            lane.unsent.append(self._outgoing(source, entries, delivery, is_farewell=is_farewell))
             lane.wake.set()
 
-    def _outgoing(self, source: TopicPartition, entries: list[_Entry], delivery: _Delivery) -> _Outgoing:
-        epoch = self._epoch_of(source)
+    def _outgoing(
+        self, source: TopicPartition, entries: list[_Entry], delivery: _Delivery, *, is_farewell: bool
+    ) -> _Outgoing:
+        epoch = entries[0][1].epoch if is_farewell else self._epoch_of(source)
         assert epoch is not None, "requests of a partition that was lost are dropped"
         batch = pb.TokenBatch(
             source=pb.SourcePartition(request_class=topics.CLASSES[source.topic], partition=source.partition),
@@ -233,7 +247,7 @@ class Emitter:
             for stream, request in entries
             if request.is_proof(stream.choice, stream.first_index + len(stream.token_ids))
         ]
-        return _Outgoing(source, batch.SerializeToString(), ends, proves, delivery)
+        return _Outgoing(source, batch.SerializeToString(), ends, proves, is_farewell, delivery)
 
     def _settle(self, lane: _Lane) -> bool:
         """Acts on the acks that came. Returns whether some records failed."""
@@ -252,7 +266,7 @@ class Emitter:
     async def _send(self, lane: _Lane) -> None:
         while lane.unsent and not any(each.has_failed for each in lane.sent):
             record = lane.unsent.popleft()
-            if self._epoch_of(record.source) is None:  # another engine answers now
+            if self._epoch_of(record.source) is None and not record.is_farewell:  # another engine answers now
                 record.delivery.confirm_one()
                 continue
             lane.sent.append(record)

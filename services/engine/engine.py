@@ -100,7 +100,7 @@ class Engine(Generic[L]):
                 await self.intake.drain()
         except TimeoutError:
             log.info("what is left is another engine's", seconds=self._drain_seconds)
-            await self.intake.commit()
+            await self.intake.leave_rest()
 
     def _deliver(self, news: list[News]) -> None:
         self._emitter.deliver(news, confirmed=self.steps.told)

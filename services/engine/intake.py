@@ -48,6 +48,9 @@ from services.engine.validation import MAX_CHOICES, Served, deadline_of, sequenc
 COMMIT_SECONDS = 1.0
 """How long a request that is done may wait for its commit."""
 
+FAREWELL_SECONDS = 2.0
+"""How long an engine that leaves may take to say that it did not die of what it leaves."""
+
 MAX_CANCELS = 4096
 """Most cancellations remembered, for requests that were not read yet; the oldest are forgotten first. So many, as far as
 the log keeps them, are read when the engine starts, before its first request."""
@@ -60,6 +63,7 @@ class Steps(Protocol):
 
     def add(self, sequences: Iterable[Sequence]) -> None: ...
     def cancel(self, sequences: Iterable[Sequence]) -> None: ...
+    def let_go(self, sequences: Collection[Sequence], *, gone: Callable[[], None]) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -124,6 +128,7 @@ class Intake:
         self._joined = asyncio.Event()
         self._drained = asyncio.Event()
         self._left = asyncio.Event()
+        self._farewells: set[asyncio.Future[None]] = set()
         requests.when_fewer = self._look_for_room
         requests.when_proven = self._starts.over
         requests.when_done = self._done
@@ -165,6 +170,14 @@ class Intake:
         for side in self._sides:
             side.interrupt()
         await self._left.wait()
+
+    async def leave_rest(self) -> None:
+        """Leaves what was taken to other engines. They should not think that this one died of it, so it says that, as
+        long as the log and the device answer within `FAREWELL_SECONDS`."""
+        await self.commit()
+        self._lose([partition for side in self._sides for partition in side.ownership.partitions])
+        if self._farewells:
+            await asyncio.wait(self._farewells, timeout=FAREWELL_SECONDS)
 
     async def commit(self) -> None:
         """Commits what is due. What fails is due again."""
@@ -266,11 +279,21 @@ class Intake:
         """Another engine answers their requests now."""
         self._takeover.lose(partitions)
         self._commits.lose(partitions)
-        for request in self._requests.drop(partitions):
+        dropped = self._requests.drop(partitions)
+        for request in dropped:
             log.info("request left to another engine", request_id=request.request_id)
             self._starts.over(request)
-            if request.has_begun:
-                self._steps.cancel(request.sequences)
+        if announced := [each for each in dropped if each.begun_at]:
+            self._let_go(announced)
+
+    def _let_go(self, requests: list[Request]) -> None:
+        """Has the step thread let go of them, and then says that this engine did not die of them."""
+        said: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._farewells.add(said)
+        said.add_done_callback(self._farewells.discard)
+        sequences = [sequence for each in requests if each.has_begun for sequence in each.sequences]
+        gone = partial(self._emitter.let_go, requests, confirmed=lambda: said.set_result(None))
+        self._steps.let_go(sequences, gone=gone)
 
     def leave(self, partition: TopicPartition) -> None:
         """A later owner has written for this partition: the group has moved, and tells us later."""

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -101,6 +101,7 @@ class StepLoop(Generic[L]):
         self._untold = threading.Semaphore(max_untold)
         self._in_flight: deque[L] = deque()
         self._launched_at: deque[float] = deque()
+        self._leaving: list[tuple[Collection[Sequence], Callable[[], None]]] = []
         self._committed_at = 0.0
         self._idle = False
         self.is_stopping = False
@@ -144,6 +145,11 @@ class StepLoop(Generic[L]):
         for each in sequences:
             self._ask(partial(self._cancel, each, reason))
 
+    def let_go(self, sequences: Collection[Sequence], *, gone: Callable[[], None]) -> None:
+        """Ends these as `cancel` does, and calls `gone`, in the event loop, when no step in flight computes anything of
+        them: then the engine has outlived them."""
+        self._ask(partial(self._let_go, sequences, gone))
+
     def told(self) -> None:
         """The log has all of the oldest news that were delivered and not confirmed yet."""
         self._untold.release()
@@ -159,6 +165,7 @@ class StepLoop(Generic[L]):
                 self._take_in()
                 self._launch()
                 self._tell(self._commit())
+                self._see_off()
         except BaseException as error:  # noqa: BLE001 - the service must hear why its thread ended
             self._error = error
         self._call(self._ended.set)
@@ -201,6 +208,15 @@ class StepLoop(Generic[L]):
             news = [sequence.tell() for sequence in sequences]
             self._untold.acquire()
             self._call(partial(self._hand_over, news))
+
+    def _see_off(self) -> None:
+        """Tells of those that were let go and are in no step any more."""
+        leaving, self._leaving = self._leaving, []
+        for sequences, gone in leaving:
+            if any(each.num_in_flight for each in sequences):
+                self._leaving.append((sequences, gone))
+            else:
+                self._call(gone)
 
     def _hand_over(self, news: list[News]) -> None:
         """In the event loop, which would only log an error: but then clients wait for tokens that nobody has."""
@@ -256,6 +272,11 @@ class StepLoop(Generic[L]):
             self._offload.add(sequence)
         else:
             self._scheduler.add(sequence)
+
+    def _let_go(self, sequences: Collection[Sequence], gone: Callable[[], None]) -> None:
+        for each in sequences:
+            self._cancel(each, FinishReason.CANCELLED)
+        self._leaving.append((sequences, gone))
 
     def _cancel(self, sequence: Sequence, reason: FinishReason) -> None:
         self._scheduler.cancel(sequence, reason, now=self._clock())

@@ -53,7 +53,9 @@ class Request:
     prefixes: list[Prefix] = field(default_factory=list)
     """For each choice what its records said so far."""
     begun_at: list[int] = field(default_factory=list)
-    """For each choice how many tokens it had when this engine began."""
+    """For each choice how many tokens it had when this engine announced that it begins; empty before."""
+    epoch: int | None = None
+    """That of the announcement."""
 
     def __post_init__(self) -> None:
         self.open = set(range(len(self.sequences)))

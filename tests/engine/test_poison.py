@@ -17,7 +17,7 @@ from holdfast.errors import InternalError, Unavailable
 from holdfast.memory import MemoryBus
 from holdfast.ownership import MAX_STARTS
 from holdfast.v1 import generation_pb2 as pb
-from services.engine import dead
+from services.engine import dead, intake
 from services.engine.sequence import StopRules
 from tests.conftest import OpenBus
 from tests.engine.engines import Poison, Running, engine, until
@@ -290,8 +290,11 @@ async def test_a_request_that_somebody_cancelled_is_not_given_up(memory: MemoryB
     assert await dead_letters(memory) == []
 
 
-async def test_an_answer_may_pass_through_any_number_of_hands(memory: MemoryBus) -> None:
-    """As when all engines are started again, one after the other: each has told two tokens of it."""
+async def test_an_answer_may_pass_through_any_number_of_hands(
+    memory: MemoryBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when engines end one after the other, without a word: each has told two tokens of it."""
+    monkeypatch.setattr(intake, "FAREWELL_SECONDS", 0.0)
     async with answers(memory) as heard:
         await publish(memory, request("a", [1], max_tokens=30, ignore_eos=True))
         for number in range(3 * MAX_STARTS):
@@ -305,3 +308,47 @@ async def test_an_answer_may_pass_through_any_number_of_hands(memory: MemoryBus)
         async with engine(memory):
             await heard.finished("a")
     assert heard["a"].token_ids == expected_output([1], StopRules(30))
+
+
+def has_let_go(heard: Answers) -> bool:
+    """Whether the newest record that brings no tokens says that an engine outlived a request."""
+    return any(stream.let_go for stream in heard.markers[-1].streams)
+
+
+async def test_an_engine_that_loses_a_request_and_outlives_it_is_not_counted(memory: MemoryBus) -> None:
+    """It says so once no step computes anything of it. So partitions may move as often as they like before the first
+    token; and what the record says is nothing to whoever reads the answer."""
+    async with answers(memory) as heard:
+        await publish(memory, request("a", [1], max_tokens=30, ignore_eos=True))
+        for number in range(2 * MAX_STARTS):
+            async with engine(memory, name=f"engine-{number}", drain_seconds=0) as held:
+                held.runner.hold()
+                if number == 0:
+                    held.runner.allow(3)
+                await until(lambda: running(held) == {"a"})
+                held.engine.intake.leave(SOURCE)
+                await heard.catch_up()
+                assert not has_let_go(heard)
+                held.runner.allow()
+                await heard.until(lambda: has_let_go(heard))
+        async with engine(memory):
+            await heard.finished("a")
+    assert heard["a"].token_ids == expected_output([1], StopRules(30))
+    assert await dead_letters(memory) == []
+
+
+async def test_an_engine_that_leaves_says_what_it_has_outlived(memory: MemoryBus) -> None:
+    """Though it has no time to come to an end with it."""
+    async with answers(memory) as heard, asyncio.TaskGroup() as tasks:
+        await publish(memory, request("a", [1], max_tokens=90, ignore_eos=True))
+        async with engine(memory, drain_seconds=0) as held:
+            held.runner.hold()
+            await until(lambda: running(held) == {"a"})
+            tasks.create_task(release_when_draining(held))
+        await heard.until(lambda: bool(heard.markers) and has_let_go(heard))
+        assert heard["a"].finish is None
+
+
+async def release_when_draining(held: Running) -> None:
+    await until(lambda: held.engine.intake.is_draining)
+    held.runner.allow()

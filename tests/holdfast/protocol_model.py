@@ -59,6 +59,7 @@ class Variant(enum.Enum):
     ONE_TOKEN_IS_PROOF = "a request got on that got one token"
     BEGINS_UNANNOUNCED = "an inherited request begins before the log has its announcement"
     SUSPECTS_TOGETHER = "suspects begin all at once"
+    LEAVES_SILENTLY = "an owner that loses a request, and lives, does not say so"
 
 
 class Fault(Exception):
@@ -345,6 +346,8 @@ class Engine:
         """Whose each marker is that is on its way."""
         self.announced: dict[int, Work] = {}
         """What each announcement is about that is on its way."""
+        self.begun: set[tuple[str, int]] = set()
+        """The requests that it announced, and under which epochs."""
         self.trials: Trials[Work] = Trials(lambda work: work.request.request_id)
 
     # What it does when it is its turn.
@@ -483,6 +486,7 @@ class Engine:
         for work in self.work.values():
             if work.tenure is tenure:
                 self.trials.over(work)
+                self._let_go(work)
         self.work = {key: work for key, work in self.work.items() if work.tenure is not tenure}
         self._go_on_with_suspects()
 
@@ -519,6 +523,25 @@ class Engine:
             self._announce(work)
             work.is_begun = self.world.variant is Variant.BEGINS_UNANNOUNCED
 
+    def _let_go(self, work: Work) -> None:
+        """An entry that says that it lives, though the partition is another's."""
+        request = work.request
+        if (request.request_id, work.tenure.epoch) in self.begun and self.world.variant is not Variant.LEAVES_SILENTLY:
+            entry = Entry(request.request_id, 0, 0, [], 0, lets_go=True)
+            self.wires[request.reply_partition].append(Batch(work.tenure.source, work.tenure.epoch, [entry]))
+
+    def has_let_go(self, request: Accepted, epoch: int) -> bool:
+        """Whether it lives, has begun a request, lost it, and has nothing on its way that says so."""
+        if self.is_dead or (request.request_id, epoch) not in self.begun:
+            return False
+        has_lost = all(tenure.epoch != epoch for tenure in self.tenures.values())
+        wire = self.wires[request.reply_partition]
+        return has_lost and not any(
+            entry.lets_go and entry.request_id == request.request_id and batch.epoch == epoch
+            for batch in wire
+            for entry in batch.entries
+        )
+
     def _announce(self, work: Work) -> None:
         """An entry without tokens: the request is begun."""
         index = next(index for index, choice in enumerate(work.choices) if not choice.has_ended)
@@ -526,6 +549,7 @@ class Engine:
         entry = Entry(work.request.request_id, index, prefix.count, [], prefix.hash)
         batch = Batch(work.tenure.source, work.tenure.epoch, [entry])
         self.announced[id(batch)] = work
+        self.begun.add((work.request.request_id, work.tenure.epoch))
         self.wires[work.request.reply_partition].append(batch)
 
     def _step(self, work: Work, index: int) -> Iterator[Entry]:
@@ -723,14 +747,19 @@ class World:
             return
         epochs, vain = Epochs({tenure.source: claim.request.start.epoch}), claim.standing.vain
         vain.clear()
+        alive: set[int] = set()
         for batch in self.logs[claim.request.reply_partition][claim.request.start.offset : self._until(tenure, claim)]:
             if batch.source != tenure.source:
                 continue
             is_admitted = epochs.admit(batch.source, batch.epoch)
             for entry in [each for each in batch.entries if each.request_id == claim.request.request_id]:
                 vain.add(batch.epoch)
+                if entry.token_ids or entry.lets_go:
+                    alive.add(batch.epoch)
                 if is_admitted and entry.token_ids and self.variant is Variant.ONE_TOKEN_IS_PROOF:
                     vain.clear()
+        if self.variant is Variant.ONE_TOKEN_IS_PROOF:
+            vain.difference_update(alive)
 
     def is_deadly(self, work: Work) -> bool:
         """Whether whoever computes the next step of it dies."""
@@ -781,6 +810,14 @@ class World:
         }
         if len(wrote) < MAX_STARTS:
             raise Fault("given up: a request that fewer than three epochs began since it got on")
+        said = {
+            batch.epoch
+            for batch in self.logs[claim.request.reply_partition][until:]
+            for entry in batch.entries
+            if entry.request_id == request_id and entry.lets_go
+        }
+        if any(each.has_let_go(claim.request, epoch) for each in self.engines for epoch in claim.standing.vain - said):
+            raise Fault("given up: a request that an owner let go which lives")
         if self.is_only_poisoned and request_id not in self.poison:
             raise Fault("given up: an innocent, where nothing went wrong but for one poison request")
         self.cancelled.add(request_id)

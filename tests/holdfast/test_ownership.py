@@ -155,6 +155,16 @@ def test_an_owner_whose_word_is_ignored_counts_as_long_as_it_may_have_died() -> 
     assert standing_after(Batch(SOURCE, 1, [entry(0, 0)]), marker, announced, told).vain == {1}
 
 
+def test_an_owner_that_let_go_is_not_counted() -> None:
+    """It lives; of others that says nothing, and readers learn nothing from it."""
+    begun = [Batch(SOURCE, epoch, [entry(0, 0)]) for epoch in (1, 2)]
+    let_go = Entry("r", 0, 0, [], 0, lets_go=True)
+    assert standing_after(*begun, Batch(SOURCE, 2, [let_go])).vain == {1}
+    assert standing_after(*begun, Batch(SOURCE, 1, [let_go]), begun[0]).vain == {2}
+    after_tokens = standing_after(Batch(SOURCE, 2, [entry(0, 1)]), Batch(SOURCE, 2, [let_go]))
+    assert (after_tokens.vain, after_tokens.choices[0].token_ids, after_tokens.contradiction) == (set(), TEXT[:1], "")
+
+
 def test_a_request_whose_gateway_knew_the_own_epoch_is_new() -> None:
     """It needs the marker, but no scan."""
     tenure = owner(epoch=5)
