@@ -162,6 +162,24 @@ async def test_a_cursor_has_the_epoch_that_held_at_its_offset() -> None:
     assert CURSORS.decode(tokens.cursor).mark == Mark(71, 5)
 
 
+async def test_what_engines_say_of_themselves_is_no_event() -> None:
+    """That one begins, that another goes on, that the first has let go: the client hears nothing of it, and its cursor has
+    the same of every choice."""
+    feed = Feed(flush=NEVER)
+    feed.accept(Part(0, 0, (), (), 0))
+    feed.say("ab")
+    (tokens,) = await feed.answer.next()
+    feed.epoch = 6
+    feed.accept(Part(0, 2, (), (), extend_hash(0, b"ab")))
+    feed.accept(Part(0, 0, (), (), 0))
+    assert await feed.answer.next(timeout=0) == []
+    before, after = CURSORS.decode(tokens.cursor), CURSORS.decode(feed.answer.cursor)
+    assert (before.mark, after.mark) == (Mark(73, 5), Mark(75, 6))
+    assert before.places == after.places
+    feed.say("c", finish=FinishReason.LENGTH)
+    assert texts(await feed.answer.next()) == ["c", "length"]
+
+
 async def test_a_cursor_stands_before_an_end_that_was_not_told() -> None:
     """Of the cursor of the last text the end can be told again, of that of the end nothing can."""
     feed = Feed(num_choices=2)
