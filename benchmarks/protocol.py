@@ -3,7 +3,7 @@
     python -m benchmarks.protocol --model smollm2-135m-instruct
 
 One embedded mesh, asked in turns with everything as it is, and with what takeovers need taken out: no hashes of prefixes, no
-look at epochs, no markers, no claims. Nothing else is different, and nobody dies meanwhile. What is compared is the processor time
+look at epochs, no markers, no claims, no announcements. Nothing else is different, and nobody dies meanwhile. What is compared is the processor time
 of the whole process for each token, which other work on the machine does not change much. Where the difference is lost in
 noise all the same, further rounds tell how long the process was inside of what is taken out, their timers included: no less than
 what it costs.
@@ -15,7 +15,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
@@ -32,6 +32,8 @@ from holdfast.client import Client
 from holdfast.ownership import Accepted, Choice, Standing
 from holdfast.telemetry import configure_logs
 from services.__main__ import serve
+from services.engine.emit import Emitter
+from services.engine.requests import Request
 from services.engine.takeover import Takeover
 from services.settings import MeshSettings
 
@@ -45,13 +47,17 @@ def without_protocol() -> Iterator[None]:
     def begin(
         takeover: Takeover, partition: TopicPartition, request: Accepted, then: Callable[[Standing], None]
     ) -> str:
-        then(Standing([Choice() for _ in range(request.num_choices)]))
+        then(Standing([Choice() for _ in range(request.num_choices)], is_new=True))
         return request.request_id
+
+    def announce(emitter: Emitter, requests: Iterable[Request], *, confirmed: Callable[[], None]) -> None:
+        confirmed()
 
     with (
         mock.patch("holdfast.accept.extend_hash", lambda prefix_hash, token_ids: 0),
         mock.patch("holdfast.accept.Epochs.admit", lambda epochs, source, epoch: True),
         mock.patch.object(Takeover, "ask", begin),
+        mock.patch.object(Emitter, "announce", announce),
     ):
         yield
 

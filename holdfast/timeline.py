@@ -28,7 +28,9 @@ class Kind(enum.Enum):
     OWNER = "owner"
     """An engine spoke for the request's source partition for the first time, or under a later epoch."""
     BEGUN = "begun"
-    """An owner named the request, and wrote nothing of it yet."""
+    """An owner announced that it begins the request, or goes on with it."""
+    LET_GO = "let go"
+    """An owner that had begun the request lost it, or left, and did not die of it."""
     TOKENS = "tokens"
     """An owner wrote tokens, and readers accepted them."""
     IGNORED = "ignored"
@@ -133,6 +135,10 @@ class Timeline:
     def _feed(self, record: Record, batch: pb.TokenBatch) -> None:
         self._last_ms = record.timestamp_ms
         streams = [each for each in batch.streams if each.request_id == self.request.request_id]
+        for _ in [each for each in streams if each.let_go]:
+            what = f"{batch.engine or 'an engine'} has let go of it under epoch {describe_epoch(batch.epoch)}, and lives"
+            self._add(record.timestamp_ms, Kind.LET_GO, what, **_writer(record, batch))
+        streams = [each for each in streams if not each.let_go]
         highest = self._epochs.highest(self._source)
         if not self._epochs.admit(self._source, batch.epoch):
             why = f"epoch {describe_epoch(batch.epoch)} is below {describe_epoch(highest)}, which was met before"
@@ -148,7 +154,7 @@ class Timeline:
             self._add(record.timestamp_ms, Kind.OWNER, what, **_writer(record, batch))
         entries = batch_from_wire(batch).entries
         for tokens, entry in zip(batch.streams, entries, strict=True):
-            if tokens.request_id == self.request.request_id:
+            if tokens.request_id == self.request.request_id and not tokens.let_go:
                 self._take(record, batch, tokens, entry)
 
     def _take(self, record: Record, batch: pb.TokenBatch, tokens: pb.StreamTokens, entry: Entry) -> None:
@@ -160,7 +166,7 @@ class Timeline:
             self._ignored(record, batch, tokens, "the choice had ended")
             return
         if not tokens.token_ids and not tokens.HasField("finish"):
-            what = f"{batch.engine or 'an engine'} names choice {tokens.choice}, without tokens"
+            what = f"{batch.engine or 'an engine'} begins, choice {tokens.choice} at token {tokens.first_index}"
             self._add(record.timestamp_ms, Kind.BEGUN, what, choice=tokens.choice, **_writer(record, batch))
             return
         ruling = judge(

@@ -99,6 +99,20 @@ def test_a_takeover_shows_who_was_believed() -> None:
     assert (events[5].facts["first_index"], events[5].facts["num_tokens"]) == (2, 1)
 
 
+def test_who_lets_go_says_so_though_nothing_else_of_theirs_counts() -> None:
+    """Before the next owner's marker or behind it; of others it says nothing."""
+    log = Log()
+    let_go = pb.StreamTokens(request_id="r-1", let_go=True)
+    log.write(tokens([], []), epoch=7, engine="a")
+    log.write(pb.StreamTokens(request_id="other", let_go=True), let_go, epoch=7, engine="a")
+    log.write(tokens([], []), epoch=8, engine="b")
+    log.write(let_go, epoch=7, engine="a")
+    log.write(tokens([], [1], finish="LENGTH"), epoch=8, engine="b")
+    events = told(log)
+    assert kinds(events) == ["accepted", "owner", "begun", "let go", "owner", "begun", "let go", "tokens", "ended"]
+    assert [event.facts["engine"] for event in events if event.kind is Kind.LET_GO] == ["a", "a"]
+
+
 def test_what_is_known_missing_or_of_another_text_is_ignored() -> None:
     """By readers' own rule; of a record that begins in what is known the rest counts."""
     log = Log()
