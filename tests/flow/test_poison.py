@@ -45,7 +45,7 @@ class Fleet:
 
 
 @pytest.mark.kafka
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 async def test_a_prompt_that_kills_engines_is_given_up_and_all_others_are_answered(
     kafka: str, stories260k: Path, published: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,7 +67,7 @@ async def test_a_prompt_that_kills_engines_is_given_up_and_all_others_are_answer
                 await fleet.ready.acquire()
 
         def story() -> asyncio.Task[str]:
-            answer = client.generate(token_ids=[1], max_tokens=LENGTH, temperature=0, timeout=240)
+            answer = client.generate(token_ids=[1], max_tokens=LENGTH, temperature=0, timeout=360)
             return tasks.create_task(answer.read())
 
         stories = [story() for _ in range(6)]
