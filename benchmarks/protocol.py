@@ -75,14 +75,15 @@ class Inside:
             mock.patch("holdfast.accept.extend_hash", self._timed(accept.extend_hash)),
             mock.patch.object(accept.Epochs, "admit", self._timed(accept.Epochs.admit)),
             mock.patch.object(Takeover, "ask", self._timed(Takeover.ask)),
+            mock.patch.object(Emitter, "announce", self._timed(Emitter.announce)),
         ):
             yield
 
     def _timed(self, function: Callable[..., T]) -> Callable[..., T]:
-        def timed(*arguments: object) -> T:
+        def timed(*arguments: object, **named: object) -> T:
             start = time.perf_counter()
             try:
-                return function(*arguments)
+                return function(*arguments, **named)
             finally:
                 self.seconds += time.perf_counter() - start
 

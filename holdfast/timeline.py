@@ -136,7 +136,9 @@ class Timeline:
         self._last_ms = record.timestamp_ms
         streams = [each for each in batch.streams if each.request_id == self.request.request_id]
         for _ in [each for each in streams if each.let_go]:
-            what = f"{batch.engine or 'an engine'} has let go of it under epoch {describe_epoch(batch.epoch)}, and lives"
+            what = (
+                f"{batch.engine or 'an engine'} has let go of it under epoch {describe_epoch(batch.epoch)}, and lives"
+            )
             self._add(record.timestamp_ms, Kind.LET_GO, what, **_writer(record, batch))
         streams = [each for each in streams if not each.let_go]
         highest = self._epochs.highest(self._source)
