@@ -68,6 +68,8 @@ bench: $(INSTALLED) ## measure what a laptop can: what the mesh costs beside the
 	$(BIN)/python -m benchmarks.tax $(ARGS)
 
 up: ## build the images and start the compose stack
+	@# A key for cursors, so that streams go on when the gateway has started again. A second `make up` draws another.
+	export CURSOR_KEYS="$${CURSOR_KEYS:-$$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}"; \
 	$(COMPOSE) -f deploy/compose.yaml up --build --detach
 
 down: ## stop the compose stack and forget its data

@@ -34,6 +34,26 @@ def run(venv: Path, *variables: str, **environment: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+def test_a_stack_has_a_key_for_its_cursors(tmp_path: Path) -> None:
+    """Its own each time, where none is given."""
+    compose = tmp_path / "compose"
+    compose.write_text('#!/bin/sh\nprintf %s "$CURSOR_KEYS"\n')
+    compose.chmod(0o755)
+
+    def key(**given: str) -> str:
+        kept = {name: value for name, value in os.environ.items() if name not in ("CURSOR_KEYS", "MAKEFLAGS")}
+        command = ["make", "--silent", "up", f"COMPOSE={compose}"]
+        done = subprocess.run(
+            command, cwd=ROOT, env=kept | given, check=True, capture_output=True, text=True, timeout=60
+        )
+        return done.stdout
+
+    drawn = [key(), key()]
+    assert [len(bytes.fromhex(each)) for each in drawn] == [32, 32]
+    assert drawn[0] != drawn[1]
+    assert key(CURSOR_KEYS="one, another") == "one, another"
+
+
 @pytest.mark.parametrize("question", ['Say "hi" $HOME', "It's `id`; $(shell id) # \\ 100%", "--help", ""])
 def test_a_question_reaches_the_program_as_it_was_typed(venv: Path, question: str) -> None:
     """Given to make, or in the environment."""
