@@ -37,6 +37,8 @@ class Kind(enum.Enum):
     """Somebody wrote what readers do not accept."""
     CANCEL = "cancel"
     """Somebody wished that it end."""
+    GIVEN_UP = "given up"
+    """A dead letter says so: owner after owner began it in vain."""
     ENDED = "ended"
     """A choice came to its end."""
     MISSING = "missing"
@@ -275,6 +277,29 @@ def cancels(request_id: str, records: Iterable[Record]) -> Iterator[Event]:
                 Kind.CANCEL,
                 f"{'all of it' if choice is None else f'choice {choice}'}: {wish.reason or 'no reason given'}",
                 {"choice": choice, "reason": wish.reason, "offset": record.offset},
+            )
+
+
+def letters(request_id: str, records: Iterable[Record]) -> Iterator[Event]:
+    """What dead letters say of a request."""
+    for record in records:
+        try:
+            letter = pb.DeadLetter.FromString(record.value)
+        except DecodeError:
+            continue
+        if letter.request_id == request_id:
+            epochs = ", ".join(map(describe_epoch, letter.epochs))
+            yield Event(
+                record.timestamp_ms,
+                Kind.GIVEN_UP,
+                f"by {letter.engine or 'an engine'}: {letter.reason}; begun in vain under epochs {epochs}; offset {record.offset}",
+                {
+                    "reason": letter.reason,
+                    "epochs": list(letter.epochs),
+                    "num_tokens": list(letter.num_tokens),
+                    "engine": letter.engine,
+                    "offset": record.offset,
+                },
             )
 
 

@@ -9,8 +9,8 @@ from google.protobuf.message import DecodeError
 
 from holdfast.bus import Bus, Record, TopicPartition
 from holdfast.errors import InvalidRequest, NotFound, Unavailable
-from holdfast.timeline import Event, Timeline, cancels, in_order
-from holdfast.topics import CONTROL, REQUESTS, TOKENS
+from holdfast.timeline import Event, Timeline, cancels, in_order, letters
+from holdfast.topics import CONTROL, DEAD, REQUESTS, TOKENS, Topic
 from holdfast.v1 import generation_pb2 as pb
 
 READ_SECONDS = 10.0
@@ -34,8 +34,9 @@ async def trace(bus: Bus, request_id: str = "", *, cursor: str = "", tell: Tell 
     record = await _at(bus, cursor) if cursor else await _by_id(bus, request_id, tell)
     timeline = Timeline(record)
     await _read_answer(bus, timeline, tell)
-    wishes = [wish async for wish in _read(bus, {CONTROL.partition(0): await bus.kept(CONTROL.partition(0))})]
-    return in_order(timeline.ended(), list(cancels(timeline.request.request_id, wishes)))
+    found = timeline.request.request_id
+    beside = [*cancels(found, await _whole(bus, CONTROL)), *letters(found, await _whole(bus, DEAD))]
+    return in_order(timeline.ended(), beside)
 
 
 async def _at(bus: Bus, cursor: str) -> Record:
@@ -81,6 +82,12 @@ async def _read_answer(bus: Bus, timeline: Timeline, tell: Tell) -> None:
         timeline.feed(record)
         if timeline.has_ended:
             return
+
+
+async def _whole(bus: Bus, topic: Topic) -> list[Record]:
+    """All that a topic of one partition holds."""
+    partition = topic.partition(0)
+    return [record async for record in _read(bus, {partition: await bus.kept(partition)})]
 
 
 async def _read(bus: Bus, places: Mapping[TopicPartition, range]) -> AsyncIterator[Record]:

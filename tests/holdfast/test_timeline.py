@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from holdfast.accept import Prefix
 from holdfast.bus import Record
-from holdfast.timeline import Event, Kind, Timeline, cancels, in_order
-from holdfast.topics import CONTROL, REQUESTS_INTERACTIVE, TOKENS
+from holdfast.timeline import Event, Kind, Timeline, cancels, in_order, letters
+from holdfast.topics import CONTROL, DEAD, REQUESTS_INTERACTIVE, TOKENS
 from holdfast.v1 import generation_pb2 as pb
 
 SOURCE = pb.SourcePartition(request_class=pb.REQUEST_CLASS_INTERACTIVE, partition=5)
@@ -180,3 +180,31 @@ def test_cancellations_stand_at_their_time() -> None:
         "all of it: the client left",
         "choice 0: a stop string was found",
     ]
+
+
+def test_a_dead_letter_stands_before_the_end_that_it_explains() -> None:
+    """With the epochs that began the request in vain; an engine that let go of it and lives is told of beside."""
+    log = Log()
+    log.write(epoch=7, engine="a")
+    log.write(pb.StreamTokens(request_id="r-1", let_go=True), epoch=7, engine="a")
+    log.write(tokens([], []), epoch=8, engine="b")
+    log.write(tokens([], [], finish="ERROR"), epoch=10, engine="d")
+    given_up = [
+        pb.DeadLetter(
+            request_id="r-1", reason="three engines died of it", epochs=[7, 8, 9], num_tokens=[0], engine="d"
+        ),
+        pb.DeadLetter(request_id="other"),
+    ]
+    records = [
+        Record(DEAD.name, 0, index, START_MS + 3, letter.SerializeToString()) for index, letter in enumerate(given_up)
+    ]
+    events = in_order(told(log), list(letters("r-1", [*records, Record(DEAD.name, 0, 5, START_MS, b"\xff")])))
+    assert [event.kind for event in events if event.kind is not Kind.OWNER] == [
+        Kind.ACCEPTED,
+        Kind.LET_GO,
+        Kind.BEGUN,
+        Kind.GIVEN_UP,
+        Kind.ENDED,
+    ]
+    (letter,) = [event for event in events if event.kind is Kind.GIVEN_UP]
+    assert letter.what == "by d: three engines died of it; begun in vain under epochs 0.7, 0.8, 0.9; offset 0"
