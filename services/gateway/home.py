@@ -57,7 +57,6 @@ class Home:
                 async with self._claims.claimed() as claim:
                     claimed = True
                     await self._live_in(claim)
-                await self._lost(f"another gateway has taken number {claim.partition}")
             except (ConfigurationError, Unavailable) as error:
                 if isinstance(error, ConfigurationError) and not claimed:
                     raise
@@ -65,7 +64,7 @@ class Home:
                 await asyncio.sleep(error.retry_after if isinstance(error, Unavailable) else AGAIN_SECONDS)
 
     async def _live_in(self, claim: Claim) -> None:
-        """Returns when the claim is lost."""
+        """Returns when the claim is lost and readiness knows of it: leaving the group, after that, may take the log a while."""
         async with self._tails.of(claim.partition) as streams:
             await streams.began()
             log.info("claimed", reply_partition=claim.partition)
@@ -74,9 +73,14 @@ class Home:
                 await self._readiness.found(NEED)
                 while claim.holds:
                     await claim.change()
+                await self._lost(f"another gateway has taken number {claim.partition}")
+            except Unavailable as error:
+                await self._lost(str(error))
+                raise
             finally:
                 self._partition = None
 
     async def _lost(self, reason: str) -> None:
-        log.warning("no reply partition", reason=reason)
+        if self._readiness.missing.get(NEED) != reason:  # it is news
+            log.warning("no reply partition", reason=reason)
         await self._readiness.lost(NEED, reason)

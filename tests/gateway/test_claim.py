@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import httpx
 import pytest
 
-from holdfast.bus import Bus
+from holdfast.bus import Bus, Member
 from holdfast.client import Client
 from holdfast.errors import ConfigurationError, NotAccepted, Unavailable
 from holdfast.gateways import Patience
 from holdfast.kafka import KafkaBus
 from holdfast.memory import MemoryBus
-from holdfast.topics import TOKENS, TOPICS, gateways_of
+from holdfast.topics import TOKENS, TOPICS, Topic, gateways_of
 from services.gateway.claim import Claim, Claims
 from tests.conftest import OpenBus
 from tests.flow.mesh import ANYWHERE, process
@@ -178,6 +178,31 @@ async def test_a_gateway_that_froze_takes_no_new_requests_until_it_has_a_partiti
         assert job.request.reply_partition == (own if named is not None else (own + 1) % TOKENS.num_partitions)
         await engine.say(job, "more", finish=LENGTH)
         assert await reading == "more"
+
+
+async def test_a_claim_that_is_lost_is_missed_at_once() -> None:
+    """Not only when the group has heard that its member leaves: what comes meanwhile is refused, and told why."""
+    leaving, may_leave = asyncio.Event(), asyncio.Event()
+
+    class Slow(MemoryBus):
+        @asynccontextmanager
+        async def join(self, group: str, topics: Sequence[Topic], *, incarnation: int = 0) -> AsyncIterator[Member]:
+            async with super().join(group, topics, incarnation=incarnation) as member:
+                yield member
+                if group == gateways_of(7):
+                    leaving.set()
+                    await may_leave.wait()
+
+    async with Slow() as bus, playing_engine(bus), gateway(bus, 7) as face, AsyncExitStack() as parts:
+        (member,) = bus.members(gateways_of(7))
+        with bus.frozen(member):
+            await parts.enter_async_context(claimed(bus, 7))
+        await leaving.wait()
+        assert (await missing(face)) == {"reply partition": "another gateway has taken number 7"}
+        async with Client(face.addresses.grpc, patience=Patience(tries=0)) as client:
+            with pytest.raises(NotAccepted, match="reply partition is missing: another gateway"):
+                await client.submit("hi", request_id="given")
+        may_leave.set()
 
 
 @pytest.mark.kafka
