@@ -220,9 +220,10 @@ class Client:
             except HoldfastError as error:
                 if not may_be_asked_anew(error, own_id=own_id):
                     raise
-                await tries.after(error, gateway)
+                tries.count(error, gateway)
                 if not isinstance(error, NotAccepted):
-                    self._gateways.renew(request)
+                    self._gateways.renew(request)  # at once: the caller may leave in the pause
+                await tries.pause(error)
 
     async def result(self, cursor: str, *, wait: float | None = None) -> Result:
         """The whole answer to a request, from the cursor of its start (`Submitted.cursor`): awaited, or after `wait`
@@ -447,11 +448,12 @@ class Answer(AsyncIterator[Event]):
         """Nobody said that the mesh has the request."""
         if not may_be_asked_anew(error, own_id=self._own_id):
             raise error
-        await self._tries.after(error, self._drop_call())
+        self._tries.count(error, self._drop_call())
         if not isinstance(error, NotAccepted):
             assert self._request is not None
-            self._gateways.renew(self._request)
+            self._gateways.renew(self._request)  # at once: the client may leave in the pause
             self._request_id = self._request.request_id
+        await self._tries.pause(error)
 
     def _drop_call(self) -> Gateway | None:
         """Ends the call that failed; returns the gateway that it was to."""

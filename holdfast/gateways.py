@@ -185,9 +185,14 @@ class Tries:
         self.num_failed = 0
 
     async def after(self, error: HoldfastError, gateway: Gateway | None, *, going_on: bool = False) -> None:
-        """Counts a failure, and returns when it is time for another try, at the gateway after the one that failed (None:
-        there was none). A gateway that was there and went is waited for, and where the mesh has the request (`going_on`)
-        whatever is missing; otherwise each gateway is asked once.
+        """Counts a failure as `count` does, and returns when it is time for another try."""
+        self.count(error, gateway, going_on=going_on)
+        await self.pause(error)
+
+    def count(self, error: HoldfastError, gateway: Gateway | None, *, going_on: bool = False) -> None:
+        """Counts a failure. The next try is for the gateway after the one that failed (None: there was none). A gateway
+        that was there and went is waited for, and where the mesh has the request (`going_on`) whatever is missing;
+        otherwise each gateway is asked once.
 
         Raises:
             HoldfastError: the error, where there were tries enough.
@@ -198,6 +203,9 @@ class Tries:
             raise error
         if gateway is not None:
             self._gateways.move_on(gateway)
+
+    async def pause(self, error: HoldfastError) -> None:
+        """Returns when it is time for another try."""
         if not has_moved(error):
             await asyncio.sleep(self._patience.before(self.num_failed - 1))
 

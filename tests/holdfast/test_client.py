@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -359,6 +359,35 @@ async def test_what_may_have_been_accepted_is_submitted_anew_only_under_another_
     assert [each.request.request_id for each in other.submitted] == [submitted.request_id]
     assert [*gateway.cancelled, *other.cancelled] == [first.request.request_id] != [submitted.request_id]
     assert given.request.request_id == "mine"
+
+
+@pytest.mark.parametrize("call", [lambda c: c.generate("Once").read(), lambda c: c.submit("Once")])
+async def test_leaving_before_a_request_is_asked_anew_ends_the_first_one(
+    call: Callable[[Client], Coroutine[Any, Any, object]],
+) -> None:
+    """Which may have been accepted, though nobody was told."""
+    waits = asyncio.Event()
+
+    class Told(Patience):
+        def before(self, index: int) -> float:
+            waits.set()
+            return 60
+
+    lost = Unavailable("the log gave no ack")
+    one, other = [FakeGateway([lost], refusals=[lost]) for _ in range(2)]
+    async with (
+        serving(one) as here,
+        serving(other) as there,
+        Client([here.address, there.address], patience=Told()) as client,
+    ):
+        asking = asyncio.ensure_future(call(client))
+        await waits.wait()
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+    asked = [*one.requests, *(each.request for each in one.submitted)]
+    assert [*one.cancelled, *other.cancelled] == [request.request_id for request in asked]
+    assert len(asked) == 1
 
 
 async def test_a_gateway_that_misses_something_is_not_waited_for() -> None:
