@@ -16,7 +16,7 @@ BUCKETS = (1.5, 2, 3, 4, 5, 6, 6.5, 7, 8, 10, 15, 20, 30, 60)
 
 @dataclass(slots=True)
 class Effect:
-    """What followed one fault, up to the next one."""
+    """What followed one fault."""
 
     fault: Fault
     recoveries: list[float] = field(default_factory=list)
@@ -29,16 +29,21 @@ class Effect:
 
 
 def effects(streams: Sequence[Stream], faults: Sequence[Fault]) -> list[Effect]:
-    """Whatever happens is put down to the last fault before it, which began when the one before was mended."""
+    """A silence is put down to the first fault that came in it, or in the second before it, when tokens were still on their
+    way; where none did to the last one before it. Whatever else happens is put down to the last fault before it."""
     found = [Effect(fault) for fault in faults]
     for stream in streams:
         for since, until in stream.silences:
-            if effect := _before(found, until):
+            if effect := _first(found, since - SILENCE, until) or _before(found, since):
                 effect.recoveries.append(until - max(since, effect.fault.at))
         if effect := _before(found, stream.ended):
             effect.num_refused += bool(stream.refusal)
             effect.num_failed += bool(stream.failure)
     return found
+
+
+def _first(found: Sequence[Effect], since: float, until: float) -> Effect | None:
+    return next((effect for effect in found if since <= effect.fault.at <= until), None)
 
 
 def _before(found: Sequence[Effect], moment: float) -> Effect | None:

@@ -58,6 +58,14 @@ def test_a_silence_is_counted_from_the_fault() -> None:
     assert (two.recoveries, two.num_refused, two.num_failed) == ([2.0], 1, 0)
 
 
+def test_a_silence_that_outlasts_the_next_fault_is_counted_from_the_one_that_began_it() -> None:
+    """Else long recoveries would look short where faults follow one another."""
+    first, second = Fault("engine dies", "engine-0", 10.0, 12.0), Fault("gateway dies", "gateway-0", 20.0, 22.0)
+    stream = Stream(TASK, 1.0, accepted=2.0, ended=40.0, silences=[(9.0, 21.0), (10.5, 20.5), (12.0, 22.0)])
+    one, two = effects([stream], [first, second])
+    assert (one.recoveries, two.recoveries) == ([11.0, 10.0], [2.0])
+
+
 def test_what_does_not_hold_is_said() -> None:
     """A stream with a failure, one without an end, a process that ended by itself; not a refusal."""
     streams = [
