@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from holdfast.bus import Bus
+from collections.abc import Iterator
+
+from google.protobuf.message import DecodeError
+
+from holdfast.bus import Bus, Record
 from holdfast.topics import DEAD
+from holdfast.trace import whole
 from holdfast.v1 import generation_pb2 as pb
 
 
 async def dead_letters(bus: Bus) -> list[pb.DeadLetter]:
-    """Those that the log has now, oldest first. Of one request there may be several, where its end came later."""
-    partition = DEAD.partition(0)
-    kept, letters = await bus.kept(partition), list[pb.DeadLetter]()
-    async with bus.reader({partition: kept.start}) as reader:
-        while reader.position(partition) < kept.stop:
-            letters += [pb.DeadLetter.FromString(record.value) for record in await reader.read()]
-    return letters
+    """Those that the log has now, oldest first; what is none is passed over. Of one request there may be several, where its
+    end came later.
+
+    Raises:
+        Unavailable: the log cannot be read.
+    """
+    return [letter for record in await whole(bus, DEAD) for letter in _letter(record)]
+
+
+def _letter(record: Record) -> Iterator[pb.DeadLetter]:
+    try:
+        yield pb.DeadLetter.FromString(record.value)
+    except DecodeError:
+        return

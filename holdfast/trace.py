@@ -35,7 +35,7 @@ async def trace(bus: Bus, request_id: str = "", *, cursor: str = "", tell: Tell 
     timeline = Timeline(record)
     await _read_answer(bus, timeline, tell)
     found = timeline.request.request_id
-    beside = [*cancels(found, await _whole(bus, CONTROL)), *letters(found, await _whole(bus, DEAD))]
+    beside = [*cancels(found, await whole(bus, CONTROL)), *letters(found, await whole(bus, DEAD))]
     return in_order(timeline.ended(), beside)
 
 
@@ -84,8 +84,12 @@ async def _read_answer(bus: Bus, timeline: Timeline, tell: Tell) -> None:
             return
 
 
-async def _whole(bus: Bus, topic: Topic) -> list[Record]:
-    """All that a topic of one partition holds."""
+async def whole(bus: Bus, topic: Topic) -> list[Record]:
+    """All that a topic of one partition holds.
+
+    Raises:
+        Unavailable: the log cannot be read.
+    """
     partition = topic.partition(0)
     return [record async for record in _read(bus, {partition: await bus.kept(partition)})]
 
