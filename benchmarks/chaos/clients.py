@@ -133,8 +133,7 @@ class Clients:
             else:
                 stream.refusal = said
                 stream.retry_after = error.retry_after if isinstance(error, RetryableError) else 0.0
-        finally:
-            stream.ended = time.monotonic()
+        stream.ended = time.monotonic()  # not where the client is told to give up: such a stream has no end
         return stream
 
     async def _begin(self, stream: Stream, events: list[Event], leave_at: int | None) -> str:

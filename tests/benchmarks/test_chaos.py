@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -9,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos.clients import Stream, Task, Text, check
+from benchmarks.chaos.clients import Clients, Stream, Task, Text, check
 from benchmarks.chaos.faults import KINDS, Fault, plan
 from benchmarks.chaos.findings import broken, effects
 from benchmarks.mesh import ROOT
 from deploy.kafka import broker
 from holdfast.events import Finished, FinishReason, Tokens, Usage
 from tests.conftest import missing
+from tests.holdfast.fake_gateway import FakeGateway, accepted, serving
 
 TASK = Task("Once", 3)
 EXPECTED = Text("a b c", (1, 2, 3))
@@ -80,6 +82,22 @@ def test_what_does_not_hold_is_said() -> None:
         "engine-1 ended by itself, with [1]",
     ]
     assert broken(streams[:1], {}) == []
+
+
+async def test_a_stream_that_hangs_has_no_end() -> None:
+    """When the run gives up on it, it has not held."""
+    gateway = FakeGateway([accepted()], hold=True)
+    async with serving(gateway) as server:
+        clients = Clients([server.address], {TASK: EXPECTED}, seed=0, leaves=0.0)
+        asking = asyncio.create_task(clients.ask())
+        while not (clients.streams and clients.streams[0].accepted):  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(0)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+    (stream,) = clients.streams
+    assert not stream.has_held
+    assert broken(clients.streams, {}) == ["a stream has no end"]
 
 
 def test_every_kind_of_fault_is_in_a_plan_with_room_for_it() -> None:
