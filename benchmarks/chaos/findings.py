@@ -54,7 +54,8 @@ def broken(streams: Sequence[Stream], exits: Mapping[str, Sequence[int]]) -> lis
     """What did not hold, in words."""
     failed = [f"{stream.task.max_tokens} tokens: {stream.failure}" for stream in streams if stream.failure]
     endless = ["a stream has no end" for stream in streams if stream.accepted and not stream.ended]
-    return failed + endless + [f"{name} ended by itself, with {list(codes)}" for name, codes in exits.items()]
+    nothing = [] if any(stream.accepted for stream in streams) else ["no stream was accepted"]
+    return nothing + failed + endless + [f"{name} ended by itself, with {list(codes)}" for name, codes in exits.items()]
 
 
 def describe(

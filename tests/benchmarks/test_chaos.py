@@ -82,6 +82,7 @@ def test_what_does_not_hold_is_said() -> None:
         "engine-1 ended by itself, with [1]",
     ]
     assert broken(streams[:1], {}) == []
+    assert broken(streams[3:], {}) == ["no stream was accepted"]
 
 
 async def test_a_stream_that_hangs_has_no_end() -> None:
