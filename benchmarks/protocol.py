@@ -12,7 +12,6 @@ what it costs.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -160,7 +159,6 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     configure_logs("protocol", level="warning")
     options = arguments()
     with clear_errors("protocol"):

@@ -2,3 +2,9 @@
 
 python -m benchmarks.chaos --faults 200 --out benchmarks/results/chaos.json
 """
+
+import os
+
+os.environ.setdefault(
+    "GRPC_VERBOSITY", "ERROR"
+)  # read when grpc is imported: it tells of every process that is started
