@@ -15,10 +15,23 @@ SESSION = 6.0
 
 
 @dataclass(frozen=True, slots=True)
+class Kind:
+    """One way in which things go wrong."""
+
+    name: str
+    weight: float
+    """How often it is chosen, against the others."""
+    act: Callable[[Fleet, random.Random], Awaitable[list[Part]]]
+    """Breaks and mends; what it touched."""
+    may_refuse: bool = False
+    """Whether new requests may be refused meanwhile, for nothing is left to take them. What was accepted holds all the same."""
+
+
+@dataclass(frozen=True, slots=True)
 class Fault:
     """One that happened. Times are of `time.monotonic`."""
 
-    kind: str
+    kind: Kind
     what: str
     at: float
     mended: float
@@ -81,26 +94,15 @@ async def _restart(part: Part) -> list[Part]:
     return [part]
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """One way in which things go wrong."""
-
-    name: str
-    weight: float
-    """How often it is chosen, against the others."""
-    act: Callable[[Fleet, random.Random], Awaitable[list[Part]]]
-    """Breaks and mends; what it touched."""
-
-
 KINDS = [
     Kind("engine dies", 6, _engine_dies),
     Kind("engine freezes and wakes", 2, _engine_freezes),
     Kind("gateway dies", 5, _gateway_dies),
     Kind("gateway and engine die together", 3, _gateway_and_engine_die),
     Kind("tokenizer dies", 3, _tokenizer_dies),
-    Kind("all tokenizers die", 2, _all_tokenizers_die),
-    Kind("broker dies", 1, _broker_dies),
-    Kind("broker restarts", 1, _broker_restarts),
+    Kind("all tokenizers die", 2, _all_tokenizers_die, may_refuse=True),
+    Kind("broker dies", 1, _broker_dies, may_refuse=True),
+    Kind("broker restarts", 1, _broker_restarts, may_refuse=True),
     Kind("every service restarts, one by one", 0.5, _services_restart),
 ]
 
@@ -124,4 +126,4 @@ async def inject(kind: Kind, fleet: Fleet, draw: random.Random) -> Fault:
     """Has it happen; returns when it is mended."""
     at = time.monotonic()
     parts = await kind.act(fleet, draw)
-    return Fault(kind.name, ", ".join(map(str, parts)), at, time.monotonic())
+    return Fault(kind, ", ".join(map(str, parts)), at, time.monotonic())

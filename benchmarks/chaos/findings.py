@@ -13,6 +13,9 @@ from benchmarks.report import Cell, Report, percentile
 BUCKETS = (1.5, 2, 3, 4, 5, 6, 6.5, 7, 8, 10, 15, 20, 30, 60)
 """Upper ends of the histogram of recovery times, in seconds."""
 
+TAKEOVER = "engine dies"
+"""The kind of fault in which nothing but a takeover is awaited."""
+
 
 @dataclass(slots=True)
 class Effect:
@@ -50,12 +53,28 @@ def _before(found: Sequence[Effect], moment: float) -> Effect | None:
     return next((effect for effect in reversed(found) if effect.fault.at <= moment), None)
 
 
-def broken(streams: Sequence[Stream], exits: Mapping[str, Sequence[int]]) -> list[str]:
-    """What did not hold, in words."""
-    failed = [f"{stream.task.max_tokens} tokens: {stream.failure}" for stream in streams if stream.failure]
-    endless = ["a stream has no end" for stream in streams if stream.accepted and not stream.ended]
-    nothing = [] if any(stream.accepted for stream in streams) else ["no stream was accepted"]
-    return nothing + failed + endless + [f"{name} ended by itself, with {list(codes)}" for name, codes in exits.items()]
+def broken(
+    streams: Sequence[Stream],
+    faults: Sequence[Fault],
+    exits: Mapping[str, Sequence[int]],
+    *,
+    takeover: float | None = None,
+) -> list[str]:
+    """What did not hold, in words. `takeover`: seconds that 99 of 100 streams may be silent when an engine died."""
+    found = effects(streams, faults)
+    said = [] if any(stream.accepted for stream in streams) else ["no stream was accepted"]
+    said += [f"{stream.task.max_tokens} tokens: {stream.failure}" for stream in streams if stream.failure]
+    said += ["a stream has no end" for stream in streams if stream.accepted and not stream.ended]
+    said += [f"{name} ended by itself, with {list(codes)}" for name, codes in exits.items()]
+    said += [
+        f"{effect.fault.kind.name}: {effect.num_refused} requests were refused"
+        for effect in found
+        if effect.num_refused and not effect.fault.kind.may_refuse
+    ]
+    silences = [each for effect in found if effect.fault.kind.name == TAKEOVER for each in effect.recoveries]
+    if takeover is not None and silences and (seconds := percentile(silences, 0.99)) > takeover:
+        said.append(f"{TAKEOVER}: streams were silent for {seconds:.2f} s (p99), and {takeover:g} s is the limit")
+    return said
 
 
 def describe(
@@ -77,12 +96,12 @@ def describe(
         ],
     )
     found = effects(streams, faults)
-    kinds = list(dict.fromkeys(fault.kind for fault in faults))
+    kinds = list(dict.fromkeys(fault.kind.name for fault in faults))
     report.table(
         f"Faults, what was refused and failed, and the streams that were silent for {SILENCE:g} s or more: "
         "seconds from the fault to their next token",
         ["", "faults", "refused", "failed", "silent", "p50", "p90", "p99", "max", "longest repair"],
-        [_row(kind, [effect for effect in found if effect.fault.kind == kind]) for kind in kinds],
+        [_row(kind, [effect for effect in found if effect.fault.kind.name == kind]) for kind in kinds],
     )
     every = [each for effect in found for each in effect.recoveries]
     ends = (*BUCKETS, float("inf"))

@@ -36,6 +36,9 @@ WARM = 0.25
 WELL = 2.0
 """The mesh is well again when a first token takes no longer than this many times what it took before."""
 
+LEAST = 0.9
+"""Of the capacity, that is to be answered under overload."""
+
 PATIENCE = 300.0
 """Seconds after which it is not expected to be."""
 
@@ -164,6 +167,10 @@ async def measure(options: argparse.Namespace) -> tuple[Report, list[str]]:
     describe(report, found)
     broken = [stream.failure for stream in found.streams if stream.failure]
     broken += ["a refusal does not say when to come back" for s in found.streams if s.refusal and s.retry_after <= 0]
+    if found.goodput < LEAST * found.capacity:
+        broken.append(f"{found.goodput:.2f} answers a second, and {found.capacity:.2f} are what the mesh can do")
+    if found.recovered_after > PATIENCE:
+        broken.append(f"it was not well again after {PATIENCE:g} s")
     return report, broken
 
 

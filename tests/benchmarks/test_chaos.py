@@ -21,6 +21,7 @@ from tests.holdfast.fake_gateway import FakeGateway, accepted, serving
 
 TASK = Task("Once", 3)
 EXPECTED = Text("a b c", (1, 2, 3))
+KIND = {kind.name: kind for kind in KINDS}
 END = Finished(0, FinishReason.LENGTH, Usage(1, 0, 3), "", "")
 
 
@@ -51,7 +52,10 @@ def test_every_other_text_is_found(events: list[Tokens | Finished], wrong: str) 
 
 def test_a_silence_is_counted_from_the_fault() -> None:
     """From its own beginning where that is later; and what happens before the first fault belongs to none."""
-    first, second = Fault("engine dies", "engine-0", 10.0, 12.0), Fault("gateway dies", "gateway-0", 20.0, 22.0)
+    first, second = (
+        Fault(KIND["engine dies"], "engine-0", 10.0, 12.0),
+        Fault(KIND["gateway dies"], "gateway-0", 20.0, 22.0),
+    )
     stream = Stream(TASK, 1.0, accepted=2.0, ended=40.0, silences=[(3.0, 5.0), (9.0, 16.0), (23.0, 25.0)])
     refused = Stream(TASK, 20.5, ended=21.0, refusal="Unavailable: gone")
     failed = Stream(TASK, 11.0, accepted=11.5, ended=19.0, failure="it has not one end")
@@ -62,7 +66,10 @@ def test_a_silence_is_counted_from_the_fault() -> None:
 
 def test_a_silence_that_outlasts_the_next_fault_is_counted_from_the_one_that_began_it() -> None:
     """Else long recoveries would look short where faults follow one another."""
-    first, second = Fault("engine dies", "engine-0", 10.0, 12.0), Fault("gateway dies", "gateway-0", 20.0, 22.0)
+    first, second = (
+        Fault(KIND["engine dies"], "engine-0", 10.0, 12.0),
+        Fault(KIND["gateway dies"], "gateway-0", 20.0, 22.0),
+    )
     stream = Stream(TASK, 1.0, accepted=2.0, ended=40.0, silences=[(9.0, 21.0), (10.5, 20.5), (12.0, 22.0)])
     one, two = effects([stream], [first, second])
     assert (one.recoveries, two.recoveries) == ([11.0, 10.0], [2.0])
@@ -76,13 +83,37 @@ def test_what_does_not_hold_is_said() -> None:
         Stream(TASK, 1.0, accepted=2.0),
         Stream(TASK, 1.0, ended=2.0, refusal="Unavailable: gone"),
     ]
-    assert broken(streams, {"engine-1": [1]}) == [
+    assert broken(streams, [], {"engine-1": [1]}) == [
         "3 tokens: it has not one end",
         "a stream has no end",
         "engine-1 ended by itself, with [1]",
     ]
-    assert broken(streams[:1], {}) == []
-    assert broken(streams[3:], {}) == ["no stream was accepted"]
+    assert broken(streams[:1], [], {}) == []
+    assert broken(streams[3:], [], {}) == ["no stream was accepted"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("every service restarts, one by one", ["every service restarts, one by one: 1 requests were refused"]),
+        ("broker dies", []),
+    ],
+)
+def test_refusals_are_found_where_something_is_left_to_take_requests(kind: str, said: list[str]) -> None:
+    """While the only broker is away, nothing is."""
+    fault = Fault(KIND[kind], "", 10.0, 20.0)
+    streams = [Stream(TASK, 1.0, accepted=2.0, ended=3.0), Stream(TASK, 11.0, ended=12.0, refusal="Unavailable: gone")]
+    assert broken(streams, [fault], {}) == said
+
+
+def test_a_takeover_that_takes_too_long_is_found() -> None:
+    """Where a limit is given."""
+    fault = Fault(KIND["engine dies"], "engine-0", 10.0, 20.0)
+    streams = [Stream(TASK, 1.0, accepted=2.0, ended=30.0, silences=[(9.9, 17.5)])]
+    assert broken(streams, [fault], {}) == broken(streams, [fault], {}, takeover=7.5) == []
+    assert broken(streams, [fault], {}, takeover=7.4) == [
+        "engine dies: streams were silent for 7.50 s (p99), and 7.4 s is the limit"
+    ]
 
 
 async def test_a_stream_that_hangs_has_no_end() -> None:
@@ -98,7 +129,7 @@ async def test_a_stream_that_hangs_has_no_end() -> None:
             await asking
     (stream,) = clients.streams
     assert not stream.has_held
-    assert broken(clients.streams, {}) == ["a stream has no end"]
+    assert broken(clients.streams, [], {}) == ["a stream has no end"]
 
 
 def test_every_kind_of_fault_is_in_a_plan_with_room_for_it() -> None:
