@@ -45,6 +45,12 @@ def source_from_wire(source: pb.SourcePartition) -> Source:
     return Source(source.request_class, source.partition)
 
 
+def accepted_at_of(message: pb.GenerationRequest | pb.Cancel) -> int | None:
+    """When the request was admitted that the message is or means, in nanoseconds since the epoch; None where it does not
+    say."""
+    return message.accepted_at.ToNanoseconds() if message.HasField("accepted_at") else None
+
+
 def _entry(tokens: pb.StreamTokens) -> Entry:
     return Entry(
         request_id=tokens.request_id,

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from holdfast.accept import Epochs, Prefix, Ruling, Source, Verdict, judge
 from holdfast.bus import Record
 from holdfast.epochs import describe_epoch
-from holdfast.records import Entry, batch_from_wire
+from holdfast.records import Entry, accepted_at_of, batch_from_wire
 from holdfast.v1 import generation_pb2 as pb
 
 
@@ -263,14 +263,15 @@ class Timeline:
         self.events.append(Event(at_ms, kind, what, facts))
 
 
-def cancels(request_id: str, records: Iterable[Record]) -> Iterator[Event]:
-    """What records of the control topic wish of a request."""
+def cancels(request: pb.GenerationRequest, records: Iterable[Record]) -> Iterator[Event]:
+    """What records of the control topic wish of a request, or of whichever has its id."""
     for record in records:
         try:
             wish = pb.Cancel.FromString(record.value)
         except DecodeError:
             continue
-        if wish.request_id == request_id:
+        is_meant = accepted_at_of(wish) in (None, accepted_at_of(request))
+        if wish.request_id == request.request_id and is_meant:
             choice = wish.choice if wish.HasField("choice") else None
             yield Event(
                 record.timestamp_ms,

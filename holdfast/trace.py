@@ -34,8 +34,8 @@ async def trace(bus: Bus, request_id: str = "", *, cursor: str = "", tell: Tell 
     record = await _at(bus, cursor) if cursor else await _by_id(bus, request_id, tell)
     timeline = Timeline(record)
     await _read_answer(bus, timeline, tell)
-    found = timeline.request.request_id
-    beside = [*cancels(found, await whole(bus, CONTROL)), *letters(found, await whole(bus, DEAD))]
+    request = timeline.request
+    beside = [*cancels(request, await whole(bus, CONTROL)), *letters(request.request_id, await whole(bus, DEAD))]
     return in_order(timeline.ended(), beside)
 
 

@@ -647,22 +647,30 @@ class Cancel(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    ACCEPTED_AT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     choice: _builtins.int
     """Which choice. Absent: all of them."""
     reason: _builtins.str
     """Who wanted it and why, for logs."""
+    @_builtins.property
+    def accepted_at(self) -> _timestamp_pb2.Timestamp:
+        """GenerationRequest.accepted_at of the one that is meant, whenever it was or will be written: no other request that has
+        the id. Absent: whichever was written before this.
+        """
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         choice: _builtins.int | None = ...,
         reason: _builtins.str = ...,
+        accepted_at: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_choice", b"_choice", "choice", b"choice"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_choice", b"_choice", "accepted_at", b"accepted_at", "choice", b"choice"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_choice", b"_choice", "choice", b"choice", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_choice", b"_choice", "accepted_at", b"accepted_at", "choice", b"choice", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__choice: _TypeAlias = _typing.Literal["choice"]  # noqa: Y015
     _WhichOneofArgType__choice: _TypeAlias = _typing.Literal["_choice", b"_choice"]  # noqa: Y015

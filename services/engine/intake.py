@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -33,8 +32,11 @@ from holdfast.accept import Place
 from holdfast.bus import NOTHING_OWNED, Bus, Member, Ownership, Position, Reader, Record, TopicPartition
 from holdfast.errors import AlreadyExists, HoldfastError, NotOwner, RequestError, StreamFailed, Unavailable
 from holdfast.ownership import Accepted, Standing
+from holdfast.records import accepted_at_of
 from holdfast.topics import Topic
 from holdfast.v1 import generation_pb2 as pb
+from services.engine import cancels
+from services.engine.cancels import Cancels
 from services.engine.commits import Commits
 from services.engine.dead import DeadLetters
 from services.engine.emit import Emitter
@@ -50,10 +52,6 @@ COMMIT_SECONDS = 1.0
 
 FAREWELL_SECONDS = 2.0
 """How long an engine that leaves may take to say that it did not die of what it leaves."""
-
-MAX_CANCELS = 4096
-"""Most cancellations remembered, for requests that were not read yet; the oldest are forgotten first. So many, as far as
-the log keeps them, are read when the engine starts, before its first request."""
 
 log = structlog.get_logger(__name__)
 
@@ -123,7 +121,7 @@ class Intake:
         self._incarnation = incarnation
         self._clock = clock
         self._sides: list[_Side] = []
-        self._cancels: OrderedDict[tuple[str, int | None], int] = OrderedDict()
+        self._cancels = Cancels()
         self.is_draining = False
         self._joined = asyncio.Event()
         self._drained = asyncio.Event()
@@ -327,6 +325,7 @@ class Intake:
             source=source,
             offset=record.offset,
             timestamp_ms=record.timestamp_ms,
+            accepted_at=accepted_at_of(message),
             headers=record.headers,
             reply_partition=message.reply_partition,
             interactive=interactive,
@@ -403,14 +402,13 @@ class Intake:
         if self._requests.running(message.request_id) is not None:
             error = AlreadyExists(f"a request with the id {message.request_id} runs; choose another, or none")
             return (), FinishReason.ERROR, error
-        if self._cancelled_at(message.request_id, None) >= record.timestamp_ms:
+        accepted_at = accepted_at_of(message)
+        if self._cancels.mean(message.request_id, None, accepted_at=accepted_at, written_ms=record.timestamp_ms):
             return (), FinishReason.CANCELLED, None
         deadline = deadline_of(message)
         if deadline is not None and deadline <= self._clock():
             return (), FinishReason.DEADLINE, None
-        arrival = record.timestamp_ms / 1000
-        if message.HasField("accepted_at"):
-            arrival = message.accepted_at.seconds + message.accepted_at.nanos / 1e9
+        arrival = record.timestamp_ms / 1000 if accepted_at is None else accepted_at / 1e9
         try:
             return sequences_of(message, self._served, interactive=interactive, arrival=arrival), None, None
         except RequestError as error:
@@ -423,7 +421,7 @@ class Intake:
         """The control topic, once the cancellations were heard that nobody was there for: the requests they are meant
         for may lie unread, or come again."""
         partition = topics.CONTROL.partition(0)
-        missed = (await self._bus.kept(partition))[-MAX_CANCELS:]
+        missed = (await self._bus.kept(partition))[-cancels.MAX_CANCELS :]
         async with self._bus.reader({partition: missed.start}) as control:
             while control.position(partition) < missed.stop:
                 await self._hear(control)
@@ -441,22 +439,13 @@ class Intake:
                 log.warning("record passed over", source=record.topic_partition)
 
     def _cancel(self, cancel: pb.Cancel, timestamp_ms: int) -> None:
-        """Ends a request that was written before, or one choice of it, and remembers to do so where it is still to
-        come."""
-        choice = cancel.choice if cancel.HasField("choice") else None
-        self._cancels[cancel.request_id, choice] = timestamp_ms
-        self._cancels.move_to_end((cancel.request_id, choice))
-        if len(self._cancels) > MAX_CANCELS:
-            self._cancels.popitem(last=False)
+        """Ends what runs and is meant, and remembers to do so where it is still to come."""
+        self._cancels.hear(cancel, timestamp_ms)
         request = self._requests.running(cancel.request_id)
-        if request is not None and request.has_begun and request.timestamp_ms <= timestamp_ms:
-            self._steps.cancel([each for each in request.sequences if choice in (None, each.choice)])
+        if request is not None and request.has_begun:
+            self._steps.cancel([each for each in request.sequences if self._was_cancelled(request, each.choice)])
 
     def _was_cancelled(self, request: Request, choice: int) -> bool:
-        """Whether that was asked for after the request was written: an id may be used again."""
-        asked = max(self._cancelled_at(request.request_id, choice), self._cancelled_at(request.request_id, None))
-        return asked >= request.timestamp_ms
-
-    def _cancelled_at(self, request_id: str, choice: int | None) -> int:
-        """When that was asked for last, in milliseconds since the epoch; -1 if never."""
-        return self._cancels.get((request_id, choice), -1)
+        return self._cancels.mean(
+            request.request_id, choice, accepted_at=request.accepted_at, written_ms=request.timestamp_ms
+        )

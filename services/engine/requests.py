@@ -26,7 +26,7 @@ class Request:
     source: TopicPartition
     offset: int
     timestamp_ms: int
-    """When the log took it: a cancellation from before is not meant for it."""
+    """When the log took it."""
     headers: Headers
     """Of its record: they carry the trace."""
     reply_partition: int
@@ -34,6 +34,8 @@ class Request:
     num_choices: int
     sequences: tuple[Sequence, ...] = ()
     """One for each choice; none where the request was refused."""
+    accepted_at: int | None = None
+    """When its gateway admitted it, in nanoseconds since the epoch: what tells it from another one of its id."""
     has_begun: bool = False
     """Whether the scheduler has its sequences: not before it is known what other engines told of it."""
 

@@ -40,8 +40,8 @@ class Admitted:
     num_choices: int
     seed: int
     """The client's, or drawn."""
-    accepted_at: float
-    """Seconds since the epoch."""
+    accepted_at: int
+    """Nanoseconds since the epoch. It tells the request from another one of its id."""
     deadline: float | None
     """Seconds since the epoch after which nobody wants the answer; None for never."""
 
@@ -122,7 +122,7 @@ class Admission:
                 field="num_choices",
             )
         timeout = self._timeout(request.timeout) if request.HasField("timeout") else self._capped(call_time_left)
-        now = time.time()
+        now = time.time_ns()
         return Admitted(
             request=request,
             request_id=request.request_id or uuid.uuid4().hex,
@@ -130,7 +130,7 @@ class Admission:
             num_choices=num_choices,
             seed=request.sampling.seed if request.sampling.HasField("seed") else secrets.randbits(64),
             accepted_at=now,
-            deadline=None if timeout is None else now + timeout,
+            deadline=None if timeout is None else now / 1e9 + timeout,
         )
 
     def check_prompt(self, admitted: Admitted, prompt_ids: Sequence[int], model: Model) -> None:

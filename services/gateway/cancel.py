@@ -30,16 +30,20 @@ class Canceller:
         """Bounded by the open requests: each wishes once for each of its choices, and once for all. None ends it."""
 
     async def cancel(self, request_id: str, reason: str) -> None:
-        """Returns when the log has the wish.
+        """Returns when the log has the wish that whatever request has the id now ends.
 
         Raises:
             Unavailable: the log cannot be reached.
         """
         await self._publish(Cancel(request_id=request_id, reason=reason))
 
-    def wish(self, request_id: str, choice: int | None, reason: str) -> None:
-        """Has a request, or one choice of it, end as soon as the log can be told."""
-        self._wishes.put_nowait(Cancel(request_id=request_id, choice=choice, reason=reason))
+    def wish(self, request_id: str, choice: int | None, reason: str, *, accepted_at: int | None) -> None:
+        """Has a request, or one choice of it, end as soon as the log can be told. `accepted_at`: what its record says, in
+        nanoseconds since the epoch, so that no other request is meant that has the id by then; None where it says nothing."""
+        wish = Cancel(request_id=request_id, choice=choice, reason=reason)
+        if accepted_at is not None:
+            wish.accepted_at.FromNanoseconds(accepted_at)
+        self._wishes.put_nowait(wish)
 
     @asynccontextmanager
     async def publishing(self) -> AsyncIterator[None]:

@@ -11,7 +11,7 @@ from opentelemetry.context import Context
 
 from holdfast.accept import Source
 from holdfast.bus import Bus
-from holdfast.errors import InvalidRequest, Unavailable
+from holdfast.errors import ConfigurationError, InvalidRequest, RequestTooLarge, Unavailable
 from holdfast.events import Accepted, Finished, Model, Result, Tokens, collected
 from holdfast.telemetry import inject
 from holdfast.topics import REQUESTS
@@ -225,7 +225,7 @@ class Gateway:
             ),
         )
         record.sampling.seed = admitted.seed
-        record.accepted_at.FromNanoseconds(round(admitted.accepted_at * 1e9))
+        record.accepted_at.FromNanoseconds(admitted.accepted_at)
         if admitted.deadline is not None:
             record.deadline.FromNanoseconds(round(admitted.deadline * 1e9))
         topic = REQUESTS[admitted.request_class]
@@ -246,11 +246,14 @@ class Gateway:
     @contextmanager
     def _cancelled_if_unknown(self, admitted: Admitted) -> Iterator[None]:
         """Where publishing fails, or is left, the log may have the request all the same: nobody was told so, and nobody
-        waits for it."""
+        waits for it. The wish may come late; a client that asks again under the same id is not meant."""
         try:
             yield
+        except (RequestTooLarge, ConfigurationError):
+            raise  # it was not sent
         except BaseException:
-            self._canceller.wish(admitted.request_id, None, "it may not have been accepted")
+            reason = "it may not have been accepted"
+            self._canceller.wish(admitted.request_id, None, reason, accepted_at=admitted.accepted_at)
             raise
 
     def _answer(
@@ -280,5 +283,7 @@ class Gateway:
             max_waiting=self._settings.max_buffered_tokens,
             on_end=streams.forget,
             on_overflow=lambda answer: self._tails.fell_behind(answer, streams),
-            cancel=lambda choice, reason: self._canceller.wish(admitted.request_id, choice, reason),
+            cancel=lambda choice, reason: self._canceller.wish(
+                admitted.request_id, choice, reason, accepted_at=admitted.accepted_at
+            ),
         )

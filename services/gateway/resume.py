@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from holdfast.bus import Bus, Record, TopicPartition
 from holdfast.errors import NotFound, Unavailable
 from holdfast.events import Resumed
+from holdfast.records import accepted_at_of
 from holdfast.topics import REQUESTS, TOKENS
 from holdfast.v1 import generation_pb2 as pb
 from services.gateway.answer import Answer
@@ -156,7 +157,9 @@ class Resumer:
             max_waiting=self._settings.max_buffered_tokens,
             on_end=tail.forget,
             on_overflow=lambda answer: self._tails.fell_behind(answer, tail),
-            cancel=lambda choice, reason: self._canceller.wish(start.request_id, choice, reason),
+            cancel=lambda choice, reason: self._canceller.wish(
+                start.request_id, choice, reason, accepted_at=accepted_at_of(request)
+            ),
         )
 
 

@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from holdfast import topics
 from holdfast.accept import Epochs, Prefix, Source, Verdict, judge
 from holdfast.bus import Bus, Reader
@@ -31,8 +33,8 @@ async def publish(bus: Bus, message: pb.GenerationRequest, *, partition: int = 2
     return await bus.publish(topic.partition(partition), message.SerializeToString(), key=message.request_id.encode())
 
 
-async def cancel(bus: Bus, request_id: str, choice: int | None = None) -> None:
-    message = pb.Cancel(request_id=request_id, choice=choice)
+async def cancel(bus: Bus, request_id: str, choice: int | None = None, *, accepted_at: Timestamp | None = None) -> None:
+    message = pb.Cancel(request_id=request_id, choice=choice, accepted_at=accepted_at)
     await bus.publish(topics.CONTROL.partition(0), message.SerializeToString())
 
 

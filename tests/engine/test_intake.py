@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import code_pb2
 
 from holdfast import topics
@@ -15,7 +16,7 @@ from holdfast.bus import Bus, Position
 from holdfast.errors import InternalError
 from holdfast.memory import MemoryBus
 from holdfast.v1 import generation_pb2 as pb
-from services.engine import intake
+from services.engine import cancels
 from services.engine.batch import Step
 from services.engine.requests import Request
 from services.engine.sequence import StopRules
@@ -338,7 +339,7 @@ async def test_an_engine_that_starts_hears_no_more_than_it_can_remember(
     memory: MemoryBus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of what was cancelled before it started only the newest is read."""
-    monkeypatch.setattr(intake, "MAX_CANCELS", 2)
+    monkeypatch.setattr(cancels, "MAX_CANCELS", 2)
     async with answers(memory) as heard:
         for request_id in ("a", "b", "c"):
             await publish(memory, request(request_id, [1]))
@@ -362,6 +363,29 @@ async def test_a_late_cancellation_is_not_meant_for_a_request_written_after_it(m
         running.runner.allow()
         await heard.finished("a")
         assert heard["a"].token_ids == expected_output([1], StopRules(6))
+
+
+async def test_a_cancellation_that_says_which_request_it_means_ends_no_other_of_its_id(memory: MemoryBus) -> None:
+    """However late it comes: not the one that runs, and not one that is written before it and read after it. The one that
+    is meant ends, though its record should come after the wish."""
+    meant, other = Timestamp(seconds=1), Timestamp(seconds=2)
+    async with answers(memory) as heard, engine(memory) as running:
+        running.runner.hold()
+        await publish(memory, request("runs", [1], accepted_at=other))
+        await until(lambda: running.num_open() == 1)
+        await publish(memory, request("unread", [1], accepted_at=other), partition=9)
+        for request_id in ("runs", "unread", "late"):
+            await cancel(memory, request_id, accepted_at=meant)
+        await cancel(memory, "heard")
+        await until(lambda: running.engine.intake._cancels.mean("heard", None, accepted_at=None, written_ms=0))
+        running.runner.allow()
+        await heard.finished("runs", "unread")
+        assert heard["runs"].token_ids == heard["unread"].token_ids == expected([1])
+
+        await until_next_millisecond()
+        await publish(memory, request("late", [1], accepted_at=meant))
+        await heard.finished("late")
+        assert heard["late"].token_ids == []
 
 
 async def test_a_request_whose_id_runs_is_refused(memory: MemoryBus) -> None:

@@ -268,7 +268,7 @@ async def test_a_cancellation_that_comes_while_the_log_is_read_counts(memory: Me
             second.runner.hold()
             await until(lambda: second.num_open() == 1)
             await cancel(memory, "a")
-            await until(lambda: ("a", None) in second.engine.intake._cancels)
+            await until(lambda: second.engine.intake._cancels.mean("a", None, accepted_at=None, written_ms=0))
             second.runner.allow()
             await heard.finished("a")
         finish = heard["a"].finish

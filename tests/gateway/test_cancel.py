@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from holdfast.bus import Headers, TopicPartition
 from holdfast.errors import Unavailable
@@ -19,12 +20,16 @@ async def test_all_wishes_are_published_in_order_before_the_end() -> None:
         canceller = Canceller(bus)
         async with bus.reader({CONTROL.partition(0): 0}) as reader:
             async with canceller.publishing():
-                canceller.wish("a", None, "gone")
-                canceller.wish("b", 3, "found")
+                canceller.wish("a", None, "gone", accepted_at=None)
+                canceller.wish("b", 3, "found", accepted_at=7)
             records = await reader.read()
         assert [record.key for record in records] == [b"a", b"b"]
         wishes = [Cancel.FromString(record.value) for record in records]
-        assert wishes == [Cancel(request_id="a", reason="gone"), Cancel(request_id="b", choice=3, reason="found")]
+        meant = Timestamp(nanos=7)
+        assert wishes == [
+            Cancel(request_id="a", reason="gone"),
+            Cancel(request_id="b", choice=3, reason="found", accepted_at=meant),
+        ]
         assert not wishes[0].HasField("choice")
 
 
@@ -42,7 +47,7 @@ async def test_a_wish_that_cannot_be_published_ends_nothing_else() -> None:
     async with Deaf() as bus:
         canceller = Canceller(bus)
         async with canceller.publishing():
-            canceller.wish("a", None, "gone")
-            canceller.wish("b", None, "gone")
+            canceller.wish("a", None, "gone", accepted_at=None)
+            canceller.wish("b", None, "gone", accepted_at=None)
         with pytest.raises(Unavailable):
             await canceller.cancel("a", "asked")

@@ -22,6 +22,7 @@ from holdfast.errors import (
     DeadlineExceeded,
     InvalidRequest,
     Overloaded,
+    RequestTooLarge,
     StreamFailed,
     Unavailable,
     from_rpc_error,
@@ -544,23 +545,46 @@ async def test_what_is_too_much_is_refused_with_a_time_to_come_back() -> None:
 
 
 class FullLog(MemoryBus):
-    """A log that does not take requests."""
+    """A log that does not say whether it took a request."""
+
+    async def publish(
+        self, partition: TopicPartition, value: bytes, *, key: bytes | None = None, headers: Headers = ()
+    ) -> int:
+        offset = await super().publish(partition, value, key=key, headers=headers)
+        if partition.topic == REQUESTS_INTERACTIVE.name:
+            raise Unavailable("the log did not answer", retry_after=3)
+        return offset
+
+
+class SmallLog(MemoryBus):
+    """A log that takes no request so large."""
 
     async def publish(
         self, partition: TopicPartition, value: bytes, *, key: bytes | None = None, headers: Headers = ()
     ) -> int:
         if partition.topic == REQUESTS_INTERACTIVE.name:
-            raise Unavailable("the log did not answer", retry_after=3)
+            raise RequestTooLarge("more than the log takes")
         return await super().publish(partition, value, key=key, headers=headers)
 
 
 async def test_a_request_that_may_not_be_in_the_log_is_refused_and_cancelled() -> None:
-    """Where publishing fails the client gets UNAVAILABLE, and what may have got there all the same is cancelled."""
+    """Where publishing fails the client gets UNAVAILABLE, and what may have got there all the same is cancelled: that, and
+    no other request of its id."""
     async with open_mesh(log=FullLog()) as mesh:
         with pytest.raises(Unavailable, match="did not answer") as caught:
             await mesh.client.submit("hi", request_id="r-1")
         assert caught.value.retry_after == 3
-        assert (await mesh.engine.cancelled()).request_id == "r-1"
+        cancel, job = await mesh.engine.cancelled(), await mesh.engine.job()
+        assert cancel.request_id == job.request.request_id == "r-1"
+        assert cancel.accepted_at == job.request.accepted_at
+
+
+async def test_what_was_not_sent_is_not_cancelled() -> None:
+    """A record that the log never takes needs no end: a cancellation could only reach another request of its id."""
+    async with open_mesh(log=SmallLog()) as mesh:
+        with pytest.raises(RequestTooLarge):
+            await mesh.client.submit("hi", request_id="r-1")
+        await nobody_was_cancelled(mesh)
 
 
 async def test_the_clients_trace_travels_with_the_request() -> None:

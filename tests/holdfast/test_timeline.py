@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from holdfast.accept import Prefix
 from holdfast.bus import Record
 from holdfast.timeline import Event, Kind, Timeline, cancels, in_order, letters
@@ -164,17 +166,19 @@ def test_unreadable_records_are_passed_over() -> None:
 
 
 def test_cancellations_stand_at_their_time() -> None:
-    """Between the tokens before and what came of them; those of other requests do not."""
+    """Between the tokens before and what came of them; those of other requests do not, even of its id."""
     log = Log()
     log.write(tokens([], [1]), epoch=7)
     log.write(tokens([1], [], finish="CANCELLED"), epoch=7)
     wishes = [
         pb.Cancel(request_id="r-1", reason="the client left"),
         pb.Cancel(request_id="other"),
+        pb.Cancel(request_id="r-1", reason="not this one", accepted_at=Timestamp(seconds=1)),
         pb.Cancel(request_id="r-1", choice=0, reason="a stop string was found"),
     ]
     records = [Record(CONTROL.name, 0, 9 + i, START_MS + 1, wish.SerializeToString()) for i, wish in enumerate(wishes)]
-    events = in_order(told(log), list(cancels("r-1", [*records, Record(CONTROL.name, 0, 12, START_MS, b"\xff")])))
+    request = pb.GenerationRequest.FromString(request_record().value)
+    events = in_order(told(log), list(cancels(request, [*records, Record(CONTROL.name, 0, 12, START_MS, b"\xff")])))
     assert kinds(events) == ["accepted", "owner", "tokens", "cancel", "cancel", "ended"]
     assert [event.what for event in events if event.kind is Kind.CANCEL] == [
         "all of it: the client left",
