@@ -20,6 +20,7 @@ from holdfast.errors import (
     ConfigurationError,
     HoldfastError,
     NotAccepted,
+    Overloaded,
     RetryableError,
     Unavailable,
     from_rpc_error,
@@ -205,9 +206,11 @@ class Tries:
             self._gateways.move_on(gateway)
 
     async def pause(self, error: HoldfastError) -> None:
-        """Returns when it is time for another try."""
+        """Returns when it is time for another try. A gateway that is full says when it may not be; of one that went the next
+        one need not wait for what it said."""
         if not has_moved(error):
-            await asyncio.sleep(self._patience.before(self.num_failed - 1))
+            told = error.retry_after if isinstance(error, Overloaded) else 0.0
+            await asyncio.sleep(max(told, self._patience.before(self.num_failed - 1)))
 
 
 async def _connects(channel: grpc.aio.Channel, seconds: float) -> bool:

@@ -57,7 +57,8 @@ class Admission:
         """`refused`: told of each refusal for want of a place."""
         self._settings = settings
         self._refused = refused
-        self._num_open = 0
+        self._num_new = 0
+        self._num_resumed = 0
         self._stay = FIRST_STAY
         self._closed = False
         self._empty = asyncio.Event()
@@ -66,35 +67,58 @@ class Admission:
     @property
     def num_open(self) -> int:
         """Requests that hold a place."""
-        return self._num_open
+        return self._num_new + self._num_resumed
 
     @contextmanager
     def place(self) -> Iterator[None]:
-        """A place among the open requests, for as long as the block runs.
+        """A place among the new requests, for as long as the block runs.
 
         Raises:
             Overloaded: all are taken.
             NotAccepted: the gateway takes no more requests.
         """
+        self._check_place(self._num_new, "requests")
+        self._num_new += 1
+        try:
+            with self._staying():
+                yield
+        finally:
+            self._num_new -= 1
+            self._look_whether_empty()
+
+    @contextmanager
+    def resumed_place(self) -> Iterator[None]:
+        """A place among those that were accepted before, here or elsewhere: new ones do not take it from them. As `place`."""
+        self._check_place(self._num_resumed, "resumed streams")
+        self._num_resumed += 1
+        try:
+            with self._staying():
+                yield
+        finally:
+            self._num_resumed -= 1
+            self._look_whether_empty()
+
+    def _check_place(self, num_open: int, what: str) -> None:
         if self._closed:
             raise NotAccepted("this gateway is being stopped; ask another one, or later")
-        if self._num_open >= self._settings.max_streams:
+        if num_open >= self._settings.max_streams:
             self._refused("streams")
             retry_after = come_back(self._stay)
             raise Overloaded(
-                f"{self._num_open} requests are open, as many as this gateway takes; try again in {retry_after:.0f} seconds",
+                f"{num_open} {what} are open, as many as this gateway takes; try again in {retry_after:.0f} seconds",
                 retry_after=retry_after,
             )
-        self._num_open += 1
+
+    @contextmanager
+    def _staying(self) -> Iterator[None]:
         self._empty.clear()
         began = time.monotonic()
-        try:
-            yield
-            self._stay += (time.monotonic() - began - self._stay) / STAYS_REMEMBERED
-        finally:
-            self._num_open -= 1
-            if self._num_open == 0:
-                self._empty.set()
+        yield
+        self._stay += (time.monotonic() - began - self._stay) / STAYS_REMEMBERED
+
+    def _look_whether_empty(self) -> None:
+        if self.num_open == 0:
+            self._empty.set()
 
     def close(self) -> None:
         """Gives no further request a place."""

@@ -135,7 +135,7 @@ class Gateway:
     async def resume(self, cursor: str, call: Call, *, only_ask: bool = False) -> AsyncIterator[Resumption]:
         """The answer to a request from a cursor on, whichever gateway gave it out. Leaving the block early cancels the
         request where it asked for that; with `only_ask` not even there."""
-        with self._observer.resumption(face=call.face, parent=call.trace) as seen, self._admission.place():
+        with self._observer.resumption(face=call.face, parent=call.trace) as seen, self._admission.resumed_place():
             self._readiness.check("log")
             async with self._resumer.resume(cursor, spelled=call.spelled, only_ask=only_ask) as resumption:
                 seen.answer = resumption.answer

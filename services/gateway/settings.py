@@ -37,7 +37,8 @@ class GatewaySettings(Settings, env_prefix="HOLDFAST_GATEWAY_"):
     """How long open streams may go on after the stop signal."""
 
     max_streams: Annotated[int, Field(ge=1)] = 1024
-    """Most requests between call and last token at once; what comes beyond is refused with RESOURCE_EXHAUSTED."""
+    """Most requests between call and last token at once; what comes beyond is refused with RESOURCE_EXHAUSTED. As many streams
+    again may be read from a cursor: who was accepted at a gateway that went finds a place at one that is full."""
     max_wait_seconds: Annotated[float, Field(gt=0)] = 30.0
     """Longest that an interactive request may have to wait for an engine, as far as can be estimated; what would wait longer
     is refused with RESOURCE_EXHAUSTED, and told when to come back."""

@@ -27,7 +27,7 @@ from holdfast.errors import (
     Unavailable,
     from_rpc_error,
 )
-from holdfast.events import Accepted, Event, Finished, FinishReason, TokenLogprobs, Tokens, TopLogprob, Usage
+from holdfast.events import Accepted, Event, Finished, FinishReason, Resumed, TokenLogprobs, Tokens, TopLogprob, Usage
 from holdfast.memory import MemoryBus
 from holdfast.topics import REQUESTS_BATCH, REQUESTS_INTERACTIVE, TOKENS
 from holdfast.v1 import gateway_pb2 as pb
@@ -479,6 +479,18 @@ async def test_submit_returns_when_the_log_has_the_request() -> None:
         assert job.request.request_id == submitted.request_id == CURSORS.decode(submitted.cursor).request_id == "r-1"
         await mesh.engine.say(job, "text", finish=LENGTH)
         await nobody_was_cancelled(mesh)
+
+
+async def test_what_is_resumed_has_places_of_its_own() -> None:
+    """A gateway that is full of new requests goes on with as many that were accepted before, and with no more."""
+    async with open_mesh(max_streams=1) as mesh, mesh.client.generate("hi") as answer:
+        cursor = (await anext(answer)).cursor
+        async with mesh.client.resume(cursor) as beside:
+            assert isinstance(await anext(beside), Resumed)
+            with pytest.raises(Overloaded, match="1 resumed streams are open"):
+                await mesh.client.result(cursor)
+            with pytest.raises(Overloaded, match="1 requests are open"):
+                await mesh.client.submit("hi")
 
 
 async def test_a_request_that_is_submitted_again_is_the_same() -> None:

@@ -399,6 +399,19 @@ async def test_a_gateway_that_misses_something_is_not_waited_for() -> None:
     assert len(gateway.submitted) == 1
 
 
+async def test_a_stream_comes_back_to_a_full_gateway_when_it_was_told_to() -> None:
+    """Not before: with its own pauses it would have tried in vain often enough to give up."""
+    gateway = FakeGateway(
+        [accepted(), tokens(0, "a"), Unavailable("gone")],
+        resumed=[[Overloaded("full", retry_after=0.2)], [resumed(1), again(finished())]],
+    )
+    loop = asyncio.get_running_loop()
+    async with serving(gateway) as server, Client(server.address, patience=SOON) as client:
+        began = loop.time()
+        assert await client.generate("Once").read() == "a"
+        assert loop.time() - began >= 0.2
+
+
 async def test_leaving_a_stream_between_two_tries_cancels_its_request() -> None:
     """Though there is no call then."""
     waits = asyncio.Event()
