@@ -265,7 +265,9 @@ class _Lane:
     is_marking: bool = False
     is_scanning: bool = False
     scan: Scan | None = None
-    """The newest that is done."""
+    """The newest that is done, as long as requests are delivered that it tells of. It holds the tokens of all."""
+    scanned: int | None = None
+    """Offset of the marker up to which that went."""
     waiting: dict[str, Accepted] = field(default_factory=dict)
     """Requests that cannot be claimed yet, by id."""
 
@@ -322,6 +324,8 @@ class Tenure:
         if request.request_id in self._known:
             return False
         self._known.add(request.request_id)
+        if lane.scan is not None and lane.scan.marker < request.start.offset:
+            lane.scan = None  # those to come are newer too; one that is not is scanned for again
         if self.is_over:
             return True
         if request.start.epoch > self.epoch:
@@ -368,7 +372,7 @@ class Tenure:
         assert scan.is_done
         lane = self._lanes[scan.reply_partition]
         assert lane.is_scanning
-        lane.is_scanning, lane.scan = False, scan
+        lane.is_scanning, lane.scan, lane.scanned = False, scan, scan.marker
         if scan.highest > self.epoch or scan.has_entries(self.epoch, before=lane.first_marker):
             self._give_up(scan.highest)
         self._settle(lane)

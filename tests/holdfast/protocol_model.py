@@ -788,10 +788,10 @@ class World:
 
     def _committed_until(self, tenure: Tenure, request: Accepted) -> int:
         """Up to where everything is committed that is, when a tenure claims a request."""
-        scan = tenure._lanes[request.reply_partition].scan
         if request.start.epoch < tenure.epoch:
-            assert scan is not None
-            return scan.marker + 1
+            scanned = tenure._lanes[request.reply_partition].scanned
+            assert scanned is not None
+            return scanned + 1
         log = self.logs[request.reply_partition]
         later = (n for n, each in enumerate(log) if each.source == tenure.source and each.epoch > tenure.epoch)
         return next(later, len(log))
@@ -826,9 +826,9 @@ class World:
 
     def _until(self, tenure: Tenure, claim: Claim) -> int:
         """Up to where the log counts for a claim that was scanned."""
-        scan = tenure._lanes[claim.request.reply_partition].scan
+        scanned = tenure._lanes[claim.request.reply_partition].scanned
         end = len(self.logs[claim.request.reply_partition])
-        return end if scan is None else min(end, scan.marker + 1)
+        return end if scanned is None else min(end, scanned + 1)
 
     # What happens.
 

@@ -232,6 +232,23 @@ def test_a_request_that_comes_later_is_told_from_the_scan_that_was_made() -> Non
     assert (claim.request.request_id, claim.standing.choices[0].token_ids) == ("c", TEXT[:1])
 
 
+def test_what_was_scanned_is_held_only_while_the_backlog_is_taken() -> None:
+    """With the first request that starts behind it it goes; one that starts before that all the same is scanned for again."""
+    tenure = owner(epoch=5)
+    tenure.meet(request("a", offset=10))
+    tenure.take_markers()
+    tenure.marked(0, 20)
+    log: dict[int, Batch | None] = {12: Batch(SOURCE, 2, [entry(0, 3, name="c")]), 20: tenure.marker}
+    assert len(scan(tenure, log)) == 1
+    assert tenure._lanes[0].scan is not None
+    tenure.meet(request("b", offset=21, epoch=5))
+    assert len(tenure.take_claims()) == 1
+    assert tenure._lanes[0].scan is None
+    tenure.meet(request("c", offset=11))
+    (claim,) = scan(tenure, log)
+    assert claim.standing.choices[0].token_ids == TEXT[:3]
+
+
 def test_reply_partitions_do_not_wait_for_one_another() -> None:
     """A marker that is not acked keeps back the requests of its reply partition alone."""
     tenure = owner(epoch=5, markers={1: 0})
