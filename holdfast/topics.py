@@ -42,8 +42,8 @@ REQUESTS_BATCH = Topic("holdfast.requests.batch", 32, timedelta(hours=24))
 TOKENS = Topic("holdfast.tokens", 32, timedelta(hours=6))
 """`TokenBatch`, no key; the partition is the reply partition that the request names."""
 
-CONTROL = Topic("holdfast.control", 1, timedelta(hours=1))
-"""`Cancel`, key = request id. Every engine reads all of it."""
+CONTROL = Topic("holdfast.control", 1, REQUESTS_BATCH.retention)
+"""`Cancel`, key = request id. Every engine reads all of it. Kept for as long as what it may be meant for waits."""
 
 DEAD = Topic("holdfast.dead", 1, timedelta(days=7))
 """`DeadLetter`, key = request id: requests that were given up. For people; nothing in the mesh reads it."""

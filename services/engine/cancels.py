@@ -7,9 +7,9 @@ from collections import OrderedDict
 from holdfast.records import accepted_at_of
 from holdfast.v1 import generation_pb2 as pb
 
-MAX_CANCELS = 4096
+MAX_CANCELS = 65_536
 """Most that are remembered; the oldest are forgotten first. So many, as far as the log keeps them, are read when the
-engine starts, before its first request."""
+engine starts, before its first request: some 10 MiB, and as much again in memory."""
 
 
 class Cancels:
