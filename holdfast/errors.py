@@ -83,8 +83,8 @@ class Unavailable(RetryableError):
 
 
 class NotAccepted(Unavailable):
-    """The gateway starts, is being stopped, or cannot be connected to, and has taken nothing of the call: it can be made
-    again as it is, at another gateway or in a moment."""
+    """The gateway starts, is being stopped, has no tokenizer, or cannot be connected to, and has taken nothing of the call: it
+    can be made again as it is, at another gateway or in a moment."""
 
 
 class NotOwner(Unavailable):

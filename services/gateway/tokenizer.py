@@ -102,7 +102,8 @@ class Tokenizer:
         Raises:
             InvalidRequest: the tokenizer refuses it, or the model's chat template does.
             DeadlineExceeded: the request's time was over before.
-            Unavailable: the tokenizer does not answer.
+            NotAccepted: no tokenizer answers.
+            Unavailable: the tokenizer takes too long.
         """
         if request.HasField("token_ids"):
             return list(request.token_ids.ids)
@@ -117,6 +118,8 @@ class Tokenizer:
                 raise DeadlineExceeded(TIMEOUT_PASSED) from error
             if isinstance(ours, InvalidRequest):
                 raise InvalidRequest(str(ours), field=_field(request, ours.field)) from error
+            if isinstance(ours, Unavailable):
+                raise NotAccepted(str(ours)) from error
             raise ours from error
 
     async def _encode(self, request: gateway_pb2.GenerateRequest, timeout: float) -> list[int]:

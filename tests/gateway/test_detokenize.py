@@ -164,15 +164,6 @@ async def test_requests_wait_for_a_tokenizer_that_is_started_again() -> None:
         assert bytes((await mesh.engine.job()).request.prompt_token_ids) == b"hi"
 
 
-async def test_requests_are_refused_while_the_tokenizer_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a while a prompt that cannot be tokenized is UNAVAILABLE, not lost."""
-    monkeypatch.setattr("services.gateway.tokenizer.RETURN_SECONDS", 0.0)
-    async with open_mesh() as mesh:
-        await mesh.tokenizer_life.aclose()
-        with pytest.raises(Unavailable):
-            await mesh.client.submit("hi")
-
-
 async def test_another_tokenizer_stops_the_gateway() -> None:
     """Where the tokenizer that comes back is another one the gateway ends, rather than to mix two vocabularies."""
     with pytest.raises(ConfigurationError, match="changed from bytes"):

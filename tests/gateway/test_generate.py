@@ -21,6 +21,7 @@ from holdfast.errors import (
     AlreadyExists,
     DeadlineExceeded,
     InvalidRequest,
+    NotAccepted,
     Overloaded,
     RequestTooLarge,
     StreamFailed,
@@ -302,12 +303,16 @@ async def test_a_tokenizer_that_does_not_answer_is_unavailable() -> None:
 
 
 async def test_a_tokenizer_that_is_gone_is_named_without_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it listens, and what gRPC says of sockets, is for nobody outside."""
+    """Where it listens, and what gRPC says of sockets, is for nobody outside. Nothing was accepted, and the client is told
+    so: the library asks again."""
     monkeypatch.setattr("services.gateway.tokenizer.RETURN_SECONDS", 0.0)
     async with open_mesh() as mesh:
         await mesh.tokenizer_life.aclose()
-        with pytest.raises(Unavailable, match="^the tokenizer does not answer$"):
-            await mesh.client.submit("hi")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await mesh.stub.Submit(pb.SubmitRequest(request=pb.GenerateRequest(prompt="hi")))
+        error = from_rpc_error(caught.value)
+        assert isinstance(error, NotAccepted)
+        assert str(error) == "the tokenizer does not answer"
 
 
 async def test_cancel_reaches_the_log_and_the_engines_word_the_client() -> None:
