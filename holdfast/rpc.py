@@ -10,6 +10,7 @@ import asyncio
 import functools
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ T = TypeVar("T")
 MAX_MESSAGE_BYTES = 16 << 20
 
 MAX_PORT = (1 << 16) - 1
+
+_IPV4 = re.compile(r"\d+\.\d+\.\d+\.\d+:\d+")
 
 _SIZES = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", MAX_MESSAGE_BYTES)]
 
@@ -87,14 +90,24 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
 
 
 def channel(address: str) -> grpc.aio.Channel:
-    """A channel to `host:port`. The caller closes it (`async with`).
+    """A channel to `host:port`, or in turns to several of which each host is an IPv4 number, with commas between. The caller
+    closes it (`async with`).
 
     Raises:
-        ConfigurationError: there is no such port. gRPC would take another one without a word.
+        ConfigurationError: there is no such port, or hosts that are names are among several. gRPC would take another port,
+            or wait for ever, without a word.
     """
-    port = address.rpartition(":")[2]
-    if port.isdecimal() and int(port) > MAX_PORT:
-        raise ConfigurationError(f"{address} is no address: a port is at most {MAX_PORT}")
+    several = address.split(",")
+    for each in several:
+        port = each.rpartition(":")[2]
+        if port.isdecimal() and int(port) > MAX_PORT:
+            raise ConfigurationError(f"{address} is no address: a port is at most {MAX_PORT}")
+    if len(several) > 1 and not address.startswith(("ipv4:", "ipv6:")):
+        if not all(_IPV4.fullmatch(each) for each in several):
+            raise ConfigurationError(
+                f"{address} is no address: give several as 10.0.0.1:50052,10.0.0.2:50052, or one name that has them all"
+            )
+        address = f"ipv4:{address}"
     return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 

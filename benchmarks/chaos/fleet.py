@@ -230,7 +230,7 @@ def _fleet(model: Path, shape: Shape, *, engine: Sequence[str], gateway: Sequenc
                 f"--address={grpc}",
                 f"--http-address={http}",
                 f"--kafka={bootstrap}",
-                f"--tokenizer=ipv4:{','.join(spellers)}",
+                f"--tokenizer={','.join(spellers)}",
                 "--cursor-keys=sixteen bytes or more",
                 *gateway,
             )

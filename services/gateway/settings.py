@@ -19,7 +19,8 @@ class GatewaySettings(Settings, env_prefix="HOLDFAST_GATEWAY_"):
     http_address: str = "127.0.0.1:8000"
     """Where HTTP is served (the OpenAI API, health, metrics), `host:port`; port 0 for any."""
     tokenizer: str = "127.0.0.1:50052"
-    """`host:port` of the tokenizer; a name with several addresses is used in turns."""
+    """`host:port` of the tokenizer. Several are used in turns: a name that has them all, or numbers with commas between, as in
+    10.0.0.1:50052,10.0.0.2:50052."""
     kafka: str = "127.0.0.1:9092"
     """Bootstrap servers of the log, `host:port,host:port`."""
     kafka_namespace: str = ""

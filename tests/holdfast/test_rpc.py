@@ -104,6 +104,21 @@ async def test_a_server_is_healthy_once_it_says_so() -> None:
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
+async def test_a_channel_goes_to_several_servers_in_turns() -> None:
+    """Given as numbers with commas between. Among names that would lead nowhere, and is refused."""
+    async with (
+        counting() as (_, one, _),
+        counting() as (_, two, _),
+        rpc.channel(f"{one.address},{two.address}") as both,
+    ):
+        await one.health.ready()
+        stub, seen = health_pb2_grpc.HealthStub(both), set()
+        while len(seen) < 2:
+            seen.add((await stub.Check(health_pb2.HealthCheckRequest(service=NAME), wait_for_ready=True)).status)
+    with pytest.raises(ConfigurationError, match="give several as 10.0.0.1:50052,10.0.0.2:50052, or one name"):
+        rpc.channel("tokenizer-0:50052,tokenizer-1:50052")
+
+
 async def test_what_a_server_needs_has_a_health_of_its_own() -> None:
     """By name, whatever the server says of itself; what it does not need is no service of it."""
     async with counting() as (_, server, channel):
