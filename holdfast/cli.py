@@ -537,7 +537,7 @@ def _report(service: str, address: str, state: str) -> None:
 def trace(arguments: argparse.Namespace) -> int:
     """A request's life, an event a line."""
     if bool(arguments.request_id) == bool(arguments.cursor):
-        raise InvalidRequest("name a request by its id, or by --cursor")
+        raise InvalidRequest(f"name a request by its id, or by --cursor{', not by both' if arguments.cursor else ''}")
 
     async def read() -> list[timeline.Event]:
         async with _log("trace", arguments) as bus:

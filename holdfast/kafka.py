@@ -154,11 +154,9 @@ class KafkaBus:
             self._bulk = await resources.enter_async_context(
                 _Sender(self._new_producer, self._names, self._send_timeout)
             )
-            try:
+            with _reported(f"no Kafka broker answers at {self._bootstrap}"):
                 await _start(self._admin)
                 await _start(self._offsets)
-            except (errors.KafkaError, OSError) as error:
-                raise Unavailable(f"no Kafka broker answers at {self._bootstrap}: {error}") from error
             self._resources = resources.pop_all()
         self._open = True
         return self
@@ -304,7 +302,7 @@ class KafkaBus:
             if topic not in self._num_partitions:
                 await self._ask(self._list_topics)
             if not 0 <= partition < self._num_partitions.get(topic, 0):
-                raise ConfigurationError(f"the log has no partition {partition} of a topic {topic}")
+                raise ConfigurationError(f"the log has no partition {partition} of a topic {self._names.prefix}{topic}")
 
     async def _list_topics(self) -> dict[str, int]:
         """All topics of the log and how many partitions each has."""
@@ -654,7 +652,7 @@ def _reported(failure: str) -> Iterator[None]:
         yield
     except TimeoutError as error:
         raise Unavailable(f"{failure}: out of time") from error
-    except errors.KafkaError as error:
+    except (errors.KafkaError, OSError) as error:
         raise Unavailable(f"{failure}: {error!r}") from error
 
 

@@ -51,7 +51,7 @@ SERVER_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # A long prefill sends nothing for a while; a client's pings must not count as abuse meanwhile.
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 ]
 
 _SERVICE_CONFIG = {
@@ -79,8 +79,8 @@ _SERVICE_CONFIG = {
 
 CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     *_SIZES,
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_time_ms", 10_000),  # a server that is frozen is left after some fifteen seconds
+    ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.dns_min_time_between_resolutions_ms", 5_000),
     ("grpc.initial_reconnect_backoff_ms", 100),

@@ -43,11 +43,11 @@ async def _engine_dies(fleet: Fleet, draw: random.Random) -> list[Part]:
 
 
 async def _engine_freezes(fleet: Fleet, draw: random.Random) -> list[Part]:
-    engine = draw.choice(fleet.engines)
-    engine.freeze()
-    await asyncio.sleep(SESSION + draw.uniform(1.0, 4.0))
-    engine.wake()
-    return [engine]
+    return await _freeze(draw.choice(fleet.engines), SESSION + draw.uniform(1.0, 4.0))
+
+
+async def _gateway_freezes(fleet: Fleet, draw: random.Random) -> list[Part]:
+    return await _freeze(draw.choice(fleet.gateways), draw.uniform(5.0, 30.0))
 
 
 async def _gateway_dies(fleet: Fleet, draw: random.Random) -> list[Part]:
@@ -81,6 +81,13 @@ async def _services_restart(fleet: Fleet, draw: random.Random) -> list[Part]:
     return restarted
 
 
+async def _freeze(part: Part, seconds: float) -> list[Part]:
+    part.freeze()
+    await asyncio.sleep(seconds)
+    part.wake()
+    return [part]
+
+
 async def _die(*parts: Part) -> list[Part]:
     """All at once; each is started again, as a supervisor would."""
     await asyncio.gather(*(part.kill() for part in parts))
@@ -98,6 +105,7 @@ KINDS = [
     Kind("engine dies", 6, _engine_dies),
     Kind("engine freezes and wakes", 2, _engine_freezes),
     Kind("gateway dies", 5, _gateway_dies),
+    Kind("gateway freezes and wakes", 1, _gateway_freezes),
     Kind("gateway and engine die together", 3, _gateway_and_engine_die),
     Kind("tokenizer dies", 3, _tokenizer_dies),
     Kind("all tokenizers die", 2, _all_tokenizers_die, may_refuse=True),
