@@ -79,8 +79,10 @@ _SERVICE_CONFIG = {
 
 CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     *_SIZES,
-    ("grpc.keepalive_time_ms", 10_000),  # a server that is frozen is left after some fifteen seconds
-    ("grpc.keepalive_timeout_ms", 5_000),
+    # A server that is frozen is left after some twenty seconds. What a ping is waited for has a limit of its own, of a minute.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.dns_min_time_between_resolutions_ms", 5_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
