@@ -218,9 +218,9 @@ class Bus(Protocol):
         the member has joined. Leaving the block leaves the group at once. `incarnation` goes into every `Ownership`."""
         ...
 
-    async def group_size(self, group: str) -> int:
-        """How many members a group has, 0 where nobody ever joined it. One that died counts until the group throws it
-        out."""
+    async def group_members(self, group: str) -> dict[str, frozenset[TopicPartition]]:
+        """The ids of a group's members, and what each owns: while the group rebalances that may be nothing. One that died
+        counts until the group throws it out. Empty where nobody ever joined."""
         ...
 
     async def lag(self, group: str, topics: Sequence[Topic]) -> dict[TopicPartition, Lag]:

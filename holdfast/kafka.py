@@ -34,6 +34,7 @@ import structlog
 from aiokafka import errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
+from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment
 
 from holdfast.bus import (
     NOTHING_OWNED,
@@ -90,6 +91,12 @@ class _Names:
 
     def ours(self, partition: aiokafka.TopicPartition) -> TopicPartition:
         return TopicPartition(partition.topic.removeprefix(self.prefix), partition.partition)
+
+    def assigned(self, assignment: bytes) -> frozenset[TopicPartition]:
+        """The partitions that a coordinator says it gave a member; it says nothing while its group rebalances."""
+        if not assignment:
+            return frozenset()
+        return frozenset(map(self.ours, ConsumerProtocolMemberAssignment.decode(assignment).partitions()))
 
     def records(self, batches: Mapping[aiokafka.TopicPartition, Sequence[aiokafka.ConsumerRecord]]) -> list[Record]:
         return [
@@ -239,8 +246,9 @@ class KafkaBus:
             consumer.subscribe([self._names.prefix + topic.name for topic in topics], listener=member)
             yield member
 
-    async def group_size(self, group: str) -> int:
-        return int(await self._ask(lambda: self._count_members(self._names.prefix + group)))
+    async def group_members(self, group: str) -> dict[str, frozenset[TopicPartition]]:
+        answer: dict[str, bytes] = await self._ask(lambda: self._describe_members(self._names.prefix + group))
+        return {member_id: self._names.assigned(assignment) for member_id, assignment in answer.items()}
 
     async def lag(self, group: str, topics: Sequence[Topic]) -> dict[TopicPartition, Lag]:
         partitions = [partition for topic in topics for partition in topic.partitions]
@@ -278,12 +286,13 @@ class KafkaBus:
             raise errors.GroupLoadInProgressError
         return answer
 
-    async def _count_members(self, group: str) -> int:
+    async def _describe_members(self, group: str) -> dict[str, bytes]:
+        """What the coordinator keeps for each member as its assignment."""
         (answer,) = await self._admin.describe_consumer_groups([group])
         ((code, _name, _state, _protocol_type, _protocol, members, *_rest),) = answer.groups
         if code:
             raise errors.for_code(code)
-        return len(members)
+        return {member_id: assignment for member_id, _client, _host, _metadata, assignment, *_ in members}
 
     async def _beginnings(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
         """The offset of the oldest record that each partition keeps."""

@@ -115,9 +115,9 @@ class MemoryBus:
             finally:
                 joined.remove(member)
 
-    async def group_size(self, group: str) -> int:
+    async def group_members(self, group: str) -> dict[str, frozenset[TopicPartition]]:
         self.check_open()
-        return len(self.members(group))
+        return {member.member_id: member.ownership.partitions for member in self.members(group)}
 
     async def lag(self, group: str, topics: Sequence[Topic]) -> dict[TopicPartition, Lag]:
         self.check_open()

@@ -83,6 +83,7 @@ class Answer:
         self._cancel_on_disconnect = cancel_on_disconnect
         self._num_open = sum(not choice.is_closed for choice in self._choices)
         self._num_waiting = 0
+        self._has_expired = False
         self._news: dict[Choice, None] = {choice: None for choice in self._choices if choice.has_news}
         """The choices that have something to take, in the order they got it."""
 
@@ -112,6 +113,11 @@ class Answer:
     def at_end(self) -> bool:
         """Whether the client has every choice's end."""
         return self._num_open == 0 and not self._news
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether engines have ended every choice, or were told where; not where only the clock ended one here."""
+        return self.state is State.FINISHED and not self._has_expired
 
     @property
     def mark(self) -> Mark:
@@ -247,6 +253,7 @@ class Answer:
         """The deadline passed: every open choice ends with what it has."""
         if self.state is not State.OPEN:
             return
+        self._has_expired = True
         self._cancel(None, "its deadline passed")
         for choice in self._choices:
             if not choice.is_closed:

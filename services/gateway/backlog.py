@@ -31,8 +31,8 @@ class Entry:
     partition: int | None = None
     """Where it goes, once that is chosen."""
     is_published: bool = False
-    is_followed: bool = True
-    """Whether its end will be seen here."""
+    is_answered: bool = False
+    """Whether its end was seen here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +42,11 @@ class _Counts:
     num_published: int
     num_ended: int
     open: list[int]
-    """For each partition requests that are followed here."""
+    """For each partition requests that somebody here follows."""
     ended: list[int]
-    """For each partition requests that were followed here to their end."""
+    """For each partition requests whose end was seen here."""
     left: list[int]
-    """For each partition requests that nobody follows here."""
+    """For each partition requests that nobody here follows any more: they wait or run on, and the log alone tells of their end."""
 
 
 class Backlog:
@@ -89,14 +89,23 @@ class Backlog:
 
     @property
     def wait(self) -> float | None:
-        """Seconds until an engine would take a new request; None where nobody knows: no engine is there, or none had to
-        be waited for of late."""
+        """Seconds until an engine would take a new request: none while one has room. None where nobody knows: no engine is
+        there, or not all of them had to be waited for of late."""
         if not (ahead := self.num_waiting):
             return 0.0
-        rate = self._turnover.rate if self._has_engines else None
+        if not self._has_engines:
+            return None
+        if self._turnover.has_room:
+            return 0.0
+        rate = self._turnover.rate
         if rate is None:
             return None
         return ahead / rate if rate else float("inf")
+
+    @property
+    def full(self) -> frozenset[int]:
+        """The partitions of engines that have enough to do, as of the last look."""
+        return self._turnover.full
 
     @property
     def loads(self) -> list[int]:
@@ -123,7 +132,7 @@ class Backlog:
         else:
             return
         self._refused(reason)
-        retry_after = come_back(UNKNOWN_SECONDS if wait is None else wait)
+        retry_after = come_back(wait or UNKNOWN_SECONDS)
         raise Overloaded(
             f"{ahead} {self._name} requests wait for an engine, and {why}; try again in {retry_after:.0f} seconds",
             retry_after=retry_after,
@@ -146,18 +155,22 @@ class Backlog:
         entry.partition = partition
         self._open[partition] += 1
 
-    def published(self, entry: Entry, *, followed: bool = True) -> None:
+    def published(self, entry: Entry) -> None:
         """The log has it."""
-        entry.is_published, entry.is_followed = True, followed
+        entry.is_published = True
         self._num_coming -= 1
         self._num_published += 1
+
+    def answered(self, entry: Entry) -> None:
+        """Its end was seen. Where the block ends without, it waits or runs on."""
+        entry.is_answered = True
 
     def _leave(self, entry: Entry) -> None:
         if entry.partition is not None:
             self._open[entry.partition] -= 1
         if not entry.is_published:
             self._num_coming -= 1
-        elif entry.partition is not None and entry.is_followed:
+        elif entry.partition is not None and entry.is_answered:
             self._num_ended += 1
             self._ended[entry.partition] += 1
         elif entry.partition is not None:

@@ -88,7 +88,7 @@ class Claims:
 
     async def _first_free(self, stack: AsyncExitStack) -> Claim:
         for partition in self._order:
-            if await self._bus.group_size(gateways_of(partition)):
+            if await self._bus.group_members(gateways_of(partition)):
                 continue
             async with AsyncExitStack() as attempt:
                 claim = await attempt.enter_async_context(self._joined(partition))

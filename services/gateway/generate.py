@@ -107,8 +107,12 @@ class Gateway:
                     answer.published(await self._publish(admitted, prompt_ids, partition, streams, seen))
                     backlog.published(entry)
                     seen.answer = answer
-                    with answer.expiring(admitted.time_left()), self._handover.of(answer, call.moves):
-                        yield answer
+                    try:
+                        with answer.expiring(admitted.time_left()), self._handover.of(answer, call.moves):
+                            yield answer
+                    finally:
+                        if answer.is_answered:
+                            backlog.answered(entry)
 
     async def submit(self, request: gateway_pb2.GenerateRequest, call: Call) -> Accepted:
         """Has a request run in the background; returns once the log has it. Asked again in the same words under the same
@@ -128,7 +132,7 @@ class Gateway:
                 partition = self._route(admitted, prompt_ids, entry)
                 answer = self._answer(admitted, prompt_ids, partition, streams)
                 answer.published(await self._publish(admitted, prompt_ids, partition, streams, seen))
-                backlog.published(entry, followed=False)
+                backlog.published(entry)
         return Accepted(admitted.request_id, cursor=answer.cursor, prompt_tokens=len(prompt_ids))
 
     @asynccontextmanager
@@ -199,7 +203,7 @@ class Gateway:
 
     def _route(self, admitted: Admitted, prompt_ids: list[int], entry: Entry) -> int:
         backlog = self._backlogs[admitted.request_class]
-        partition = self._routing.choose(admitted.request_class, prompt_ids, backlog.loads)
+        partition = self._routing.choose(admitted.request_class, prompt_ids, backlog.loads, backlog.full)
         backlog.goes_to(entry, partition)
         return partition
 

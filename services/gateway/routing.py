@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from hashlib import blake2b
 
 from holdfast.topics import REQUESTS
@@ -17,6 +17,10 @@ the number of partitions meet all engines in turns either way (multiplicative ha
 _BALANCE = 1.25
 """How much more than its share of the requests a partition may have, before those of its prefixes go elsewhere."""
 
+_PREFERENCE = 2
+"""How much more than its share the partition of an engine with room may have, before full engines get requests again. Those
+with room are known a look late: without a bound all that comes meanwhile would meet at one."""
+
 
 class Routing:
     """Spreads requests over the partitions, and so over the engines that own them.
@@ -28,6 +32,8 @@ class Routing:
     bounded loads: Mirrokni, Thorup and Zadimoghaddam, 2016).
 
     Shorter prompts go to a partition with the least load, in turns where several have as little.
+
+    The partitions of engines that have enough to do are passed over, in both cases, while others have room.
     """
 
     def __init__(self, *, affinity_tokens: int) -> None:
@@ -35,16 +41,25 @@ class Routing:
         self._affinity_tokens = affinity_tokens
         self._turn = dict.fromkeys(REQUESTS, 0)
 
-    def choose(self, request_class: RequestClass.ValueType, prompt_ids: Sequence[int], loads: Sequence[int]) -> int:
-        """The partition for a request. `loads`: how many requests wait or run in each."""
+    def choose(
+        self,
+        request_class: RequestClass.ValueType,
+        prompt_ids: Sequence[int],
+        loads: Sequence[int],
+        full: Collection[int] = (),
+    ) -> int:
+        """The partition for a request. `loads`: how many requests wait or run in each. `full`: the partitions of engines
+        that have enough to do."""
+        among = preferred(loads, full)
         if 0 < self._affinity_tokens <= len(prompt_ids):
-            return first_with_room(ranking(prompt_ids[: self._affinity_tokens], len(loads)), loads)
-        return self._in_turns(request_class, loads)
+            order = ranking(prompt_ids[: self._affinity_tokens], len(loads))
+            return first_with_room([partition for partition in order if partition in among], loads)
+        return self._in_turns(request_class, loads, among)
 
-    def _in_turns(self, request_class: RequestClass.ValueType, loads: Sequence[int]) -> int:
+    def _in_turns(self, request_class: RequestClass.ValueType, loads: Sequence[int], among: Collection[int]) -> int:
         turn, num = self._turn[request_class], len(loads)
         back = pow(_STRIDE, -1, num)
-        chosen = min(range(num), key=lambda p: (loads[p], (p - turn) * back % num))
+        chosen = min(among, key=lambda p: (loads[p], (p - turn) * back % num))
         self._turn[request_class] = (chosen + _STRIDE) % num
         return chosen
 
@@ -58,8 +73,16 @@ def ranking(prefix: Sequence[int], num_partitions: int) -> list[int]:
     )
 
 
+def preferred(loads: Sequence[int], full: Collection[int]) -> Collection[int]:
+    """Those not full with less than twice their share, rounded up, of what is open with the request that comes; all where
+    there is none, or none is full. So a few engines that hang get nothing more while the others have room."""
+    most = math.ceil(_PREFERENCE * (sum(loads) + 1) / len(loads))
+    rest = {partition for partition, load in enumerate(loads) if partition not in full and load < most}
+    return rest if full and rest else range(len(loads))
+
+
 def first_with_room(order: Sequence[int], loads: Sequence[int]) -> int:
-    """The first that has less than 1.25 times its share, rounded up, of what is open with the request that comes. There
-    is one: not all have more than the mean."""
-    most = math.ceil(_BALANCE * (sum(loads) + 1) / len(loads))
+    """The first that has less than 1.25 times its share, rounded up, of what is open in all of these with the request that
+    comes. There is one: not all have more than the mean."""
+    most = math.ceil(_BALANCE * (sum(loads[partition] for partition in order) + 1) / len(order))
     return next(partition for partition in order if loads[partition] < most)

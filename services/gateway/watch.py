@@ -51,32 +51,34 @@ class Watch:
         """Asks once, and tells."""
         try:
             async with asyncio.timeout(self._seconds):
-                num_engines = await self._bus.group_size(ENGINES)
+                engines = await self._bus.group_members(ENGINES)
         except TimeoutError:
             await self._lost("log", f"it did not answer within {self._seconds:g} seconds")
         except Unavailable as error:
             await self._lost("log", str(error))
         else:
             await self._found("log")
-            await (self._found("engine") if num_engines else self._lost("engine", NO_ENGINE))
-            await self._ask_what_waits(has_engines=num_engines > 0)
+            await (self._found("engine") if engines else self._lost("engine", NO_ENGINE))
+            await self._ask_what_waits()
 
-    async def _ask_what_waits(self, *, has_engines: bool) -> None:
+    async def _ask_what_waits(self) -> None:
         """Where a part of the log does not say, the rest still takes requests: what was known before has to do."""
         try:
             async with asyncio.timeout(self._seconds):
                 for request_class, backlog in self._backlogs.items():
-                    await self._ask(request_class, backlog, has_engines=has_engines)
+                    await self._ask(request_class, backlog)
         except TimeoutError:
             log.warning("the log does not say what waits", reason=f"no answer within {self._seconds:g} seconds")
         except Unavailable as error:
             log.warning("the log does not say what waits", reason=str(error))
 
-    async def _ask(self, request_class: RequestClass.ValueType, backlog: Backlog, *, has_engines: bool) -> None:
-        told, topic = backlog.ask(), REQUESTS[request_class]
-        lag = await self._bus.lag(GROUPS[request_class], [topic])
-        standings = [Standing.of(lag[partition]) for partition in topic.partitions]
-        told(standings, has_engines, asyncio.get_running_loop().time())
+    async def _ask(self, request_class: RequestClass.ValueType, backlog: Backlog) -> None:
+        told, topic, group = backlog.ask(), REQUESTS[request_class], GROUPS[request_class]
+        members = await self._bus.group_members(group)
+        owners = {partition: member for member, owned in members.items() for partition in owned}
+        lag = await self._bus.lag(group, [topic])
+        standings = [Standing.of(lag[partition], owners.get(partition)) for partition in topic.partitions]
+        told(standings, bool(members), asyncio.get_running_loop().time())
 
     async def _lost(self, need: str, reason: str) -> None:
         if self._readiness.missing.get(need, NOT_YET) == NOT_YET:  # it is news

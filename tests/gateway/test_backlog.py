@@ -10,7 +10,7 @@ import pytest
 
 from holdfast.errors import Overloaded
 from services.gateway.backlog import MOST_SECONDS, UNKNOWN_SECONDS, Backlog, come_back
-from services.gateway.turnover import FORGET_SECONDS, Standing
+from services.gateway.turnover import FORGET_SECONDS, Standing, Turnover
 from tests.gateway.fleet import NUM_PARTITIONS, WATCH_SECONDS, Fleet
 
 BUDGET = 30.0
@@ -40,14 +40,17 @@ def offer(fleet: Fleet, *, rate: float, seconds: float, draw: random.Random, com
     fleet.until(end)
 
 
+@pytest.mark.parametrize("num_engines", [1, 4])
 @pytest.mark.parametrize(("num_slots", "mean"), [(4, 1.0), (64, 8.0), (128, 20.0)])
 @pytest.mark.parametrize("kind", ["alike", "mixed"])
 @pytest.mark.parametrize("comes_back", [False, True])
-def test_three_times_what_can_be_answered(kind: str, num_slots: int, mean: float, comes_back: bool) -> None:
+def test_three_times_what_can_be_answered(
+    kind: str, num_slots: int, mean: float, comes_back: bool, num_engines: int
+) -> None:
     """For minutes: engines never run out of work; whoever is let in waits not much longer than the budget once that is
     known; all others are told when to come back. Afterwards nobody is refused, and what waits is gone, by itself."""
     draw = random.Random(1)
-    fleet = Fleet(backlog(), num_slots=num_slots, seconds=lengths(kind, mean, draw))
+    fleet = Fleet(backlog(), num_slots=num_slots, seconds=lengths(kind, mean, draw), num_engines=num_engines)
     capacity = num_slots / mean
     offer(fleet, rate=capacity / 3, seconds=60, draw=draw)
     assert not fleet.refused
@@ -176,17 +179,18 @@ def test_loads_are_what_is_open_here_and_elsewhere() -> None:
     assert here.loads == [0, 0, 0, 0]
     for _ in range(3):
         fleet.send()
-    assert here.loads == [1, 1, 1, 0]
+    assert here.loads == [1, 0, 1, 1]
     fleet.send(followed=False)
     assert here.loads == [1, 1, 1, 1]
     fleet.until(1.5)
-    assert here.loads == [0, 0, 1, 1]
+    assert here.loads == [0, 1, 1, 0]
     with here.entering() as entry:
-        here.goes_to(entry, 3)
+        here.goes_to(entry, 1)
         here.published(entry)
         told = here.ask()
-        told([Standing(end=9, begun=8, num_open=3)] * NUM_PARTITIONS, True, fleet.now)
-        assert here.loads == [2, 2, 3, 3], "of the three in the first two one each ended here a moment ago"
+        told([Standing(end=9, begun=8, num_open=3, owner="engine-0")] * NUM_PARTITIONS, True, fleet.now)
+        assert here.loads == [2, 3, 3, 2], "of the three in the first and the last one each ended here a moment ago"
+        here.answered(entry)
     assert here.loads == [2, 2, 3, 2]
     fleet.until(20)
     assert here.loads == [0, 0, 0, 0]
@@ -197,13 +201,15 @@ def test_an_old_rate_is_forgotten() -> None:
     draw = random.Random(6)
     fleet = Fleet(backlog(), num_slots=4, seconds=lambda: 1.0)
     offer(fleet, rate=12, seconds=30, draw=draw)
-    with fleet.backlog.entering():
-        assert fleet.backlog.wait is not None
+    assert fleet.backlog.wait
     fleet.until(fleet.now + 60)
     fleet.send()
     fleet.until(fleet.now + FORGET_SECONDS + 10)
-    with fleet.backlog.entering():
-        assert fleet.backlog.wait is None
+    for _ in range(50):
+        fleet.send()
+    fleet.until(fleet.now + 3 * WATCH_SECONDS)
+    assert fleet.num_waiting
+    assert fleet.backlog.wait is None
 
 
 def test_a_few_requests_are_no_measure_of_speed() -> None:
@@ -212,6 +218,80 @@ def test_a_few_requests_are_no_measure_of_speed() -> None:
     fleet = Fleet(backlog(), num_slots=64, seconds=lengths("mixed", 4.0, draw))
     offer(fleet, rate=0.5, seconds=120, draw=draw)
     assert all(fleet.send() for _ in range(100))
+
+
+@pytest.mark.parametrize("prompt", [None, 7])
+def test_an_engine_that_hangs_leaves_the_others_theirs(prompt: int | None) -> None:
+    """Two records wait for it for ever; the others, which are asked now and then, have room: nobody is refused, and once
+    that is known nobody else is sent to it, not those either whose prefix it had."""
+    draw = random.Random(8)
+    fleet = Fleet(backlog(), num_slots=64, seconds=lambda: 1.0, num_engines=4)
+    for _ in range(4):  # whoever has the prefix
+        fleet.send(prompt=prompt)
+    fleet.until(10)
+    hung = 0
+    fleet.hang(hung)
+    for _ in range(2):
+        fleet.send(partition=hung)
+    fleet.until(20)
+    stuck = fleet.num_waiting_at(hung)
+    for _ in range(60):
+        for _ in range(draw.randrange(1, 4)):
+            fleet.send(prompt=prompt)
+        fleet.until(fleet.now + 10)
+    assert not fleet.refused
+    assert fleet.backlog.wait == 0
+    assert fleet.num_waiting == fleet.num_waiting_at(hung) == stuck
+
+
+def test_an_engine_that_hangs_costs_no_more_than_itself_in_an_overload() -> None:
+    """The others answer as much as they can; what they can is what the rate says, so too much is refused all the same."""
+    draw = random.Random(9)
+    fleet = Fleet(backlog(), num_slots=64, seconds=lengths("mixed", 4.0, draw), num_engines=4)
+    fleet.hang(1)
+    capacity = 12.0
+    offer(fleet, rate=3 * capacity, seconds=180, draw=draw)
+    assert sum(10 < each.ended_at for each in fleet.served) >= 0.9 * 170 * capacity
+    assert len(fleet.refused) > capacity
+    assert fleet.num_waiting < 2.5 * BUDGET * capacity
+    calm = fleet.now
+    fleet.until(calm + 2 * BUDGET)
+    offer(fleet, rate=capacity / 3, seconds=180, draw=draw)
+    assert max(at for at, _ in fleet.refused) <= calm
+    assert fleet.num_waiting - fleet.num_waiting_at(1) <= 2
+
+
+def test_a_burst_after_a_pause_is_not_measured_by_what_was_before() -> None:
+    """Slots are free, however slow the engines were a moment ago; once requests wait for them the old rate is good again."""
+    draw = random.Random(10)
+    fleet = Fleet(backlog(), num_slots=64, seconds=lengths("alike", 16.0, draw), num_engines=2)
+    offer(fleet, rate=12, seconds=60, draw=draw)
+    assert fleet.refused
+    fleet.until(fleet.now + 50)
+    assert fleet.num_waiting == 0
+    fleet.refused.clear()
+    assert all(fleet.send() for _ in range(200)), "fifty seconds of work by the old rate"
+    fleet.until(fleet.now + 3 * WATCH_SECONDS)
+    assert not fleet.send()
+
+
+def test_a_request_that_its_reader_left_waits_on() -> None:
+    """Its place is nobody else's before the log says that an engine took it."""
+    fleet = Fleet(backlog(max_waiting=1), num_slots=0, seconds=lambda: 1.0)
+    fleet.send(followed=False)
+    assert (fleet.backlog.num_waiting, sum(fleet.backlog.loads)) == (1, 1)
+    assert not fleet.send()
+    fleet.until(2 * WATCH_SECONDS)
+    assert (fleet.backlog.num_waiting, sum(fleet.backlog.loads)) == (1, 1)
+
+
+def test_while_engines_share_partitions_out_nothing_is_measured() -> None:
+    """A partition that nobody has, or somebody else than at the look before, is nobody's speed."""
+    turnover = Turnover()
+    for now in range(0, 40, 2):
+        turnover.look([Standing(100 + now, now, 100, "a"), Standing(100, 0, 100, "b" if now % 4 else None)], now)
+        turnover.look([Standing(100 + now, now, 100, "a"), Standing(100, 0, 100, "a" if now % 4 else "b")], now + 1)
+    assert (turnover.rate, turnover.has_room, turnover.full) == (None, False, frozenset())
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5, 8.0, 40.0, 1e6, float("inf")])

@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import httpx
 import pytest
 
-from holdfast.bus import Bus, Member
+from holdfast.bus import Bus, Member, TopicPartition
 from holdfast.client import Client
 from holdfast.errors import ConfigurationError, NotAccepted, Unavailable
 from holdfast.gateways import Patience
@@ -113,7 +113,7 @@ async def enter_and_leave(bus: Bus) -> None:
 
 async def joined_by(bus: Bus, num_members: int) -> None:
     """Returns when the group of partition 7 has so many members."""
-    while await bus.group_size(gateways_of(7)) != num_members:  # noqa: ASYNC110 - a group tells nobody
+    while len(await bus.group_members(gateways_of(7))) != num_members:  # noqa: ASYNC110 - a group tells nobody
         await asyncio.sleep(0)
 
 
@@ -232,11 +232,11 @@ async def test_a_gateway_whose_log_cannot_be_asked_yet_asks_again() -> None:
     """As that of a broker which has just started."""
 
     class Starting(MemoryBus):
-        async def group_size(self, group: str) -> int:
+        async def group_members(self, group: str) -> dict[str, frozenset[TopicPartition]]:
             if group.startswith("holdfast-gateway") and not refusals:
                 refusals.append(group)
                 raise Unavailable("there is no coordinator yet", retry_after=0.01)
-            return await super().group_size(group)
+            return await super().group_members(group)
 
     refusals: list[str] = []
     async with Starting() as bus, playing_engine(bus), gateway(bus, None) as face:

@@ -103,6 +103,22 @@ async def test_an_answer_that_ends_makes_room() -> None:
         await accepted(mesh)
 
 
+async def test_a_client_that_leaves_makes_no_room() -> None:
+    """Nor a deadline that passed here alone: the request waits on in the log, and no engine has said a word."""
+    async with open_mesh(max_waiting=1, watch_seconds=3600) as mesh:
+        async with mesh.client.generate("hi", cancel_on_exit=False) as answer:
+            await anext(answer)
+        async with asyncio.timeout(SOON):
+            while "holdfast_gateway_open_requests 0.0" not in (await mesh.http.get("/metrics")).text.splitlines():
+                pass
+        with pytest.raises(Overloaded):
+            await mesh.client.submit("hi")
+    async with open_mesh(max_waiting=1, watch_seconds=3600) as mesh:
+        await mesh.client.generate("hi", timeout=0.05).read()
+        with pytest.raises(Overloaded):
+            await mesh.client.submit("hi")
+
+
 async def test_other_gateways_requests_wait_too() -> None:
     """A gateway that starts knows of what was there before."""
     async with open_mesh(watch_seconds=3600) as mesh:

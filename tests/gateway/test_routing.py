@@ -130,6 +130,29 @@ def test_a_partition_over_its_share_is_passed_over() -> None:
     assert first_with_room([2, 0, 1, 3], [1, 1, 9, 1]) == 0
 
 
+@pytest.mark.parametrize("prompt", [[1], PREFIX])
+def test_full_engines_are_passed_over_while_others_have_room(prompt: list[int]) -> None:
+    """Even where nothing is open in their partitions; but no other gets twice its share and more for that."""
+    routing, loads = Routing(affinity_tokens=128), [0] * PARTITIONS
+    order = ranking(PREFIX, PARTITIONS)
+    full = set(order[: PARTITIONS // 2])
+    for _ in range(320):
+        loads[routing.choose(REQUEST_CLASS_INTERACTIVE, prompt, loads, full)] += 1
+    assert not any(loads[partition] for partition in full)
+    full = set(order[:-4])
+    for _ in range(320):
+        loads[routing.choose(REQUEST_CLASS_INTERACTIVE, prompt, loads, full)] += 1
+    assert max(loads) <= 2 * 640 / PARTITIONS
+
+
+def test_where_all_are_full_all_have_their_share() -> None:
+    """As where none is."""
+    routing, loads = Routing(affinity_tokens=128), [0] * PARTITIONS
+    for _ in range(PARTITIONS):
+        loads[routing.choose(REQUEST_CLASS_INTERACTIVE, [1], loads, range(PARTITIONS))] += 1
+    assert set(loads) == {1}
+
+
 def test_prefixes_are_spread_evenly() -> None:
     """Of 3,200 random ones each partition is the first of about 100."""
     draw = random.Random(1)

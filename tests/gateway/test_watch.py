@@ -33,10 +33,10 @@ class Log(MemoryBus):
         self.asked = asyncio.Event()
         """Set by the question for engines."""
 
-    async def group_size(self, group: str) -> int:
+    async def group_members(self, group: str) -> dict[str, frozenset[TopicPartition]]:
         self.asked.set()
         await self.reached.wait()
-        return await super().group_size(group)
+        return await super().group_members(group)
 
     async def publish(
         self, partition: TopicPartition, value: bytes, *, key: bytes | None = None, headers: Headers = ()

@@ -51,6 +51,11 @@ async def publish_all(bus: Bus, *values: bytes, topic: Topic = LINE) -> list[int
     return [await ack for ack in acks]
 
 
+def owned(*members: Member) -> dict[str, frozenset[TopicPartition]]:
+    """As these members know it themselves."""
+    return {member.ownership.member_id: member.ownership.partitions for member in members}
+
+
 async def settle(*members: Member, num_partitions: int = LETTERS.num_partitions) -> None:
     """Reads, but takes nothing, until these members and nobody else own all partitions in one generation."""
 
@@ -399,19 +404,21 @@ class TestGroups:
             await one.commit({PLACE: Position(1)})
             assert await two.committed() == {}
 
-    async def test_a_group_knows_how_many_it_is(self, bus: Bus, open_bus: OpenBus) -> None:
+    async def test_a_group_knows_its_members_and_what_each_owns(self, bus: Bus, open_bus: OpenBus) -> None:
         """To whoever asks, a member or not; a group that nobody joined has none."""
         async with open_bus() as other:
-            assert await other.group_size("g") == 0
+            assert await other.group_members("g") == {}
             async with bus.join("g", [LETTERS]) as one:
                 await settle(one)
-                assert await other.group_size("g") == 1
+                assert await other.group_members("g") == owned(one)
                 async with bus.join("g", [LETTERS]) as two:
                     await settle(one, two)
-                    assert (await other.group_size("g"), await other.group_size("another")) == (2, 0)
+                    assert await other.group_members("g") == owned(one, two)
+                    assert len(owned(one, two)) == 2
+                    assert await other.group_members("another") == {}
                 await settle(one)
-                assert await other.group_size("g") == 1
-            assert await other.group_size("g") == 0
+                assert await other.group_members("g") == owned(one)
+            assert await other.group_members("g") == {}
 
     async def test_connections_share_groups(self, bus: Bus, open_bus: OpenBus) -> None:
         """Members of one group that joined through different connections share its partitions."""
