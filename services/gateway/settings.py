@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, SecretStr
 
 from holdfast.settings import Settings
-from holdfast.topics import REQUESTS_BATCH, TOKENS
+from holdfast.topics import TOKENS
 from services.gateway.bodies import MAX_BODY_BYTES
 
 
@@ -43,9 +43,9 @@ class GatewaySettings(Settings, env_prefix="HOLDFAST_GATEWAY_"):
     max_wait_seconds: Annotated[float, Field(gt=0)] = 30.0
     """Longest that an interactive request may have to wait for an engine, as far as can be estimated; what would wait longer
     is refused with RESOURCE_EXHAUSTED, and told when to come back."""
-    max_batch_wait_seconds: Annotated[float, Field(gt=0, le=REQUESTS_BATCH.retention.total_seconds())] = 43_200.0
-    """The same for a batch request. The log forgets what nobody took within 24 hours: half of that leaves room for an
-    estimate that was wrong."""
+    max_batch_wait_seconds: Annotated[float, Field(gt=0, le=TOKENS.retention.total_seconds())] = 10_800.0
+    """The same for a batch request. A cursor to its start is good for 6 hours, as long as tokens are kept: half of that leaves
+    room for an estimate that was wrong, and for the answer."""
     max_waiting: Annotated[int, Field(ge=1)] = 10_000
     """Most requests of a class that may wait for an engine, in the whole mesh, whatever is known of how long: as many are
     accepted while no engine is there."""
