@@ -63,7 +63,7 @@ async def _by_id(bus: Bus, request_id: str, tell: Tell) -> Record:
     if not found:
         raise NotFound(f"the log holds no request {request_id}; it keeps requests for a day")
     if len(found) > 1:
-        tell(f"{len(found)} requests had that id; this is the newest")
+        tell(f"{len(found)} requests had that id; this is the newest, and a cursor names any of them")
     return max(found, key=lambda record: record.timestamp_ms)
 
 

@@ -73,7 +73,7 @@ class Exchange:
     async def begin_stream(self) -> None:
         """The response is a stream of events."""
         self._streams = True
-        headers = [*STREAM_HEADERS, (b"x-request-id", self._told_id.encode())]
+        headers = [*STREAM_HEADERS, *((name.encode(), value.encode()) for name, value in self._id.items())]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def event(self, data: str, *, cursor: str = "", name: str = "") -> None:
@@ -94,11 +94,11 @@ class Exchange:
 
     async def respond_nothing(self) -> None:
         """There is nothing to respond, and no use in asking again."""
-        await self._give(Response(status_code=204, headers={"x-request-id": self._told_id}))
+        await self._give(Response(status_code=204, headers=self._id))
 
     async def respond(self, body: object) -> None:
         """The response in one piece."""
-        await self._give(JSONResponse(body, headers={"x-request-id": self._told_id}))
+        await self._give(JSONResponse(body, headers=self._id))
 
     async def refuse(self, error: HoldfastError) -> None:
         """The error: as the response, or where a stream has begun, as its last event. A stream that is handed over has none:
@@ -111,11 +111,13 @@ class Exchange:
             await self.event(json.dumps(error_json(error, chat=self._chat)), name=error_name)
             await self.end_stream()
         else:
-            await self._give(error_response(error, chat=self._chat, headers={"x-request-id": self._told_id}))
+            await self._give(error_response(error, chat=self._chat, headers=self._id))
 
     @property
-    def _told_id(self) -> str:
-        return self.clients_id or self.request_id
+    def _id(self) -> dict[str, str]:
+        """The header that names the request; none where nobody knows one yet."""
+        told = self.clients_id or self.request_id
+        return {"x-request-id": told} if told else {}
 
     async def _give(self, response: Response) -> None:
         async def nothing() -> dict[str, str]:

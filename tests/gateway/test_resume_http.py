@@ -159,6 +159,7 @@ async def test_what_is_no_cursor_is_refused(mesh: Two) -> None:
     for params in ({}, {"cursor": "AAAA"}):
         response = await mesh.second.http.get(RESUME, params=params)
         assert (response.status_code, response.json()["error"]["param"]) == (400, "cursor")
+        assert "x-request-id" not in response.headers, "nobody knows which request is meant"
 
 
 async def test_an_error_of_the_engine_is_an_event(mesh: Two) -> None:
