@@ -182,7 +182,8 @@ class TestTopics:
     async def test_what_does_not_exist_is_refused(self, bus: Bus, place: TopicPartition) -> None:
         """A partition or topic that the log does not have is a ConfigurationError at once, and is not created."""
         unknown = Topic(place.topic, place.partition + 1, timedelta(hours=1))
-        with pytest.raises(ConfigurationError, match=f"no partition {place.partition} of a topic {place.topic}"):
+        named = rf"no partition {place.partition} of a topic (\S+\.)?{place.topic}$"
+        with pytest.raises(ConfigurationError, match=named):
             await bus.send(place, b"")
         with pytest.raises(ConfigurationError, match=place.topic):
             async with bus.reader({place: None}):
