@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from google.protobuf.message import DecodeError
-
-from holdfast.bus import Bus, Record
+from holdfast.bus import Bus
+from holdfast.records import readable
 from holdfast.topics import DEAD
 from holdfast.trace import whole
 from holdfast.v1 import generation_pb2 as pb
@@ -19,11 +16,4 @@ async def dead_letters(bus: Bus) -> list[pb.DeadLetter]:
     Raises:
         Unavailable: the log cannot be read.
     """
-    return [letter for record in await whole(bus, DEAD) for letter in _letter(record)]
-
-
-def _letter(record: Record) -> Iterator[pb.DeadLetter]:
-    try:
-        yield pb.DeadLetter.FromString(record.value)
-    except DecodeError:
-        return
+    return [letter for _, letter in readable(await whole(bus, DEAD), pb.DeadLetter)]

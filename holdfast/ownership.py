@@ -44,7 +44,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from holdfast.accept import End, Epochs, Place, Prefix, Source, Verdict, judge
+from holdfast.accept import End, Epochs, Place, Prefix, Source, Verdict
 from holdfast.epochs import NO_EPOCH
 from holdfast.records import Batch, Entry
 
@@ -79,13 +79,7 @@ class Choice:
 
     def take(self, entry: Entry) -> Verdict:
         """Applies the rule to an admitted entry."""
-        ruling = judge(
-            self.prefix,
-            first_index=entry.first_index,
-            token_ids=entry.token_ids,
-            prefix_hash=entry.prefix_hash,
-            end=entry.end,
-        )
+        ruling = entry.judged(self.prefix)
         self.token_ids += entry.token_ids[ruling.num_known :]
         self.prefix = ruling.prefix
         self.has_ended = ruling.ends

@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 
 from google.protobuf.message import DecodeError
 
-from holdfast.accept import Epochs, Prefix, Ruling, Source, Verdict, judge
+from holdfast.accept import Epochs, Prefix, Ruling, Source, Verdict
 from holdfast.bus import Record
 from holdfast.epochs import describe_epoch
-from holdfast.records import Entry, accepted_at_of, batch_from_wire
+from holdfast.records import Entry, accepted_at_of, batch_from_wire, readable, source_from_wire
 from holdfast.v1 import generation_pb2 as pb
 
 
@@ -113,7 +113,7 @@ class Timeline:
             batch = pb.TokenBatch.FromString(record.value)
         except DecodeError:  # readers pass it over, too
             return
-        if batch.HasField("source") and Source(batch.source.request_class, batch.source.partition) == self._source:
+        if batch.HasField("source") and source_from_wire(batch.source) == self._source:
             self._feed(record, batch)
 
     def missing(self, at_ms: int, what: str) -> None:
@@ -136,30 +136,28 @@ class Timeline:
 
     def _feed(self, record: Record, batch: pb.TokenBatch) -> None:
         self._last_ms = record.timestamp_ms
-        streams = [each for each in batch.streams if each.request_id == self.request.request_id]
-        for _ in [each for each in streams if each.let_go]:
-            what = (
-                f"{batch.engine or 'an engine'} has let go of it under epoch {describe_epoch(batch.epoch)}, and lives"
-            )
-            self._add(record.timestamp_ms, Kind.LET_GO, what, **_writer(record, batch))
-        streams = [each for each in streams if not each.let_go]
+        pairs = zip(batch.streams, batch_from_wire(batch).entries, strict=True)
+        ours = [(tokens, entry) for tokens, entry in pairs if tokens.request_id == self.request.request_id]
+        for _, entry in ours:
+            if entry.lets_go:
+                what = f"{batch.engine or 'an engine'} has let go of it under epoch {describe_epoch(batch.epoch)}, and lives"
+                self._add(record.timestamp_ms, Kind.LET_GO, what, **_writer(record, batch))
+        said = [(tokens, entry) for tokens, entry in ours if not entry.lets_go]
         highest = self._epochs.highest(self._source)
         if not self._epochs.admit(self._source, batch.epoch):
             why = f"epoch {describe_epoch(batch.epoch)} is below {describe_epoch(highest)}, which was met before"
-            for tokens in streams:
+            for tokens, _ in said:
                 self._ignored(record, batch, tokens, why)
             return
-        if batch.epoch != self._owner and (streams or not batch.streams):
+        if batch.epoch != self._owner and (said or not batch.streams):
             self._close_runs()
             self._owner, self._engine = batch.epoch, batch.engine
             what = (
                 f"{batch.engine or 'an engine'} owns the request's partition, under epoch {describe_epoch(batch.epoch)}"
             )
             self._add(record.timestamp_ms, Kind.OWNER, what, **_writer(record, batch))
-        entries = batch_from_wire(batch).entries
-        for tokens, entry in zip(batch.streams, entries, strict=True):
-            if tokens.request_id == self.request.request_id and not tokens.let_go:
-                self._take(record, batch, tokens, entry)
+        for tokens, entry in said:
+            self._take(record, batch, tokens, entry)
 
     def _take(self, record: Record, batch: pb.TokenBatch, tokens: pb.StreamTokens, entry: Entry) -> None:
         if tokens.choice >= len(self._choices):
@@ -173,13 +171,7 @@ class Timeline:
             what = f"{batch.engine or 'an engine'} begins, choice {tokens.choice} at token {tokens.first_index}"
             self._add(record.timestamp_ms, Kind.BEGUN, what, choice=tokens.choice, **_writer(record, batch))
             return
-        ruling = judge(
-            choice.prefix,
-            first_index=entry.first_index,
-            token_ids=entry.token_ids,
-            prefix_hash=entry.prefix_hash,
-            end=entry.end,
-        )
+        ruling = entry.judged(choice.prefix)
         due, choice.prefix, choice.has_ended = choice.prefix.count, ruling.prefix, ruling.ends
         if ruling.verdict is Verdict.ACCEPTED:
             self._extend(choice, record, due, ruling)
@@ -265,11 +257,7 @@ class Timeline:
 
 def cancels(request: pb.GenerationRequest, records: Iterable[Record]) -> Iterator[Event]:
     """What records of the control topic wish of a request, or of whichever has its id."""
-    for record in records:
-        try:
-            wish = pb.Cancel.FromString(record.value)
-        except DecodeError:
-            continue
+    for record, wish in readable(records, pb.Cancel):
         is_meant = accepted_at_of(wish) in (None, accepted_at_of(request))
         if wish.request_id == request.request_id and is_meant:
             choice = wish.choice if wish.HasField("choice") else None
@@ -283,11 +271,7 @@ def cancels(request: pb.GenerationRequest, records: Iterable[Record]) -> Iterato
 
 def letters(request_id: str, records: Iterable[Record]) -> Iterator[Event]:
     """What dead letters say of a request."""
-    for record in records:
-        try:
-            letter = pb.DeadLetter.FromString(record.value)
-        except DecodeError:
-            continue
+    for record, letter in readable(records, pb.DeadLetter):
         if letter.request_id == request_id:
             epochs = ", ".join(map(describe_epoch, letter.epochs))
             yield Event(

@@ -18,6 +18,7 @@ from holdfast.bus import Bus
 from holdfast.epochs import describe_epoch
 from holdfast.errors import HoldfastError, RequestTooLarge, StreamFailed, Unavailable
 from holdfast.ownership import Standing
+from holdfast.records import source_of, source_to_wire
 from holdfast.v1 import generation_pb2 as pb
 from services.engine.emit import RETRY_SECONDS
 from services.engine.metrics import EngineMetrics
@@ -106,9 +107,7 @@ class DeadLetters:
             epochs=given_up.epochs,
             num_tokens=[prefix.count for prefix in request.prefixes],
             engine=self._engine,
-            source=pb.SourcePartition(
-                request_class=topics.CLASSES[request.source.topic], partition=request.source.partition
-            ),
+            source=source_to_wire(source_of(request.source)),
             request_offset=request.offset,
         )
         letter.given_up_at.FromNanoseconds(int(self._clock() * 1e9))

@@ -19,6 +19,7 @@ from opentelemetry import trace
 from holdfast import topics
 from holdfast.bus import Bus, TopicPartition
 from holdfast.errors import HoldfastError, InternalError, InvalidRequest, Unavailable, wire
+from holdfast.records import source_of, source_to_wire
 from holdfast.v1 import generation_pb2 as pb
 from services.engine.metrics import EngineMetrics
 from services.engine.requests import Request, Requests
@@ -236,7 +237,7 @@ class Emitter:
         epoch = entries[0][1].epoch if is_farewell else self._epoch_of(source)
         assert epoch is not None, "requests of a partition that was lost are dropped"
         batch = pb.TokenBatch(
-            source=pb.SourcePartition(request_class=topics.CLASSES[source.topic], partition=source.partition),
+            source=source_to_wire(source_of(source)),
             epoch=epoch,
             streams=[stream for stream, _ in entries],
             engine=self._engine,

@@ -22,7 +22,7 @@ from holdfast.bus import Bus, TopicPartition
 from holdfast.epochs import describe_epoch
 from holdfast.errors import Unavailable
 from holdfast.ownership import Accepted, Scan, Standing, Tenure
-from holdfast.records import Batch, batch_from_wire
+from holdfast.records import Batch, batch_from_wire, source_of, source_to_wire
 from holdfast.v1 import generation_pb2 as pb
 from services.engine.emit import RETRY_SECONDS
 
@@ -53,7 +53,7 @@ class Takeover:
 
     def gain(self, partition: TopicPartition, epoch: int) -> None:
         """The source partition is ours from now on."""
-        source = Source(topics.CLASSES[partition.topic], partition.partition)
+        source = source_of(partition)
         self._tenures[partition] = Tenure(source, epoch, range(len(self._lanes)))
 
     def lose(self, partitions: Collection[TopicPartition]) -> None:
@@ -149,7 +149,7 @@ class Takeover:
                             scan.feed(record.offset, batch)
 
     def _to_wire(self, marker: Batch) -> bytes:
-        owned = pb.SourcePartition(request_class=marker.source.request_class, partition=marker.source.partition)  # type: ignore[arg-type]
+        owned = source_to_wire(marker.source)
         return pb.TokenBatch(source=owned, epoch=marker.epoch, engine=self._engine).SerializeToString()
 
 

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from holdfast.accept import Prefix, Source
 from holdfast.errors import ConfigurationError, InvalidRequest
 from holdfast.events import FinishReason, Usage
-from holdfast.records import source_from_wire
+from holdfast.records import source_from_wire, source_to_wire
 from holdfast.v1 import generation_pb2 as pb
 from services.gateway.choice import ChoiceEnd, Mark, Place
 
@@ -119,9 +119,7 @@ def _head(cursor: Cursor) -> bytes:
     return pb.Cursor(
         reply_partition=cursor.reply_partition,
         request_id=cursor.request_id,
-        source=pb.SourcePartition(
-            request_class=pb.RequestClass.ValueType(cursor.source.request_class), partition=cursor.source.partition
-        ),
+        source=source_to_wire(cursor.source),
         request_offset=cursor.request_offset,
     ).SerializeToString()
 

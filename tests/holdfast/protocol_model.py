@@ -33,7 +33,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from holdfast.accept import End, Epochs, Place, Prefix, Source, Verdict, judge
+from holdfast.accept import End, Epochs, Place, Prefix, Source, Verdict
 from holdfast.bus import NOTHING_OWNED, Ownership, TopicPartition
 from holdfast.ownership import MAX_STARTS, PROOF, Accepted, Choice, Claim, Scan, Standing, Tenure
 from holdfast.records import Batch, Entry
@@ -125,13 +125,7 @@ class Stream:
             new = entry.token_ids[count - entry.first_index :] if entry.first_index <= count < end else []
             ends = entry.end is not End.OPEN and end >= count
         else:
-            ruling = judge(
-                choice.prefix,
-                first_index=entry.first_index,
-                token_ids=entry.token_ids,
-                prefix_hash=entry.prefix_hash,
-                end=entry.end,
-            )
+            ruling = entry.judged(choice.prefix)
             if ruling.verdict in (Verdict.GAP, Verdict.CONFLICT):
                 raise Fault(f"refused: a {ruling.verdict.value}, and the stream breaks")
             choice.prefix, new, ends = ruling.prefix, entry.token_ids[ruling.num_known :], ruling.ends
