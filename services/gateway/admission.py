@@ -7,7 +7,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from google.protobuf.duration_pb2 import Duration
@@ -50,6 +50,15 @@ class Admitted:
         return None if self.deadline is None else max(0.0, self.deadline - time.time())
 
 
+@dataclass(slots=True)
+class _Places:
+    """As many as `max_streams`."""
+
+    what: str
+    """Holds them."""
+    num_open: int = 0
+
+
 class Admission:
     """Keeps the limits of one gateway."""
 
@@ -57,8 +66,8 @@ class Admission:
         """`refused`: told of each refusal for want of a place."""
         self._settings = settings
         self._refused = refused
-        self._num_new = 0
-        self._num_resumed = 0
+        self._new = _Places("requests")
+        self._resumed = _Places("resumed streams")
         self._stay = FIRST_STAY
         self._closed = False
         self._empty = asyncio.Event()
@@ -67,58 +76,46 @@ class Admission:
     @property
     def num_open(self) -> int:
         """Requests that hold a place."""
-        return self._num_new + self._num_resumed
+        return self._new.num_open + self._resumed.num_open
 
-    @contextmanager
-    def place(self) -> Iterator[None]:
+    def place(self) -> AbstractContextManager[None]:
         """A place among the new requests, for as long as the block runs.
 
         Raises:
-            Overloaded: all are taken.
-            NotAccepted: the gateway takes no more requests.
+            Overloaded: (entering it) all are taken.
+            NotAccepted: (entering it) the gateway takes no more requests.
         """
-        self._check_place(self._num_new, "requests")
-        self._num_new += 1
-        try:
-            with self._staying():
-                yield
-        finally:
-            self._num_new -= 1
-            self._look_whether_empty()
+        return self._taken(self._new)
+
+    def resumed_place(self) -> AbstractContextManager[None]:
+        """A place among those that were accepted before, here or elsewhere: new ones do not take it from them. As `place`."""
+        return self._taken(self._resumed)
 
     @contextmanager
-    def resumed_place(self) -> Iterator[None]:
-        """A place among those that were accepted before, here or elsewhere: new ones do not take it from them. As `place`."""
-        self._check_place(self._num_resumed, "resumed streams")
-        self._num_resumed += 1
+    def _taken(self, places: _Places) -> Iterator[None]:
+        self._check(places)
+        places.num_open += 1
+        self._empty.clear()
+        began = time.monotonic()
         try:
-            with self._staying():
-                yield
+            yield
+            self._stay += (time.monotonic() - began - self._stay) / STAYS_REMEMBERED
         finally:
-            self._num_resumed -= 1
-            self._look_whether_empty()
+            places.num_open -= 1
+            if self.num_open == 0:
+                self._empty.set()
 
-    def _check_place(self, num_open: int, what: str) -> None:
+    def _check(self, places: _Places) -> None:
         if self._closed:
             raise NotAccepted("this gateway is being stopped; ask another one, or later")
-        if num_open >= self._settings.max_streams:
+        if places.num_open >= self._settings.max_streams:
             self._refused("streams")
             retry_after = come_back(self._stay)
             raise Overloaded(
-                f"{num_open} {what} are open, as many as this gateway takes; try again in {retry_after:.0f} seconds",
+                f"{places.num_open} {places.what} are open, as many as this gateway takes; "
+                f"try again in {retry_after:.0f} seconds",
                 retry_after=retry_after,
             )
-
-    @contextmanager
-    def _staying(self) -> Iterator[None]:
-        self._empty.clear()
-        began = time.monotonic()
-        yield
-        self._stay += (time.monotonic() - began - self._stay) / STAYS_REMEMBERED
-
-    def _look_whether_empty(self) -> None:
-        if self.num_open == 0:
-            self._empty.set()
 
     def close(self) -> None:
         """Gives no further request a place."""

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 import structlog
 
-from holdfast.bus import Bus
+from holdfast.bus import Bus, TopicPartition
 from holdfast.errors import Unavailable
-from holdfast.topics import ENGINES, GROUPS, REQUESTS
+from holdfast.topics import ENGINES, GROUPS, REQUESTS, Topic
 from holdfast.v1.generation_pb2 import RequestClass
 from services.gateway.backlog import Backlog
 from services.gateway.readiness import NOT_YET, Readiness
@@ -19,6 +19,10 @@ from services.gateway.turnover import Standing
 log = structlog.get_logger(__name__)
 
 NO_ENGINE = "no engine takes requests from the log; those that are accepted wait for one"
+
+
+Members = Mapping[str, frozenset[TopicPartition]]
+"""Of a group, each with what it owns."""
 
 
 class Watch:
@@ -59,22 +63,25 @@ class Watch:
         else:
             await self._found("log")
             await (self._found("engine") if engines else self._lost("engine", NO_ENGINE))
-            await self._ask_what_waits()
+            await self._ask_what_waits({ENGINES: engines})
 
-    async def _ask_what_waits(self) -> None:
-        """Where a part of the log does not say, the rest still takes requests: what was known before has to do."""
+    async def _ask_what_waits(self, members: dict[str, Members]) -> None:
+        """Where a part of the log does not say, the rest still takes requests: what was known before has to do. `members`: of
+        groups that were asked for already."""
         try:
             async with asyncio.timeout(self._seconds):
                 for request_class, backlog in self._backlogs.items():
-                    await self._ask(request_class, backlog)
+                    group = GROUPS[request_class]
+                    if group not in members:
+                        members[group] = await self._bus.group_members(group)
+                    await self._ask(REQUESTS[request_class], group, members[group], backlog)
         except TimeoutError:
             log.warning("the log does not say what waits", reason=f"no answer within {self._seconds:g} seconds")
         except Unavailable as error:
             log.warning("the log does not say what waits", reason=str(error))
 
-    async def _ask(self, request_class: RequestClass.ValueType, backlog: Backlog) -> None:
-        told, topic, group = backlog.ask(), REQUESTS[request_class], GROUPS[request_class]
-        members = await self._bus.group_members(group)
+    async def _ask(self, topic: Topic, group: str, members: Members, backlog: Backlog) -> None:
+        told = backlog.ask()
         owners = {partition: member for member, owned in members.items() for partition in owned}
         lag = await self._bus.lag(group, [topic])
         standings = [Standing.of(lag[partition], owners.get(partition)) for partition in topic.partitions]
