@@ -88,9 +88,18 @@ async def until_ready(log: asyncio.StreamReader, module: str) -> dict[str, Any]:
     lines = []
     async for line in log:
         lines.append(line.decode(errors="replace"))
-        if line.startswith(b"{") and (event := json.loads(line)).get("event") == "ready":
-            return dict(event)
+        if (event := ready_event(line)) is not None:
+            return event
     raise MeshError(f"{module} ended before it was ready:\n{''.join(lines[-20:])}")
+
+
+def ready_event(line: bytes) -> dict[str, Any] | None:
+    """What a line of a service's log says, if it is that the service is ready."""
+    try:
+        event = json.loads(line)
+    except ValueError:  # a library's, or what a program says that gives up
+        return None
+    return event if isinstance(event, dict) and event.get("event") == "ready" else None
 
 
 async def read_on(log: asyncio.StreamReader) -> None:

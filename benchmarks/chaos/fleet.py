@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import random
 import signal
@@ -16,19 +15,19 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.mesh import ROOT, START_SECONDS, STOP_SECONDS, environment
+from benchmarks.mesh import ROOT, START_SECONDS, STOP_SECONDS, environment, ready_event
 
 TRIES = 20
 """How often a process that ends before it is ready is started again: one without its broker or tokenizer does."""
+
+PAUSE = 0.5
+"""Seconds between these, as a supervisor would wait."""
 
 REFUSES = 2
 """The exit code of a service that cannot start as it is configured: again it would be the same."""
 
 ENGINE_FLAGS = ["--device=cpu", "--dtype=float32", "--threads=1", "--cache-bytes=268435456"]
 """Greedy texts are then the same, whatever is computed beside them."""
-
-PAUSE = 0.5
-"""Seconds between these, as a supervisor would wait."""
 
 
 class FleetError(Exception):
@@ -73,7 +72,7 @@ class Part:
         raise FleetError(f"{self.name} does not start; see {self.log}")
 
     async def kill(self) -> None:
-        """As a machine dies: at once, without a word to anybody."""
+        """As a machine dies: at once, without a word to anybody. One that never was started is dead."""
         await self._end(signal.SIGKILL)
 
     async def stop(self) -> None:
@@ -122,7 +121,8 @@ class Part:
         self._ended.set()
 
     async def _end(self, by: signal.Signals) -> int:
-        assert self._process is not None and self._reading is not None
+        if self._process is None or self._reading is None:
+            return 0
         self._is_meant = True
         if self._process.returncode is None:
             if by is signal.SIGKILL:
@@ -196,7 +196,7 @@ async def running(
         await asyncio.gather(*(part.start() for part in [*fleet.engines, *fleet.gateways]))
         yield fleet
     finally:
-        await asyncio.gather(*(part.kill() for part in fleet.parts if part._process is not None))
+        await asyncio.gather(*(part.kill() for part in fleet.parts))
 
 
 def _fleet(model: Path, shape: Shape, *, engine: Sequence[str], gateway: Sequence[str], folder: Path) -> Fleet:
@@ -208,7 +208,12 @@ def _fleet(model: Path, shape: Shape, *, engine: Sequence[str], gateway: Sequenc
 
     def service(name: str, number: int, *flags: str) -> Part:
         command = [sys.executable, "-m", f"services.{name}", *flags]
-        return Part(f"{name}-{number}", command, is_ready=_says_ready, log=folder / f"{name}-{number}.log")
+        return Part(
+            f"{name}-{number}",
+            command,
+            is_ready=lambda line: ready_event(line) is not None,
+            log=folder / f"{name}-{number}.log",
+        )
 
     brokers, bootstrap = _brokers(shape.brokers, [next(ports) for _ in range(2 * shape.brokers)], folder)
     spellers = [address() for _ in range(shape.tokenizers)]
@@ -252,10 +257,6 @@ def _brokers(count: int, ports: Sequence[int], folder: Path) -> tuple[list[Part]
         command = [sys.executable, program, "run", *flags]
         brokers.append(Part(home.name, command, is_ready=_says_address, log=folder / f"{home.name}.log"))
     return brokers, ",".join(f"127.0.0.1:{port}" for port in listeners)
-
-
-def _says_ready(line: bytes) -> bool:
-    return line.startswith(b"{") and json.loads(line).get("event") == "ready"
 
 
 def _says_address(line: bytes) -> bool:

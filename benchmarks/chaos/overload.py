@@ -12,24 +12,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import signal
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-import uvloop
 
 from benchmarks.chaos import fleet
 from benchmarks.chaos.clients import Clients, Stream, Task, Text, tasks, undisturbed
-from benchmarks.mesh import MeshError
+from benchmarks.chaos.command import Findings, add_options, folder_of, report_of, run
 from benchmarks.options import above_zero, at_least
 from benchmarks.report import Report, percentile
 from holdfast import models
-from holdfast.errors import HoldfastError
 
 WARM = 0.25
 """Of the time in which the capacity is measured, at its beginning, is not counted."""
@@ -45,7 +38,7 @@ PATIENCE = 300.0
 
 
 @dataclass(slots=True)
-class Findings:
+class Overload:
     """What the mesh did. Times are in seconds, of `time.monotonic` where they are moments."""
 
     alone: float
@@ -67,7 +60,7 @@ class Findings:
         return len(held) / (self.end - self.begin)
 
 
-async def overload(addresses: Sequence[str], expected: Mapping[Task, Text], options: argparse.Namespace) -> Findings:
+async def overload(addresses: Sequence[str], expected: Mapping[Task, Text], options: argparse.Namespace) -> Overload:
     """Measures a mesh that runs."""
     alone = [await _first_token(addresses, expected, seed=seed) for seed in range(5)]
     capacity = await _capacity(addresses, expected, options)
@@ -80,7 +73,7 @@ async def overload(addresses: Sequence[str], expected: Mapping[Task, Text], opti
             group.create_task(crowd.ask())
             await asyncio.sleep(draw.expovariate(options.times * capacity))
         recovering = group.create_task(_recovery(addresses, expected, percentile(alone, 0.5)))
-    return Findings(
+    return Overload(
         percentile(alone, 0.5), capacity, options.times * capacity, begin, end, crowd.streams, recovering.result()
     )
 
@@ -118,7 +111,7 @@ async def _recovery(addresses: Sequence[str], expected: Mapping[Task, Text], alo
     return float("inf")
 
 
-def describe(report: Report, found: Findings) -> None:
+def describe(report: Report, found: Overload) -> None:
     """Adds the tables to the report."""
     accepted = [stream for stream in found.streams if stream.accepted]
     refused = [stream for stream in found.streams if stream.refusal]
@@ -152,16 +145,11 @@ def describe(report: Report, found: Findings) -> None:
     report.table("Refusals", ["", "requests"], [[kind, count] for kind, count in said.most_common()])
 
 
-async def measure(options: argparse.Namespace) -> tuple[Report, list[str]]:
-    """The report, and what did not hold."""
-    report = Report(
-        "chaos.overload", settings={key: str(value) for key, value in vars(options).items() if key != "out"}
-    )
+async def measure(options: argparse.Namespace) -> Findings:
+    report = report_of("chaos.overload", options)
     shape = fleet.Shape(1, 1, options.engines, options.gateways)
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="holdfast-overload-"))
-    print(f"logs and records: {folder}")
     engine = [*fleet.ENGINE_FLAGS, *options.engine_flags]
-    model = models.resolve(options.model)
+    model, folder = models.resolve(options.model), folder_of(options)
     async with fleet.running(model, shape, engine=engine, gateway=options.gateway_flags, folder=folder) as mesh:
         expected = await undisturbed(mesh.addresses[0], tasks(options.lengths))
         found = await overload(mesh.addresses, expected, options)
@@ -179,37 +167,17 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.chaos.overload", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument(
-        "--model", default="smollm2-135m-instruct", help="a folder, or the name of a model (%(default)s)"
-    )
+    add_options(parser, lengths=[32])
     parser.add_argument(
         "--seconds", type=above_zero, default=60.0, help="of the load, and of the capacity (%(default)s)"
     )
     parser.add_argument("--times", type=above_zero, default=3.0, help="the capacity that is offered (%(default)s)")
     parser.add_argument("--clients", type=at_least(1), default=64, help="that find out the capacity (%(default)s)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[32], help="tokens of an answer (%(default)s)")
     parser.add_argument("--engines", type=at_least(1), default=1, help="how many (%(default)s)")
     parser.add_argument("--gateways", type=at_least(1), default=1, help="how many (%(default)s)")
-    parser.add_argument("--engine-flags", nargs="*", default=[], help="further flags of the engines")
     parser.add_argument("--gateway-flags", nargs="*", default=[], help="further flags of the gateways")
-    parser.add_argument("--seed", type=int, default=0, help="of arrivals and prompts (%(default)s)")
-    parser.add_argument("--folder", type=Path, help="for logs and records; by default a temporary one, which is kept")
-    parser.add_argument("--out", type=Path, help="a JSON file for the report")
     return parser.parse_args(argv)
 
 
-def main() -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the processes of the mesh must not outlive this one
-    options = arguments()
-    try:
-        report, broken = uvloop.run(measure(options))
-    except (HoldfastError, MeshError, fleet.FleetError, ValueError, OSError) as error:
-        sys.exit(f"overload: {error}")
-    if options.out:
-        report.save(options.out)
-    if broken:
-        sys.exit("\n".join(["overload: promises were broken", *broken[:20]]))
-
-
 if __name__ == "__main__":
-    main()
+    run("overload", measure, arguments())
