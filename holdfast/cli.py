@@ -23,7 +23,7 @@ import grpc
 from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from holdfast import __version__, rpc, timeline
+from holdfast import __version__, ids, rpc, timeline
 from holdfast.bus import Bus
 from holdfast.client import DEFAULT_ADDRESS, Answer, Client, Message, Options
 from holdfast.dead import dead_letters
@@ -587,7 +587,7 @@ def dead(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print(json_format.MessageToJson(letter, indent=None, preserving_proto_field_name=True))
         else:
-            print(f"{letter.given_up_at.ToDatetime():%Y-%m-%d %H:%M:%S}  {letter.request_id}: {letter.reason}")
+            print(f"{letter.given_up_at.ToDatetime():%Y-%m-%d %H:%M:%S}  {ids.of_client(letter.request_id)}: {letter.reason}")
     return 0
 
 

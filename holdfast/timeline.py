@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 
 from google.protobuf.message import DecodeError
 
+from holdfast import ids
 from holdfast.accept import Epochs, Prefix, Ruling, Source, Verdict
 from holdfast.bus import Record
 from holdfast.epochs import describe_epoch
@@ -259,7 +260,7 @@ def cancels(request: pb.GenerationRequest, records: Iterable[Record]) -> Iterato
     """What records of the control topic wish of a request, or of whichever has its id."""
     for record, wish in readable(records, pb.Cancel):
         is_meant = accepted_at_of(wish) in (None, accepted_at_of(request))
-        if wish.request_id == request.request_id and is_meant:
+        if wish.request_id in (request.request_id, ids.of_client(request.request_id)) and is_meant:
             choice = wish.choice if wish.HasField("choice") else None
             yield Event(
                 record.timestamp_ms,
@@ -298,7 +299,7 @@ def _accepted(request: pb.GenerationRequest, record: Record) -> Event:
     deadline = request.deadline.ToDatetime(UTC).isoformat() if request.HasField("deadline") else None
     request_class = pb.RequestClass.Name(request.request_class).removeprefix("REQUEST_CLASS_").lower()
     facts: dict[str, object] = {
-        "request_id": request.request_id,
+        "request_id": ids.of_client(request.request_id),
         "model": request.model,
         "class": request_class,
         "topic": record.topic,

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 
 from google.protobuf.message import DecodeError
 
+from holdfast import ids
 from holdfast.bus import Bus, Record, TopicPartition
 from holdfast.errors import InvalidRequest, NotFound, Unavailable
 from holdfast.timeline import Event, Timeline, cancels, in_order, letters
@@ -50,9 +51,9 @@ async def _at(bus: Bus, cursor: str) -> Record:
     kept = await bus.kept(partition)
     if place.request_offset in kept:
         async for record in _read(bus, {partition: range(place.request_offset, place.request_offset + 1)}):
-            if record.key == place.request_id.encode():
+            if record.key == ids.of_client(place.request_id).encode():
                 return record
-    raise NotFound(f"the log does not hold request {place.request_id}, or no longer")
+    raise NotFound(f"the log does not hold request {ids.of_client(place.request_id)}, or no longer")
 
 
 async def _by_id(bus: Bus, request_id: str, tell: Tell) -> Record:

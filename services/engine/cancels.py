@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import product
 
+from holdfast import ids
 from holdfast.records import accepted_at_of
 from holdfast.v1 import generation_pb2 as pb
 
@@ -31,9 +33,9 @@ class Cancels:
 
     def mean(self, request_id: str, choice: int | None, *, accepted_at: int | None, written_ms: int) -> bool:
         """Whether one of them ends a choice of a request, or (None) all of it. `written_ms`: when the log took its record."""
-        for each in {choice, None}:
-            if accepted_at is not None and (request_id, each, accepted_at) in self._heard:
+        for called, each in product({request_id, ids.of_client(request_id)}, {choice, None}):
+            if accepted_at is not None and (called, each, accepted_at) in self._heard:
                 return True
-            if self._heard.get((request_id, each, None), -1) >= written_ms:
+            if self._heard.get((called, each, None), -1) >= written_ms:
                 return True
         return False

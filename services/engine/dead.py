@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from holdfast import topics
+from holdfast import ids, topics
 from holdfast.bus import Bus
 from holdfast.epochs import describe_epoch
 from holdfast.errors import HoldfastError, RequestTooLarge, StreamFailed, Unavailable
@@ -91,7 +91,7 @@ class DeadLetters:
         return False
 
     async def _publish(self, letter: pb.DeadLetter) -> None:
-        partition, key = topics.DEAD.partition(0), letter.request_id.encode()
+        partition, key = topics.DEAD.partition(0), ids.of_client(letter.request_id).encode()
         try:
             await self._bus.publish(partition, letter.SerializeToString(), key=key)
         except RequestTooLarge:

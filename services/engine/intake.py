@@ -441,9 +441,9 @@ class Intake:
     def _cancel(self, cancel: pb.Cancel, timestamp_ms: int) -> None:
         """Ends what runs and is meant, and remembers to do so where it is still to come."""
         self._cancels.hear(cancel, timestamp_ms)
-        request = self._requests.running(cancel.request_id)
-        if request is not None and request.has_begun:
-            self._steps.cancel([each for each in request.sequences if self._was_cancelled(request, each.choice)])
+        for request in self._requests.meant(cancel.request_id):
+            if request.has_begun:
+                self._steps.cancel([each for each in request.sequences if self._was_cancelled(request, each.choice)])
 
     def _was_cancelled(self, request: Request, choice: int) -> bool:
         return self._cancels.mean(

@@ -8,9 +8,11 @@ it is forgotten.
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+from holdfast import ids
 from holdfast.accept import Prefix
 from holdfast.bus import Headers, TopicPartition
 from holdfast.ownership import PROOF
@@ -82,6 +84,8 @@ class Requests:
         self._commits = commits
         self._held: set[Request] = set()
         self._running: dict[str, Request] = {}
+        self._called: defaultdict[str, set[Request]] = defaultdict(set)
+        """Those that run, by what their clients call them."""
         self._num_open = {True: 0, False: 0}
         self.when_fewer: Callable[[], None] = lambda: None
         """Called when a choice is no longer open."""
@@ -95,6 +99,11 @@ class Requests:
     def running(self, request_id: str) -> Request | None:
         """The request that runs under this id."""
         return self._running.get(request_id)
+
+    def meant(self, request_id: str) -> list[Request]:
+        """Those that run and are called so, in the log or by their clients."""
+        request = self._running.get(request_id)
+        return [request] if request is not None else list(self._called.get(request_id, ()))
 
     def of(self, sequence: Sequence) -> Request | None:
         """The running request that a sequence answers; None where it was dropped, though it may have come again."""
@@ -110,6 +119,7 @@ class Requests:
         if request.open:
             assert request.request_id not in self._running
             self._running[request.request_id] = request
+            self._called[ids.of_client(request.request_id)].add(request)
         self._num_open[request.interactive] += len(request.open)
         self._empty.clear()
 
@@ -118,7 +128,7 @@ class Requests:
         if choice in request.open:
             request.open.remove(choice)
             if not request.open:
-                del self._running[request.request_id]
+                self._runs_no_more(request)
             self._num_open[request.interactive] -= 1
             self.when_fewer()
 
@@ -135,7 +145,7 @@ class Requests:
         dropped = [each for each in self._held if each.source in partitions]
         for request in dropped:
             if request.open:
-                del self._running[request.request_id]
+                self._runs_no_more(request)
             self._num_open[request.interactive] -= len(request.open)
             request.open.clear()
         self._forget(dropped)
@@ -146,6 +156,13 @@ class Requests:
     async def until_empty(self) -> None:
         """Returns once no request is held."""
         await self._empty.wait()
+
+    def _runs_no_more(self, request: Request) -> None:
+        del self._running[request.request_id]
+        called = ids.of_client(request.request_id)
+        self._called[called].remove(request)
+        if not self._called[called]:
+            del self._called[called]
 
     def _forget(self, requests: Collection[Request]) -> None:
         self._held.difference_update(requests)

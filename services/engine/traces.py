@@ -5,7 +5,7 @@ from __future__ import annotations
 from opentelemetry import trace
 from opentelemetry.context import Context
 
-from holdfast import semconv, telemetry
+from holdfast import ids, semconv, telemetry
 from services.engine.requests import Request
 from services.engine.sequence import Sequence
 
@@ -30,7 +30,7 @@ def _span(tracer: trace.Tracer, name: str, parent: Context, begin: float, end: f
         context=parent,
         start_time=_nanoseconds(begin),
         attributes={
-            semconv.RESPONSE_ID: sequence.request_id,
+            semconv.RESPONSE_ID: ids.of_client(sequence.request_id),
             "holdfast.choice": sequence.choice,
             semconv.USAGE_INPUT_TOKENS: len(sequence.prompt_ids),
             semconv.USAGE_CACHED_TOKENS: sequence.num_cached,

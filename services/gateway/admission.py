@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from google.protobuf.duration_pb2 import Duration
 
+from holdfast import ids
 from holdfast.errors import InvalidRequest, NotAccepted, Overloaded
 from holdfast.events import Model
 from holdfast.v1 import gateway_pb2, generation_pb2
@@ -36,12 +37,14 @@ class Admitted:
     request: gateway_pb2.GenerateRequest
     request_id: str
     """The client's, or drawn."""
+    log_id: str
+    """The same request's id in the log."""
     request_class: generation_pb2.RequestClass.ValueType
     num_choices: int
     seed: int
     """The client's, or drawn."""
     accepted_at: int
-    """Nanoseconds since the epoch. It tells the request from another one of its id."""
+    """Nanoseconds since the epoch."""
     deadline: float | None
     """Seconds since the epoch after which nobody wants the answer; None for never."""
 
@@ -144,9 +147,11 @@ class Admission:
             )
         timeout = self._timeout(request.timeout) if request.HasField("timeout") else self._capped(call_time_left)
         now = time.time_ns()
+        request_id = request.request_id or uuid.uuid4().hex
         return Admitted(
             request=request,
-            request_id=request.request_id or uuid.uuid4().hex,
+            request_id=request_id,
+            log_id=ids.in_log(request_id) if request.request_id else request_id,
             request_class=request.request_class or generation_pb2.REQUEST_CLASS_INTERACTIVE,
             num_choices=num_choices,
             seed=request.sampling.seed if request.sampling.HasField("seed") else secrets.randbits(64),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+from holdfast import ids
 from holdfast.errors import AlreadyExists, HoldfastError, StreamFailed
 from holdfast.events import Finished, FinishReason, Tokens
 from services.gateway.choice import Choice, ChoiceEnd, Manner, Mark, Part, Piece
@@ -55,7 +56,8 @@ class Answer:
         between two events of the middle. `on_end`: called once, when the answer leaves OPEN. `on_overflow`: too much
         waits for the client; whoever is told feeds it no more than it takes, until it has caught up. `cancel`: wishes that a
         choice of the request, or all of it, end, and says why."""
-        self.request_id = start.request_id
+        self.request_id = ids.of_client(start.request_id)
+        self.log_id = start.request_id
         self.source = start.source
         self.prompt_tokens = prompt_tokens
         self.state = State.OPEN

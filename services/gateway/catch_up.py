@@ -49,5 +49,5 @@ def _give(answer: Answer, record: Record, epochs: Epochs, tail: Streams) -> None
     if source != answer.source or not epochs.admit(source, batch.epoch):
         return
     for tokens in batch.streams:
-        if tokens.request_id == answer.request_id:
+        if tokens.request_id == answer.log_id:
             tail.give(answer, tokens, offset=record.offset, epoch=batch.epoch)

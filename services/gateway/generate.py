@@ -212,7 +212,7 @@ class Gateway:
     ) -> int:
         """Returns once the log has the request: its offset."""
         record = pb.GenerationRequest(
-            request_id=admitted.request_id,
+            request_id=admitted.log_id,
             model=self._tokenizer.model.name,
             request_class=admitted.request_class,
             prompt_token_ids=prompt_ids,
@@ -257,7 +257,7 @@ class Gateway:
             raise  # it was not sent
         except BaseException:
             reason = "it may not have been accepted"
-            self._canceller.wish(admitted.request_id, None, reason, accepted_at=admitted.accepted_at)
+            self._canceller.wish(admitted.log_id, None, reason, accepted_at=admitted.accepted_at)
             raise
 
     def _answer(
@@ -265,7 +265,7 @@ class Gateway:
     ) -> Answer:
         request, source = admitted.request, Source(admitted.request_class, partition)
         start = Cursor(
-            admitted.request_id,
+            admitted.log_id,
             source=source,
             request_offset=0,  # until it is published
             reply_partition=streams.reply_partition,
@@ -288,6 +288,6 @@ class Gateway:
             on_end=streams.forget,
             on_overflow=lambda answer: self._tails.fell_behind(answer, streams),
             cancel=lambda choice, reason: self._canceller.wish(
-                admitted.request_id, choice, reason, accepted_at=admitted.accepted_at
+                admitted.log_id, choice, reason, accepted_at=admitted.accepted_at
             ),
         )

@@ -11,6 +11,7 @@ from datetime import timedelta
 
 from google.protobuf.message import DecodeError
 
+from holdfast import ids
 from holdfast.bus import Bus, Record, TopicPartition
 from holdfast.errors import NotFound, Unavailable
 from holdfast.events import Resumed
@@ -46,7 +47,7 @@ class Resumption:
     def resumed(self) -> Resumed:
         """What the client is told first."""
         return Resumed(
-            self.start.request_id,
+            self.answer.request_id,
             cursor=self.answer.cursor,
             prompt_tokens=self.answer.prompt_tokens,
             next_index=tuple(place.prefix.count for place in self.start.places),
@@ -105,9 +106,12 @@ class Resumer:
         try:
             request = pb.GenerationRequest.FromString(record.value)
         except DecodeError as error:
-            raise NotFound(f"the log holds something else where request {cursor.request_id} was") from error
+            raise NotFound(
+                f"the log holds something else where request {ids.of_client(cursor.request_id)} was"
+            ) from error
         if request.request_id != cursor.request_id:
-            raise NotFound(f"the log holds another request where {cursor.request_id} was: it was made anew since then")
+            was = ids.of_client(cursor.request_id)
+            raise NotFound(f"the log holds another request where {was} was: it was made anew since then")
         if request.model != self._tokenizer.model.name:
             raise NotFound(
                 f"the stream is of {request.model!r}, and this gateway serves {self._tokenizer.model.name!r}"

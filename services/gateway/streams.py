@@ -7,6 +7,7 @@ waits for anything but the log: not for the tokenizer, and not for a client.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -53,6 +54,9 @@ class Streams:
         self._readiness = readiness
         self._metrics = metrics
         self._answers: dict[str, list[Answer]] = {}
+        """Those that are open, by the log's id."""
+        self._open_ids: Counter[str] = Counter()
+        """What their clients call them."""
         self._position: int | None = None
         self._began = asyncio.Event()
 
@@ -69,7 +73,7 @@ class Streams:
 
     def check_new(self, request_id: str) -> None:
         """Raises AlreadyExists where a request of this id is open here."""
-        if request_id in self._answers:
+        if request_id in self._open_ids:
             raise AlreadyExists(f"a request with the id {request_id} is open here; choose another, or none")
 
     @contextmanager
@@ -92,14 +96,18 @@ class Streams:
 
     def join(self, answer: Answer) -> None:
         """Feeds an answer that has been given all before the position, until it ends."""
-        self._answers.setdefault(answer.request_id, []).append(answer)
+        self._answers.setdefault(answer.log_id, []).append(answer)
+        self._open_ids[answer.request_id] += 1
 
     def forget(self, answer: Answer) -> None:
         """The answer has ended: what still comes for it is ignored, and without another of its id that is free."""
-        if answer in (same := self._answers.get(answer.request_id, [])):
+        if answer in (same := self._answers.get(answer.log_id, [])):
             same.remove(answer)
             if not same:
-                del self._answers[answer.request_id]
+                del self._answers[answer.log_id]
+            self._open_ids[answer.request_id] -= 1
+            if not self._open_ids[answer.request_id]:
+                del self._open_ids[answer.request_id]
 
     async def run(self) -> None:
         """Reads the log until cancelled. Where it cannot be read from the position reached, streams wait and reading
