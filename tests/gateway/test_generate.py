@@ -29,6 +29,7 @@ from holdfast.errors import (
     from_rpc_error,
 )
 from holdfast.events import Accepted, Event, Finished, FinishReason, Resumed, TokenLogprobs, Tokens, TopLogprob, Usage
+from holdfast.ids import of_client
 from holdfast.memory import MemoryBus
 from holdfast.topics import REQUESTS_BATCH, REQUESTS_INTERACTIVE, TOKENS
 from holdfast.v1 import gateway_pb2 as pb
@@ -54,7 +55,7 @@ async def call(mesh: Mesh, request: pb.GenerateRequest, **options: object) -> As
 async def nobody_was_cancelled(mesh: Mesh) -> None:
     """The next cancellation in the log is one that is asked for here."""
     await mesh.client.cancel("a-probe")
-    assert (await mesh.engine.cancelled()).request_id == "a-probe"
+    assert of_client((await mesh.engine.cancelled()).request_id) == "a-probe"
 
 
 async def test_a_request_is_accepted_streamed_and_finished() -> None:
@@ -101,7 +102,7 @@ async def test_the_log_has_all_that_an_engine_needs() -> None:
         record = job.request
         assert job.record.topic == REQUESTS_BATCH.name
         assert job.record.key == b"r-1"
-        assert (record.request_id, record.model, record.num_choices) == ("r-1", MODEL, 3)
+        assert (of_client(record.request_id), record.model, record.num_choices) == ("r-1", MODEL, 3)
         assert record.request_class == generation_pb2.REQUEST_CLASS_BATCH
         assert list(record.prompt_token_ids) == ids("hi")
         assert (record.sampling.temperature, record.sampling.HasField("seed")) == (0.5, True)
@@ -156,7 +157,7 @@ async def test_what_the_client_leaves_open_is_drawn() -> None:
             await mesh.stub.Submit(pb.SubmitRequest(request=pb.GenerateRequest(prompt="hi")))
             seen.append(await mesh.engine.job())
         one, two = seen
-        assert one.request.request_id != two.request.request_id
+        assert of_client(one.request.request_id) != of_client(two.request.request_id)
         assert one.request.sampling.seed != two.request.sampling.seed
         assert one.record.partition != two.record.partition
         assert one.record.topic == REQUESTS_INTERACTIVE.name
@@ -237,7 +238,11 @@ async def test_the_timeout_ends_the_request_with_deadline() -> None:
         assert isinstance(end, Finished)
         assert (tokens.text, end.reason, end.usage.completion_tokens) == ("so far", FinishReason.DEADLINE, 6)
         cancel = await mesh.engine.cancelled()
-        assert (cancel.request_id, cancel.HasField("choice"), cancel.reason) == ("r-1", False, "its deadline passed")
+        assert (of_client(cancel.request_id), cancel.HasField("choice"), cancel.reason) == (
+            "r-1",
+            False,
+            "its deadline passed",
+        )
 
 
 async def test_an_engines_deadline_is_a_finish_too() -> None:
@@ -290,7 +295,7 @@ async def test_a_deadline_before_acceptance_is_an_error() -> None:
             await mesh.client.submit("hi", timeout=0.1)
         tokenizer.open.set()
         await mesh.client.submit("hi", request_id="next")
-        assert (await mesh.engine.job()).request.request_id == "next"
+        assert of_client((await mesh.engine.job()).request.request_id) == "next"
 
 
 async def test_a_tokenizer_that_does_not_answer_is_unavailable() -> None:
@@ -322,7 +327,7 @@ async def test_cancel_reaches_the_log_and_the_engines_word_the_client() -> None:
         job = await mesh.engine.job()
         await mesh.client.cancel("r-1")
         cancel = await mesh.engine.cancelled()
-        assert (cancel.request_id, cancel.HasField("choice")) == ("r-1", False)
+        assert (of_client(cancel.request_id), cancel.HasField("choice")) == ("r-1", False)
         await mesh.engine.say(job, finish=CANCELLED)
         end = await anext(answer)
         assert isinstance(end, Finished)
@@ -351,7 +356,7 @@ async def test_a_client_that_leaves_ends_its_request_where_it_said_so(when: str)
                 reading.cancel()
             tokenizer.open.set()
             await mesh.client.submit("hi", request_id="next")
-            assert (await mesh.engine.job()).request.request_id == "next", "it was never published"
+            assert of_client((await mesh.engine.job()).request.request_id) == "next", "it was never published"
             return
         async with call(mesh, request) as stream:
             job = await mesh.engine.job()
@@ -359,7 +364,7 @@ async def test_a_client_that_leaves_ends_its_request_where_it_said_so(when: str)
                 await mesh.engine.say(job, "a")
                 await anext(aiter(stream))
         cancel = await mesh.engine.cancelled()
-        assert (cancel.request_id, cancel.reason) == ("r-1", "the client left")
+        assert (of_client(cancel.request_id), cancel.reason) == ("r-1", "the client left")
 
 
 async def test_a_request_outlives_its_connection_where_nothing_else_was_said() -> None:
@@ -380,7 +385,7 @@ async def test_a_stop_string_ends_its_choice_and_stops_its_engine() -> None:
         for piece in ("one E", "N", "D two"):
             await mesh.engine.say(job, piece, choice=1)
         cancel = await mesh.engine.cancelled()
-        assert (cancel.request_id, cancel.choice, cancel.HasField("choice")) == ("r-1", 1, True)
+        assert (of_client(cancel.request_id), cancel.choice, cancel.HasField("choice")) == ("r-1", 1, True)
         await mesh.engine.say(job, "other", finish=LENGTH)
         await mesh.engine.say(job, choice=1, finish=CANCELLED)
         events = [event async for event in answer]
@@ -452,7 +457,7 @@ async def test_an_engines_error_is_the_calls_status() -> None:
         await mesh.engine.write(job, part)
         with pytest.raises(InvalidRequest, match="max_model_len is 4"):
             await anext(answer)
-        assert (await mesh.engine.cancelled()).request_id == answer.request_id
+        assert of_client((await mesh.engine.cancelled()).request_id) == answer.request_id
 
 
 async def test_an_unknown_reason_is_a_failure() -> None:
@@ -481,7 +486,12 @@ async def test_submit_returns_when_the_log_has_the_request() -> None:
     async with open_mesh() as mesh:
         submitted = await mesh.client.submit("hi", request_id="r-1")
         job = await mesh.engine.job()
-        assert job.request.request_id == submitted.request_id == CURSORS.decode(submitted.cursor).request_id == "r-1"
+        assert (
+            of_client(job.request.request_id)
+            == submitted.request_id
+            == of_client(CURSORS.decode(submitted.cursor).request_id)
+            == "r-1"
+        )
         await mesh.engine.say(job, "text", finish=LENGTH)
         await nobody_was_cancelled(mesh)
 
@@ -508,7 +518,7 @@ async def test_a_request_that_is_submitted_again_is_the_same() -> None:
         with pytest.raises(AlreadyExists, match="the id r-1 was submitted, and it says something else"):
             await mesh.client.submit("ho", request_id="r-1")
         await mesh.client.submit("hi", request_id="r-2")
-        assert (await mesh.engine.job()).request.request_id == "r-2"
+        assert of_client((await mesh.engine.job()).request.request_id) == "r-2"
 
 
 async def test_a_submission_that_was_refused_may_be_made_again() -> None:
@@ -517,7 +527,7 @@ async def test_a_submission_that_was_refused_may_be_made_again() -> None:
         with pytest.raises(InvalidRequest):
             await mesh.client.submit(token_ids=[1 << 20], request_id="r-1")
         await mesh.client.submit("hi", request_id="r-1")
-        assert (await mesh.engine.job()).request.request_id == "r-1"
+        assert of_client((await mesh.engine.job()).request.request_id) == "r-1"
 
 
 async def test_a_submitted_request_has_no_connection() -> None:
@@ -592,7 +602,7 @@ async def test_a_request_that_may_not_be_in_the_log_is_refused_and_cancelled() -
             await mesh.client.submit("hi", request_id="r-1")
         assert caught.value.retry_after == 3
         cancel, job = await mesh.engine.cancelled(), await mesh.engine.job()
-        assert cancel.request_id == job.request.request_id == "r-1"
+        assert of_client(cancel.request_id) == of_client(job.request.request_id) == "r-1"
         assert cancel.accepted_at == job.request.accepted_at
 
 
@@ -642,7 +652,7 @@ async def test_another_text_is_an_error_and_never_shown() -> None:
         await mesh.engine.say(Job(job.request, job.record), "two three", epoch=2)
         with pytest.raises(StreamFailed, match="another text"):
             await anext(answer)
-        assert (await mesh.engine.cancelled()).request_id == "r-1"
+        assert of_client((await mesh.engine.cancelled()).request_id) == "r-1"
 
 
 async def test_a_record_that_is_missing_is_an_error() -> None:

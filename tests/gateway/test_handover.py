@@ -17,6 +17,7 @@ from holdfast.bus import Bus
 from holdfast.client import Answer, Client
 from holdfast.errors import Unavailable, from_rpc_error
 from holdfast.events import Accepted, Event, Finished, Tokens
+from holdfast.ids import of_client
 from holdfast.memory import MemoryBus
 from holdfast.v1 import gateway_pb2 as pb
 from holdfast.v1 import gateway_pb2_grpc
@@ -58,7 +59,7 @@ async def called(face: Face, request: pb.GenerateRequest) -> AsyncIterator[Any]:
 
 async def nobody_was_cancelled(engine: FakeEngine, client: Client) -> None:
     await client.cancel("a-probe")
-    assert (await engine.cancelled()).request_id == "a-probe"
+    assert of_client((await engine.cancelled()).request_id) == "a-probe"
 
 
 async def rest(answer: Answer) -> list[Event]:
@@ -120,7 +121,7 @@ async def test_a_gateway_without_another_is_waited_for() -> None:
         await engine.say(job, "after", finish=LENGTH)
         await again.enter_async_context(open_face(bus, tokenizer.address, address=face.addresses.grpc))
         jobs = [await engine.job() for _ in range(2)]
-        assert {job.request.request_id for job in jobs} == {"given", (await submitting).request_id}
+        assert {of_client(job.request.request_id) for job in jobs} == {"given", (await submitting).request_id}
         for each in jobs:
             await engine.say(each, "x", finish=LENGTH)
         assert await asking == "x"
@@ -138,16 +139,16 @@ async def test_who_comes_while_a_gateway_drains_is_served_by_another() -> None:
                 pass
             text = group.create_task(clients[0].generate("hi", request_id="given", resume=False).read())
             job = await mesh.engine.job()
-            assert (job.request.request_id, job.request.reply_partition) == ("given", 4)
+            assert (of_client(job.request.request_id), job.request.reply_partition) == ("given", 4)
             await mesh.engine.say(job, "text", finish=LENGTH)
             assert await text == "text"
             submitted = await clients[1].submit("hi", request_id="mine")
             job = await mesh.engine.job()
-            assert (job.request.request_id, job.request.reply_partition) == ("mine", 4)
+            assert (of_client(job.request.request_id), job.request.reply_partition) == ("mine", 4)
             await mesh.engine.say(job, "whole", finish=LENGTH)
             assert (await clients[2].result(submitted.cursor)).choices[0].text == "whole"
             await clients[3].cancel("a-request")
-            assert (await mesh.engine.cancelled()).request_id == "a-request"
+            assert of_client((await mesh.engine.cancelled()).request_id) == "a-request"
             await mesh.engine.say(first, "late", finish=LENGTH)
             assert (await waiting).choices[0].text == "late"
             await mesh.engine.say(held, "end", finish=LENGTH)
@@ -241,7 +242,9 @@ async def test_what_has_no_cursor_ends_with_its_gateway() -> None:
         both = group.create_task(mesh.first.http.post("/v1/completions", json={"prompt": ["hi", "ho"], "stream": True}))
         jobs = [await mesh.engine.job() for _ in range(3)]
         await mesh.first.life.aclose()
-        assert {(await mesh.engine.cancelled()).request_id for _ in jobs} == {job.request.request_id for job in jobs}
+        assert {of_client((await mesh.engine.cancelled()).request_id) for _ in jobs} == {
+            of_client(job.request.request_id) for job in jobs
+        }
         assert (await whole).status_code == 503
         assert (await both).text.endswith("data: [DONE]\n\n")
         assert "being stopped" in (await both).text

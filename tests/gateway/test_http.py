@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from holdfast.errors import InvalidRequest
+from holdfast.ids import of_client
 from holdfast.v1 import generation_pb2
 from tests.gateway.doubles import CONTEXT, CURSORS, EOS, LENGTH, MODEL, STOP, ByteTokenizer, Mesh, ids, open_mesh
 
@@ -74,7 +75,7 @@ async def test_a_chat_completes_in_one_piece() -> None:
         assert body.pop("created") > 1_700_000_000
         assert bytes(job.request.prompt_token_ids).decode() == PROMPT
         assert body == {
-            "id": job.request.request_id,
+            "id": of_client(job.request.request_id),
             "object": "chat.completion",
             "model": MODEL,
             "choices": [
@@ -92,8 +93,8 @@ async def test_a_chat_completes_in_one_piece() -> None:
                 "prompt_tokens_details": {"cached_tokens": 3},
             },
         }
-        assert response.headers["x-request-id"] == job.request.request_id
-        assert job.request.request_id.startswith("chatcmpl-")
+        assert response.headers["x-request-id"] == of_client(job.request.request_id)
+        assert of_client(job.request.request_id).startswith("chatcmpl-")
 
 
 async def test_a_chat_streams_as_it_comes() -> None:
@@ -104,7 +105,7 @@ async def test_a_chat_streams_as_it_comes() -> None:
         lines = response.aiter_lines()
         job = await mesh.engine.job()
         assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
-        assert response.headers["x-request-id"] == job.request.request_id
+        assert response.headers["x-request-id"] == of_client(job.request.request_id)
         opening = [await anext(lines) for _ in range(3)]
         assert json.loads(opening[1].removeprefix("data: "))["choices"][0]["delta"]["role"] == "assistant"
         await mesh.engine.say(job, 'one "')
@@ -167,7 +168,7 @@ async def test_prompts_and_choices_are_numbered_in_order(stream: bool) -> None:
             texts = {choice["index"]: choice["text"] for choice in answer["choices"]}
             ends = {choice["index"]: choice["finish_reason"] for choice in answer["choices"]}
             usage = answer["usage"]
-        assert names == [f"{mesh_id}-0", f"{mesh_id}-1"]
+        assert [of_client(name) for name in names] == [f"{mesh_id}-0", f"{mesh_id}-1"]
         assert texts == {0: "a0", 1: "a1", 2: "b0", 3: "b1"}
         assert ends == dict.fromkeys(range(4), "length")
         assert (usage["prompt_tokens"], usage["completion_tokens"]) == (2, 8)
@@ -260,7 +261,7 @@ async def test_two_calls_of_one_x_request_id_are_two_requests(stream: bool) -> N
         ):
             jobs = [await mesh.engine.job(), await mesh.engine.job()]
             for job in jobs:
-                await mesh.engine.say(job, job.request.request_id, finish=LENGTH)
+                await mesh.engine.say(job, of_client(job.request.request_id), finish=LENGTH)
         for response in (one.result(), other.result()):
             assert response.headers["x-request-id"] == "trace=1/7"
             if stream:
@@ -283,7 +284,7 @@ async def test_a_request_over_http_is_cancelled_by_the_id_in_its_body() -> None:
         job = await mesh.engine.job()
         told = [await anext(lines) for _ in range(2)][1]
         await mesh.client.cancel(json.loads(told.removeprefix("data: "))["id"])
-        assert (await mesh.engine.cancelled()).request_id == job.request.request_id
+        assert of_client((await mesh.engine.cancelled()).request_id) == of_client(job.request.request_id)
         await mesh.engine.say(job, finish=generation_pb2.FINISH_REASON_CANCELLED)
         assert "data: [DONE]" in [line async for line in lines]
 
@@ -443,7 +444,7 @@ async def test_the_timeout_is_the_requests() -> None:
         async with meanwhile(mesh.http.post(CHAT, json={"messages": HI, "timeout": 0.2})) as call:
             job = await mesh.engine.job()
         assert call.result().status_code == 504
-        assert (await mesh.engine.cancelled()).request_id == job.request.request_id
+        assert of_client((await mesh.engine.cancelled()).request_id) == of_client(job.request.request_id)
 
 
 async def test_a_call_in_one_piece_does_not_wait_for_ever() -> None:
@@ -452,7 +453,7 @@ async def test_a_call_in_one_piece_does_not_wait_for_ever() -> None:
         async with meanwhile(mesh.http.post(CHAT, json={"messages": HI})) as call:
             job = await mesh.engine.job()
         assert call.result().status_code == 504
-        assert (await mesh.engine.cancelled()).request_id == job.request.request_id
+        assert of_client((await mesh.engine.cancelled()).request_id) == of_client(job.request.request_id)
         for more in ({"stream": True}, {"timeout": 50}):
             async with meanwhile(mesh.http.post(CHAT, json={"messages": HI} | more)) as call:
                 job = await mesh.engine.job()
@@ -499,9 +500,9 @@ async def test_a_client_that_leaves_ends_its_request(stream: bool, when: str) ->
             await open_requests(mesh, 0)
             tokenizer.open.set()
             await mesh.client.submit("hi", request_id="next")
-            assert (await mesh.engine.job()).request.request_id == "next", "it was never published"
+            assert of_client((await mesh.engine.job()).request.request_id) == "next", "it was never published"
         else:
-            assert (await mesh.engine.cancelled()).request_id == job.request.request_id
+            assert of_client((await mesh.engine.cancelled()).request_id) == of_client(job.request.request_id)
 
 
 async def open_requests(mesh: Mesh, count: int) -> None:
@@ -520,7 +521,7 @@ async def test_a_request_may_outlive_its_connection() -> None:
             call.cancel()
         await open_requests(mesh, 0)
         await mesh.client.cancel("a-probe")
-        assert (await mesh.engine.cancelled()).request_id == "a-probe"
+        assert of_client((await mesh.engine.cancelled()).request_id) == "a-probe"
 
 
 @pytest.mark.parametrize("body", [{"prompt": "hi"}, {"prompt": ["hi", "ho"], "stream": True}])
@@ -536,7 +537,9 @@ async def test_one_bad_prompt_ends_the_others() -> None:
     async with open_mesh() as mesh:
         error = await refused(mesh, COMPLETION, {"prompt": ["ok", "x" * CONTEXT]}, 400)
         assert error["param"] == "prompt"
-        assert (await mesh.engine.cancelled()).request_id == (await mesh.engine.job()).request.request_id
+        assert of_client((await mesh.engine.cancelled()).request_id) == of_client(
+            (await mesh.engine.job()).request.request_id
+        )
 
 
 async def test_one_failed_prompt_ends_the_others() -> None:
@@ -546,8 +549,8 @@ async def test_one_failed_prompt_ends_the_others() -> None:
             job, other = await mesh.engine.job(), await mesh.engine.job()
             await mesh.engine.say(job, [5000])
         assert call.result().status_code == 502
-        cancelled = {(await mesh.engine.cancelled()).request_id for _ in range(2)}
-        assert cancelled == {job.request.request_id, other.request.request_id}
+        cancelled = {of_client((await mesh.engine.cancelled()).request_id) for _ in range(2)}
+        assert cancelled == {of_client(job.request.request_id), of_client(other.request.request_id)}
 
 
 async def test_the_tokenizers_refusal_is_400() -> None:

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import openai
 import pytest
 
+from holdfast.ids import of_client
 from tests.gateway.doubles import EOS, LENGTH, MODEL, STOP, Mesh, ids, open_mesh
 
 
@@ -159,4 +160,4 @@ async def test_leaving_a_stream_ends_the_request() -> None:
             async for chunk in stream:
                 assert chunk.choices[0].text == "so far"
                 break
-        assert (await mesh.engine.cancelled()).request_id == job.request.request_id
+        assert of_client((await mesh.engine.cancelled()).request_id) == of_client(job.request.request_id)

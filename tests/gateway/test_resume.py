@@ -14,6 +14,7 @@ from holdfast import rpc
 from holdfast.bus import MAX_RECORD_BYTES
 from holdfast.errors import HoldfastError, InvalidRequest, NotFound, StreamFailed, from_rpc_error
 from holdfast.events import Accepted, Event, Finished, FinishReason, Resumed, Tokens, Usage, event_from_wire
+from holdfast.ids import of_client
 from holdfast.memory import MemoryBus
 from holdfast.topics import TOKENS
 from holdfast.v1 import gateway_pb2 as pb
@@ -78,7 +79,9 @@ async def test_a_stream_goes_on_at_another_gateway_when_the_first_is_gone(open_b
             await mesh.first.life.aclose()
         await mesh.engine.say(job, "two ")
         async with resumed(mesh.second, before.cursor) as events:
-            assert await anext(events) == Resumed(job.request.request_id, before.cursor, 2, next_index=(4,), ended=())
+            assert await anext(events) == Resumed(
+                of_client(job.request.request_id), before.cursor, 2, next_index=(4,), ended=()
+            )
             meanwhile = await anext(events)
             assert isinstance(meanwhile, Tokens)
             assert (meanwhile.text, meanwhile.first_index) == ("two ", 4)
@@ -113,7 +116,7 @@ async def test_a_stream_can_be_read_from_every_event_on(open_bus: OpenBus) -> No
                 assert text_of(more) == text_of(seen[index + 1 :])
                 assert more[-1:] == seen[index + 1 :][-1:]
         assert await rest(mesh.second, seen[-1].cursor) == [
-            Resumed(job.request.request_id, seen[-1].cursor, 2, next_index=(4,), ended=(0,))
+            Resumed(of_client(job.request.request_id), seen[-1].cursor, 2, next_index=(4,), ended=(0,))
         ]
 
 
@@ -235,7 +238,7 @@ async def test_a_submitted_request_has_a_result(open_bus: OpenBus) -> None:
         with pytest.raises(InvalidRequest, match="wait must be above 0"):
             await mesh.second.client.result(submitted.cursor, wait=0)
         await mesh.first.client.cancel("a-probe")
-        assert (await mesh.engine.cancelled()).request_id == "a-probe", "nobody was cancelled before"
+        assert of_client((await mesh.engine.cancelled()).request_id) == "a-probe", "nobody was cancelled before"
 
 
 async def test_leaving_a_resumed_stream_cancels_where_the_request_said_so(open_bus: OpenBus) -> None:
@@ -248,11 +251,11 @@ async def test_leaving_a_resumed_stream_cancels_where_the_request_said_so(open_b
                 async with resumed(mesh.second, accepted.cursor) as events:
                     await anext(events)
                 if asked:
-                    assert (await mesh.engine.cancelled()).request_id == job.request.request_id
+                    assert of_client((await mesh.engine.cancelled()).request_id) == of_client(job.request.request_id)
                 await mesh.engine.say(job, "x", finish=LENGTH)
                 await answer.read()
         await mesh.first.client.cancel("a-probe")
-        assert (await mesh.engine.cancelled()).request_id == "a-probe"
+        assert of_client((await mesh.engine.cancelled()).request_id) == "a-probe"
 
 
 async def test_an_error_of_the_engine_comes_after_resuming_too(open_bus: OpenBus) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from holdfast.ids import of_client
 from holdfast.memory import MemoryBus
 from holdfast.v1 import generation_pb2
 from tests.gateway.doubles import CURSORS, EOS, LENGTH, STOP, Two, ids, two_gateways
@@ -71,7 +72,7 @@ async def test_a_chat_goes_on_at_another_gateway(mesh: Two) -> None:
     response = await mesh.second.http.post(CHAT, json=body | {"stream": True}, headers={"last-event-id": cursor})
     (text_id, _, text), (_, _, last), (_, _, usage), (_, _, done) = events(response.text)
     assert text["choices"][0]["delta"] == {"content": "two"}
-    assert {text["id"], last["id"], response.headers["x-request-id"]} == {job.request.request_id}
+    assert {text["id"], last["id"], response.headers["x-request-id"]} == {of_client(job.request.request_id)}
     assert CURSORS.decode(text_id).places[0].prefix.count == 8
     assert last["choices"][0]["finish_reason"] == "stop"
     assert usage["usage"]["completion_tokens"] == 8

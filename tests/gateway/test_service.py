@@ -17,6 +17,7 @@ from structlog.testing import capture_logs
 
 from holdfast import __version__, rpc
 from holdfast.errors import CannotListen, ConfigurationError, Unavailable
+from holdfast.ids import of_client
 from holdfast.memory import MemoryBus
 from holdfast.settings import load
 from holdfast.topics import TOPICS, Topic
@@ -298,7 +299,9 @@ async def test_what_does_not_end_in_time_is_ended(caplog: pytest.LogCaptureFixtu
             call = await channels.enter_async_context(rpc.streaming(stub.Generate(request)))
             posted = group.create_task(web.post(f"http://{addresses.http}/v1/completions", json={"prompt": "hi"}))
             jobs = [await engine.job(), await engine.job()]
-        assert {(await engine.cancelled()).request_id for _ in jobs} == {job.request.request_id for job in jobs}
+        assert {of_client((await engine.cancelled()).request_id) for _ in jobs} == {
+            of_client(job.request.request_id) for job in jobs
+        }
         with pytest.raises(grpc.aio.AioRpcError):
             async for _ in call:
                 pass

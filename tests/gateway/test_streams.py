@@ -11,6 +11,7 @@ import pytest
 from holdfast.bus import Reader, Record, TopicPartition
 from holdfast.errors import Unavailable
 from holdfast.events import Tokens
+from holdfast.ids import of_client
 from holdfast.memory import MemoryBus
 from holdfast.topics import TOKENS
 from tests.gateway.doubles import LENGTH, Mesh, open_mesh
@@ -126,4 +127,4 @@ async def test_streams_break_where_the_log_stays_unreadable() -> None:
             await mesh.engine.say(await mesh.engine.job(), "again", finish=LENGTH)
             assert await answer.read() == "again"
         await mesh.client.cancel("a-probe")
-        assert (await mesh.engine.cancelled()).request_id == "a-probe"
+        assert of_client((await mesh.engine.cancelled()).request_id) == "a-probe"

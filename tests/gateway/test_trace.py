@@ -10,6 +10,7 @@ import pytest
 
 from holdfast.cli import main
 from holdfast.errors import InvalidRequest, NotFound
+from holdfast.ids import of_client
 from holdfast.kafka import KafkaBus
 from holdfast.memory import MemoryBus
 from holdfast.timeline import Kind
@@ -39,7 +40,7 @@ async def test_a_request_is_found_by_its_id_and_by_any_cursor() -> None:
         assert (accepted.facts["class"], accepted.facts["prompt_tokens"]) == ("batch", len("second"))
         assert "2 requests had that id" in " ".join(lines)
         events = await trace(mesh.bus, cursor=cursor)
-        assert events[0].facts["request_id"] == other.request.request_id
+        assert events[0].facts["request_id"] == of_client(other.request.request_id)
         assert [event.facts["epoch"] for event in events if event.kind is Kind.OWNER] == [3, 4]
 
 

@@ -9,6 +9,7 @@ import grpc
 import pytest
 
 from holdfast.errors import InvalidRequest, NotFound, from_rpc_error
+from holdfast.ids import of_client
 from holdfast.v1 import gateway_pb2 as pb
 from holdfast.v1.generation_pb2 import SamplingParams, StopRules
 from holdfast.v1.tokenizer_pb2 import ChatInput, ChatMessage, TokenIds
@@ -116,7 +117,7 @@ async def test_every_bad_field_is_refused_by_name() -> None:
             assert ours.field == field, changes
             assert says in str(ours), changes
         accepted = await mesh.client.submit("good", request_id="good")
-        assert (await mesh.engine.job()).request.request_id == accepted.request_id == "good"
+        assert of_client((await mesh.engine.job()).request.request_id) == accepted.request_id == "good"
 
 
 async def test_too_many_biases_are_refused() -> None:
