@@ -587,7 +587,9 @@ def dead(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print(json_format.MessageToJson(letter, indent=None, preserving_proto_field_name=True))
         else:
-            print(f"{letter.given_up_at.ToDatetime():%Y-%m-%d %H:%M:%S}  {ids.of_client(letter.request_id)}: {letter.reason}")
+            print(
+                f"{letter.given_up_at.ToDatetime():%Y-%m-%d %H:%M:%S}  {ids.of_client(letter.request_id)}: {letter.reason}"
+            )
     return 0
 
 

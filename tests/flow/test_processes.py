@@ -17,7 +17,7 @@ from holdfast.client import Client
 from holdfast.events import Finished, FinishReason, Tokens
 from holdfast.v1 import engine_pb2_grpc
 from services.gateway.watch import NO_ENGINE
-from tests.flow.mesh import ANYWHERE, PATIENCE, Engine, Process, process
+from tests.flow.mesh import ANYWHERE, PATIENCE, Engine, Process, is_idle, process
 
 LENGTH = 199
 """Tokens of the published text."""
@@ -33,6 +33,8 @@ class Processes:
     gateway: Process
     tokenizer: Process
     engines: list[tuple[Process, Engine]]
+    log: dict[str, str]
+    """Flags that make one more service a part of it."""
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ async def mesh(kafka: str, stories260k: Path) -> AsyncIterator[Processes]:
         for engine in started:
             channel = await enter(rpc.channel((await engine.addresses())["address"]))
             engines.append((engine, Engine(engine_pb2_grpc.EngineServiceStub(channel))))
-        yield Processes(client=client, gateway=gateway, tokenizer=tokenizer, engines=engines)
+        yield Processes(client=client, gateway=gateway, tokenizer=tokenizer, engines=engines, log=log)
 
 
 async def story(client: Client) -> str:
@@ -74,16 +76,18 @@ async def test_four_processes_stream_the_published_text_and_engines_share_the_wo
         assert await part.stop() == 0
 
 
-async def listen(client: Client) -> str:
+async def listen(client: Client, max_tokens: int = LENGTH, request_id: str = "") -> str:
     """A story, its tokens counted. The client itself proves that there is no gap and no duplicate."""
     text, num_tokens = "", 0
-    async with client.generate(token_ids=[1], max_tokens=LENGTH, temperature=0, timeout=120) as answer:
+    async with client.generate(
+        token_ids=[1], max_tokens=max_tokens, temperature=0, timeout=120, request_id=request_id
+    ) as answer:
         async for event in answer:
             if isinstance(event, Tokens):
                 text += event.text
                 num_tokens += event.num_tokens
             if isinstance(event, Finished):
-                assert (event.reason, num_tokens) == (FinishReason.LENGTH, LENGTH)
+                assert (event.reason, num_tokens) == (FinishReason.LENGTH, max_tokens)
     return text
 
 
@@ -109,6 +113,32 @@ async def test_streams_survive_an_engine_that_freezes_and_one_that_dies(mesh: Pr
         second.kill()
     assert [stream.result() for stream in streams] == [published] * 32
     assert (await first_engine.load()).num_generated_tokens > 0
+
+
+async def test_an_id_that_two_gateways_were_given_is_two_requests_even_where_an_engine_dies(
+    mesh: Processes, published: str
+) -> None:
+    """Sixteen ids, each at both of them for a text of another length: each client reads its own to the end. Neither
+    gateway can know what the other accepted, and whoever takes the requests over reads them in any order."""
+    (_, survivor), (doomed, engine) = mesh.engines
+    tokenizer = (await mesh.tokenizer.addresses())["address"]
+    async with (
+        process(
+            "gateway", address=ANYWHERE, http_address=ANYWHERE, tokenizer=tokenizer, drain_seconds=1, **mesh.log
+        ) as beside,
+        Client((await beside.addresses())["grpc"]) as client,
+        asyncio.TaskGroup() as tasks,
+    ):
+        names = [f"story-{number}" for number in range(16)]
+        whole = [tasks.create_task(listen(mesh.client, request_id=name)) for name in names]
+        half = [tasks.create_task(listen(client, LENGTH // 2, request_id=name)) for name in names]
+        await engine.until(lambda load: load.num_running > 0)
+        doomed.kill()
+    assert [stream.result() for stream in whole] == [published] * 16
+    beginnings = {stream.result() for stream in half}
+    assert len(beginnings) == 1
+    assert published.startswith(beginnings.pop())
+    await survivor.until(is_idle)
 
 
 async def missing(mesh: Processes) -> dict[str, str]:
