@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -27,6 +28,17 @@ def missing(what: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(f"{what}, and CI is set")
     pytest.skip(what)
+
+
+def complaints(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was logged in this test. Not what grpc's poller, one for the whole process, says where it delivers something to
+    the event loop of an earlier test, which is closed."""
+    return [record.getMessage() for record in caplog.records if not _is_late(record)]
+
+
+def _is_late(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return "PollerCompletionQueue" in record.getMessage() and str(error) == "Event loop is closed"
 
 
 @pytest.fixture(scope="session")
