@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 
 from benchmarks.chaos import faults, findings, fleet
-from benchmarks.chaos.clients import Clients, tasks, undisturbed
+from benchmarks.chaos.clients import Clients, tasks, undisturbed, variants
 from benchmarks.chaos.command import Findings, add_options, folder_of, report_of, run
 from benchmarks.chaos.faults import Fault
 from benchmarks.options import above_zero, at_least
@@ -25,7 +25,8 @@ async def measure(options: argparse.Namespace) -> Findings:
     flags = [*fleet.ENGINE_FLAGS, *options.engine_flags]
     model, folder = models.resolve(options.model), folder_of(options)
     async with fleet.running(model, shape, engine=flags, folder=folder) as mesh:
-        expected = await undisturbed(mesh.addresses[0], tasks(options.lengths))
+        plain = await undisturbed(mesh.addresses[0], tasks(options.lengths))
+        expected = plain | await undisturbed(mesh.addresses[0], variants(plain))
         clients = Clients(mesh.addresses, expected, seed=options.seed)
         streaming = asyncio.create_task(clients.run(options.clients, pause=options.pause))
         happened = await break_things(mesh, chosen, options)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from holdfast.client import Answer, Client
+from holdfast.client import Answer, Client, Options
 from holdfast.errors import HoldfastError, RetryableError
 from holdfast.events import Accepted, Event, Finished, Tokens
 
@@ -33,10 +33,25 @@ class Task(NamedTuple):
 
     prompt: str
     max_tokens: int
+    stop: str = ""
+    frequency_penalty: float = 0.0
+    num_choices: int = 1
+
+    @property
+    def options(self) -> Options:
+        """As a client gives them."""
+        return Options(
+            max_tokens=self.max_tokens,
+            stop=[self.stop] if self.stop else [],
+            frequency_penalty=self.frequency_penalty,
+            num_choices=self.num_choices,
+            temperature=0,
+            return_token_ids=True,
+        )
 
 
 class Text(NamedTuple):
-    """An answer."""
+    """An answer; of several choices each, for nothing is drawn."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -46,6 +61,20 @@ def tasks(lengths: Sequence[int]) -> list[Task]:
     """All that clients ask for."""
     prompts = [f"Once upon a time there was a {who} that {did}" for who in WHO for did in DID]
     return [Task(prompt, length) for prompt, length in itertools.product(prompts, lengths)]
+
+
+def variants(plain: Mapping[Task, Text]) -> list[Task]:
+    """The same tasks so that a new owner must know more than their tokens: with a stop string that the text has in its
+    second half, with a penalty of what was said before, and as two choices."""
+    return [
+        variant
+        for task, (text, _) in plain.items()
+        for variant in (
+            task._replace(stop=text[len(text) * 3 // 5 :][:8]),
+            task._replace(frequency_penalty=0.5),
+            task._replace(num_choices=2),
+        )
+    ]
 
 
 @dataclass(slots=True)
@@ -125,7 +154,7 @@ class Clients:
                 stream.num_returns += 1
                 await asyncio.sleep(self._draw.uniform(0.0, AWAY))
                 cursor = await self._return(stream, events, cursor)
-            stream.failure = check(events, self._expected[stream.task])
+            stream.failure = check(events, self._expected[stream.task], num_choices=stream.task.num_choices)
         except HoldfastError as error:
             said = f"{type(error).__name__}: {error}"
             if stream.accepted:
@@ -139,13 +168,7 @@ class Clients:
     async def _begin(self, stream: Stream, events: list[Event], leave_at: int | None) -> str:
         """Returns the cursor at which the client left; none where it stayed to the end."""
         async with Client(self._known()) as client:
-            answer = client.generate(
-                stream.task.prompt,
-                max_tokens=stream.task.max_tokens,
-                temperature=0,
-                return_token_ids=True,
-                cancel_on_exit=False,
-            )
+            answer = client.generate(stream.task.prompt, cancel_on_exit=False, **stream.task.options)
             return await self._listen(answer, stream, events, leave_at)
 
     async def _return(self, stream: Stream, events: list[Event], cursor: str) -> str:
@@ -174,8 +197,16 @@ class Clients:
         return ""
 
 
-def check(events: Sequence[Event], expected: Text) -> str:
-    """What is wrong with an answer; nothing where it is as it should be, token by token."""
+def check(events: Sequence[Event], expected: Text, *, num_choices: int = 1) -> str:
+    """What is wrong with an answer; nothing where each choice is as it should be, token by token."""
+    choices: list[list[Tokens | Finished]] = [[] for _ in range(num_choices)]
+    for event in events:
+        if isinstance(event, Tokens | Finished):
+            choices[event.choice].append(event)
+    return next(filter(None, (_check_choice(choice, expected) for choice in choices)), "")
+
+
+def _check_choice(events: Sequence[Tokens | Finished], expected: Text) -> str:
     token_ids: list[int] = []
     text = ""
     for event in events:
@@ -193,17 +224,14 @@ def check(events: Sequence[Event], expected: Text) -> str:
 
 
 async def undisturbed(address: str, wanted: Sequence[Task]) -> dict[Task, Text]:
-    """The answers of a mesh that nobody disturbs."""
+    """The answers of a mesh that nobody disturbs, each alone. Raises ValueError where two choices of one differ."""
     expected = {}
     async with Client(address) as client:
         for task in wanted:
-            events = [
-                event
-                async for event in client.generate(
-                    task.prompt, max_tokens=task.max_tokens, temperature=0, return_token_ids=True
-                )
-                if isinstance(event, Tokens)
-            ]
-            token_ids = tuple(each for event in events for each in event.token_ids)
-            expected[task] = Text("".join(event.text for event in events), token_ids)
+            events = [event async for event in client.generate(task.prompt, **task.options)]
+            first = [event for event in events if isinstance(event, Tokens) and event.choice == 0]
+            token_ids = tuple(each for event in first for each in event.token_ids)
+            expected[task] = Text("".join(event.text for event in first), token_ids)
+            if wrong := check(events, expected[task], num_choices=task.num_choices):
+                raise ValueError(f"{task}: where nobody disturbs it, {wrong}")
     return expected

@@ -6,11 +6,12 @@ import asyncio
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos.clients import Clients, Stream, Task, Text, check
+from benchmarks.chaos.clients import Clients, Stream, Task, Text, check, variants
 from benchmarks.chaos.faults import KINDS, Fault, plan
 from benchmarks.chaos.findings import broken, effects
 from benchmarks.mesh import ROOT
@@ -48,6 +49,24 @@ def test_the_whole_text_passes() -> None:
 def test_every_other_text_is_found(events: list[Tokens | Finished], wrong: str) -> None:
     """Lost, doubled, another, cut off, decoded otherwise, without an end."""
     assert check(events, EXPECTED) == wrong
+
+
+def test_each_choice_is_checked_alone() -> None:
+    """However they come among each other; one that lacks its end, or never came, is found."""
+    first = [tokens(0, 1, 2, text="a b"), tokens(2, 3, text=" c"), END]
+    second = [replace(event, choice=1) for event in first]
+    mixed = [event for pair in zip(second, first, strict=True) for event in pair]
+    assert check(mixed, EXPECTED, num_choices=2) == ""
+    assert check(mixed[:-2] + mixed[-1:], EXPECTED, num_choices=2) == "it has not one end"
+    assert check(first, EXPECTED, num_choices=2) == "it has not one end"
+
+
+def test_variants_stop_within_the_text() -> None:
+    """In its second half, so that there is something before it to lose."""
+    text = "Once upon a time there was a girl who went to the park."
+    stopped, penalized, two = variants({TASK: Text(text, ())})
+    assert text.index(stopped.stop) > len(text) // 2
+    assert (penalized.frequency_penalty > 0, two.num_choices) == (True, 2)
 
 
 def test_a_silence_is_counted_from_the_fault() -> None:
