@@ -7,11 +7,24 @@ it there, and is shown without them. Ids that a gateway draws are the same in bo
 
 from __future__ import annotations
 
+import re
 import secrets
 from typing import Final
 
+from holdfast.errors import InvalidRequest
+
 MARK: Final = "~"
 """Between the two; no id of a client has it."""
+
+_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+
+
+def check(request_id: str, *, field: str = "request_id") -> None:
+    """Raises InvalidRequest unless a client may call a request so."""
+    if not _ID.fullmatch(request_id):
+        given = repr(request_id if len(request_id) <= 40 else request_id[:40] + "...")
+        name = field.rpartition(".")[2]
+        raise InvalidRequest(f"{name} must be 1 to 128 characters of A-Z a-z 0-9 _ . : -, not {given}", field=field)
 
 
 def in_log(request_id: str) -> str:

@@ -256,10 +256,10 @@ class Timeline:
         self.events.append(Event(at_ms, kind, what, facts))
 
 
-def cancels(request: pb.GenerationRequest, records: Iterable[Record]) -> Iterator[Event]:
-    """What records of the control topic wish of a request, or of whichever has its id."""
+def cancels(request: pb.GenerationRequest, records: Iterable[Record], *, since_ms: int) -> Iterator[Event]:
+    """What records of the control topic wish of a request, or of whichever has its id, since the log got it."""
     for record, wish in readable(records, pb.Cancel):
-        is_meant = accepted_at_of(wish) in (None, accepted_at_of(request))
+        is_meant = record.timestamp_ms >= since_ms and accepted_at_of(wish) in (None, accepted_at_of(request))
         if wish.request_id in (request.request_id, ids.of_client(request.request_id)) and is_meant:
             choice = wish.choice if wish.HasField("choice") else None
             yield Event(

@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError
 from holdfast import ids
 from holdfast.bus import Bus, Record, TopicPartition
 from holdfast.errors import InvalidRequest, NotFound, Unavailable
+from holdfast.records import readable
 from holdfast.timeline import Event, Timeline, cancels, in_order, letters
 from holdfast.topics import CONTROL, DEAD, REQUESTS, TOKENS, Topic
 from holdfast.v1 import generation_pb2 as pb
@@ -24,11 +25,11 @@ Tell = Callable[[str], object]
 
 
 async def trace(bus: Bus, request_id: str = "", *, cursor: str = "", tell: Tell = lambda line: None) -> list[Event]:
-    """A request's life. By its id all request partitions are read, as far back as the log keeps them; by a cursor one
+    """A request's life. By its id, the client's or the log's, all request partitions are read, as far back as the log keeps them; by a cursor one
     record. Of several requests of one id it is that of the newest. `tell` is told in lines what takes long.
 
     Raises:
-        InvalidRequest: that is no cursor.
+        InvalidRequest: that is no cursor, or no id.
         NotFound: the log has no such request, or no longer.
         Unavailable: the log cannot be read.
     """
@@ -36,7 +37,11 @@ async def trace(bus: Bus, request_id: str = "", *, cursor: str = "", tell: Tell 
     timeline = Timeline(record)
     await _read_answer(bus, timeline, tell)
     request = timeline.request
-    beside = [*cancels(request, await whole(bus, CONTROL)), *letters(request.request_id, await whole(bus, DEAD))]
+    since_ms = record.timestamp_ms
+    beside = [
+        *cancels(request, await whole(bus, CONTROL), since_ms=since_ms),
+        *letters(request.request_id, await whole(bus, DEAD)),
+    ]
     return in_order(timeline.ended(), beside)
 
 
@@ -57,10 +62,16 @@ async def _at(bus: Bus, cursor: str) -> Record:
 
 
 async def _by_id(bus: Bus, request_id: str, tell: Tell) -> Record:
+    called = ids.of_client(request_id)
+    ids.check(called)
     places = {partition: await bus.kept(partition) for topic in REQUESTS.values() for partition in topic.partitions}
     number = sum(map(len, places.values()))
     tell(f"looking through {number} requests of {len(places)} partitions")
-    found = [record async for record in _read(bus, places) if record.key == request_id.encode()]
+    found = [record async for record in _read(bus, places) if record.key == called.encode()]
+    if request_id != called:
+        found = [
+            record for record, request in readable(found, pb.GenerationRequest) if request.request_id == request_id
+        ]
     if not found:
         raise NotFound(f"the log holds no request {request_id}; it keeps requests for a day")
     if len(found) > 1:

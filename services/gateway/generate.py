@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from opentelemetry.context import Context
 
+from holdfast import ids
 from holdfast.accept import Source
 from holdfast.bus import Bus
 from holdfast.errors import ConfigurationError, InvalidRequest, RequestTooLarge, Unavailable
@@ -34,7 +35,6 @@ from services.gateway.streams import Streams
 from services.gateway.submissions import Submissions
 from services.gateway.tails import Tails
 from services.gateway.tokenizer import Tokenizer
-from services.gateway.validation import check_request_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,20 @@ class Call:
     """Most tokens of each choice where the request does not say; None for what the context leaves."""
     moves: Moves = Moves.NEVER
     """When whoever reads the answer goes on elsewhere, if this gateway stops."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A request that the log may get."""
+
+    admitted: Admitted
+    prompt_ids: list[int]
+    answer: Answer
+    streams: Streams
+    """That its answer will come to."""
+    backlog: Backlog
+    entry: Entry
+    seen: Observation
 
 
 class Gateway:
@@ -97,22 +111,17 @@ class Gateway:
     async def generate(self, request: gateway_pb2.GenerateRequest, call: Call) -> AsyncIterator[Answer]:
         """The answer to a request. The block is entered once the log has the request; leaving it before the answer's
         end cancels the request, or not, as it asks."""
-        async with self._admitted(request, call) as (admitted, streams, seen):
-            backlog = self._backlogs[admitted.request_class]
-            with backlog.entering() as entry:
-                prompt_ids = await self._tokenize(admitted, call, seen)
-                partition = self._route(admitted, prompt_ids, entry)
-                answer = self._answer(admitted, prompt_ids, partition, streams, spelled=call.spelled)
-                with streams.open(answer):
-                    answer.published(await self._publish(admitted, prompt_ids, partition, streams, seen))
-                    backlog.published(entry)
-                    seen.answer = answer
-                    try:
-                        with answer.expiring(admitted.time_left()), self._handover.of(answer, call.moves):
-                            yield answer
-                    finally:
-                        if answer.is_answered:
-                            backlog.answered(entry)
+        async with self._prepared(request, call) as prepared:
+            answer = prepared.answer
+            with prepared.streams.open(answer):
+                await self._publish(prepared)
+                prepared.seen.answer = answer
+                try:
+                    with answer.expiring(prepared.admitted.time_left()), self._handover.of(answer, call.moves):
+                        yield answer
+                finally:
+                    if answer.is_answered:
+                        prepared.backlog.answered(prepared.entry)
 
     async def submit(self, request: gateway_pb2.GenerateRequest, call: Call) -> Accepted:
         """Has a request run in the background; returns once the log has it. Asked again in the same words under the same
@@ -125,15 +134,10 @@ class Gateway:
                 "cancel_on_disconnect must be false: a submitted request has no connection",
                 field="request.cancel_on_disconnect",
             )
-        async with self._admitted(request, call) as (admitted, streams, seen):
-            backlog = self._backlogs[admitted.request_class]
-            with backlog.entering() as entry:
-                prompt_ids = await self._tokenize(admitted, call, seen)
-                partition = self._route(admitted, prompt_ids, entry)
-                answer = self._answer(admitted, prompt_ids, partition, streams)
-                answer.published(await self._publish(admitted, prompt_ids, partition, streams, seen))
-                backlog.published(entry)
-        return Accepted(admitted.request_id, cursor=answer.cursor, prompt_tokens=len(prompt_ids))
+        async with self._prepared(request, call) as prepared:
+            await self._publish(prepared)
+        answer = prepared.answer
+        return Accepted(answer.request_id, cursor=answer.cursor, prompt_tokens=answer.prompt_tokens)
 
     @asynccontextmanager
     async def resume(self, cursor: str, call: Call, *, only_ask: bool = False) -> AsyncIterator[Resumption]:
@@ -164,12 +168,24 @@ class Gateway:
 
     async def cancel(self, request_id: str) -> None:
         """Has a request end, wherever it runs; returns once the log has the wish."""
-        check_request_id(request_id)
+        ids.check(request_id)
         await self._canceller.cancel(request_id, "a client asked for it")
 
     def models(self) -> list[Model]:
         """The models that this mesh serves."""
         return [self._tokenizer.model]
+
+    @asynccontextmanager
+    async def _prepared(self, request: gateway_pb2.GenerateRequest, call: Call) -> AsyncIterator[_Prepared]:
+        """The request, admitted, tokenized and with a partition to go to; leaving the block gives its place back."""
+        async with self._admitted(request, call) as (admitted, streams, seen):
+            backlog = self._backlogs[admitted.request_class]
+            with backlog.entering() as entry:
+                prompt_ids = await self._tokenize(admitted, call, seen)
+                partition = self._routing.choose(admitted.request_class, prompt_ids, backlog.loads, backlog.full)
+                backlog.goes_to(entry, partition)
+                answer = self._answer(admitted, prompt_ids, partition, streams, spelled=call.spelled)
+                yield _Prepared(admitted, prompt_ids, answer, streams, backlog, entry, seen)
 
     @asynccontextmanager
     async def _admitted(
@@ -201,27 +217,41 @@ class Gateway:
             rules.max_tokens = min(call.default_max_tokens, model.context_length - len(prompt_ids))
         return prompt_ids
 
-    def _route(self, admitted: Admitted, prompt_ids: list[int], entry: Entry) -> int:
-        backlog = self._backlogs[admitted.request_class]
-        partition = self._routing.choose(admitted.request_class, prompt_ids, backlog.loads, backlog.full)
-        backlog.goes_to(entry, partition)
-        return partition
+    async def _publish(self, prepared: _Prepared) -> None:
+        """Returns once the log has the request."""
+        admitted, answer = prepared.admitted, prepared.answer
+        record = self._record(prepared)
+        partition = REQUESTS[admitted.request_class].partition(answer.source.partition)
+        with prepared.seen.phase("publish") as span, self._cancelled_if_unknown(admitted):
+            try:
+                async with asyncio.timeout(self._settings.log_seconds):
+                    offset = await self._bus.publish(
+                        partition,
+                        record.SerializeToString(),
+                        key=admitted.request_id.encode(),
+                        headers=inject(span),
+                    )
+            except TimeoutError as error:
+                raise Unavailable(
+                    f"the log did not take the request within {self._settings.log_seconds:g} seconds; it may not have been accepted"
+                ) from error
+        answer.published(offset)
+        prepared.backlog.published(prepared.entry)
 
-    async def _publish(
-        self, admitted: Admitted, prompt_ids: list[int], partition: int, streams: Streams, seen: Observation
-    ) -> int:
-        """Returns once the log has the request: its offset."""
+    def _record(self, prepared: _Prepared) -> pb.GenerationRequest:
+        """The request as the log gets it."""
+        admitted, start = prepared.admitted, prepared.answer.mark
         record = pb.GenerationRequest(
             request_id=admitted.log_id,
             model=self._tokenizer.model.name,
             request_class=admitted.request_class,
-            prompt_token_ids=prompt_ids,
+            prompt_token_ids=prepared.prompt_ids,
             sampling=admitted.request.sampling,
             stop=admitted.request.stop,
             num_choices=admitted.num_choices,
-            reply_partition=streams.reply_partition,
-            reply_start_offset=streams.position,
-            reply_start_epoch=streams.epochs.highest(Source(admitted.request_class, partition)),
+            reply_partition=prepared.streams.reply_partition,
+            reply_start_offset=start.offset,
+            reply_start_epoch=start.epoch,
             presentation=pb.Presentation(
                 cancel_on_disconnect=admitted.request.cancel_on_disconnect,
                 return_token_ids=admitted.request.return_token_ids,
@@ -232,20 +262,7 @@ class Gateway:
         record.accepted_at.FromNanoseconds(admitted.accepted_at)
         if admitted.deadline is not None:
             record.deadline.FromNanoseconds(round(admitted.deadline * 1e9))
-        topic = REQUESTS[admitted.request_class]
-        with seen.phase("publish") as span, self._cancelled_if_unknown(admitted):
-            try:
-                async with asyncio.timeout(self._settings.log_seconds):
-                    return await self._bus.publish(
-                        topic.partition(partition),
-                        record.SerializeToString(),
-                        key=admitted.request_id.encode(),
-                        headers=inject(span),
-                    )
-            except TimeoutError as error:
-                raise Unavailable(
-                    f"the log did not take the request within {self._settings.log_seconds:g} seconds; it may not have been accepted"
-                ) from error
+        return record
 
     @contextmanager
     def _cancelled_if_unknown(self, admitted: Admitted) -> Iterator[None]:

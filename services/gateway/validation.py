@@ -6,15 +6,14 @@ Every refusal names the field as the contract does (`sampling.temperature`), say
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from holdfast import ids
 from holdfast.errors import InvalidRequest, NotFound
 from holdfast.events import Model
 from holdfast.v1 import gateway_pb2, generation_pb2, tokenizer_pb2
 
-REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
@@ -59,7 +58,7 @@ def check_request(request: gateway_pb2.GenerateRequest, model: Model, *, max_pro
         NotFound: the mesh does not serve the model.
     """
     if request.request_id:
-        check_request_id(request.request_id)
+        ids.check(request.request_id)
     if request.model not in ("", model.name):
         raise NotFound(f"no model {request.model!r} here; this mesh serves {model.name!r}")
     _check_input(request, model, max_prompt_bytes)
@@ -69,12 +68,6 @@ def check_request(request: gateway_pb2.GenerateRequest, model: Model, *, max_pro
         raise _wrong("num_choices", request.num_choices, f"must be from 1 to {MAX_CHOICES}")
     if request.request_class not in generation_pb2.RequestClass.values():
         raise _wrong("request_class", request.request_class, "must be REQUEST_CLASS_INTERACTIVE (1) or _BATCH (2)")
-
-
-def check_request_id(request_id: str, *, field: str = "request_id") -> None:
-    """Raises InvalidRequest unless this can be a request's id."""
-    if not REQUEST_ID.fullmatch(request_id):
-        raise _wrong(field, _short(request_id), "must be 1 to 128 characters of A-Z a-z 0-9 _ . : -")
 
 
 def check_lengths(num_prompt: int, rules: generation_pb2.StopRules, model: Model, *, max_prompt: int | None) -> None:

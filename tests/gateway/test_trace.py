@@ -20,12 +20,16 @@ from tests.gateway.doubles import LENGTH, ByteTokenizer, open_face, open_mesh, p
 
 
 async def test_a_request_is_found_by_its_id_and_by_any_cursor() -> None:
-    """Among others, in either class; of an id that was used again it is the newest."""
+    """Among others, in either class; of an id that was used again it is the newest, and the log's own ids tell
+    them apart."""
     async with open_mesh() as mesh:
+        in_log = []
         for prompt in ("first", "second"):
             async with mesh.client.generate(prompt, request_id="mine", request_class="batch") as answer:
                 await anext(answer)
-                await mesh.engine.say(await mesh.engine.job(), prompt, finish=LENGTH)
+                job = await mesh.engine.job()
+                in_log.append(job.request.request_id)
+                await mesh.engine.say(job, prompt, finish=LENGTH)
                 assert await answer.read() == prompt
         async with mesh.client.generate("other") as answer:
             await anext(answer)
@@ -39,6 +43,7 @@ async def test_a_request_is_found_by_its_id_and_by_any_cursor() -> None:
         assert [event.kind for event in (owner, tokens, end)] == [Kind.OWNER, Kind.TOKENS, Kind.ENDED]
         assert (accepted.facts["class"], accepted.facts["prompt_tokens"]) == ("batch", len("second"))
         assert "2 requests had that id" in " ".join(lines)
+        assert (await trace(mesh.bus, in_log[0]))[0].facts["prompt_tokens"] == len("first")
         events = await trace(mesh.bus, cursor=cursor)
         assert events[0].facts["request_id"] == of_client(other.request.request_id)
         assert [event.facts["epoch"] for event in events if event.kind is Kind.OWNER] == [3, 4]
@@ -49,6 +54,8 @@ async def test_what_cannot_be_found_is_said() -> None:
     async with open_mesh() as mesh:
         with pytest.raises(NotFound, match="no request nobody"):
             await trace(mesh.bus, "nobody")
+        with pytest.raises(InvalidRequest, match="1 to 128 characters of .*, not 'two words'"):
+            await trace(mesh.bus, "two words")
         for cursor in ("AAAA", "!"):
             with pytest.raises(InvalidRequest, match="not a cursor"):
                 await trace(mesh.bus, cursor=cursor)

@@ -166,7 +166,7 @@ def test_unreadable_records_are_passed_over() -> None:
 
 
 def test_cancellations_stand_at_their_time() -> None:
-    """Between the tokens before and what came of them; those of other requests do not, even of its id."""
+    """Between the tokens before and what came of them; those of other requests do not, even of its id or before it."""
     log = Log()
     log.write(tokens([], [1]), epoch=7)
     log.write(tokens([1], [], finish="CANCELLED"), epoch=7)
@@ -178,7 +178,11 @@ def test_cancellations_stand_at_their_time() -> None:
     ]
     records = [Record(CONTROL.name, 0, 9 + i, START_MS + 1, wish.SerializeToString()) for i, wish in enumerate(wishes)]
     request = pb.GenerationRequest.FromString(request_record().value)
-    events = in_order(told(log), list(cancels(request, [*records, Record(CONTROL.name, 0, 12, START_MS, b"\xff")])))
+    records += [
+        Record(CONTROL.name, 0, 12, START_MS, b"\xff"),
+        Record(CONTROL.name, 0, 8, START_MS - 1, wishes[0].SerializeToString()),
+    ]
+    events = in_order(told(log), list(cancels(request, records, since_ms=START_MS)))
     assert kinds(events) == ["accepted", "owner", "tokens", "cancel", "cancel", "ended"]
     assert [event.what for event in events if event.kind is Kind.CANCEL] == [
         "all of it: the client left",
