@@ -15,6 +15,8 @@ What aiokafka 0.14 does beside what `holdfast.bus` promises, and what this modul
 * A full batch lets later sends overtake those that wait; so sends to one partition take turns.
 * Its consumers and its admin client take a coordinator that is not ready for one that knows no commits, and a consumer
   then goes to the beginning; so what is missing is asked for again, and members are sent to their positions.
+* On uvloop a connection that has just broken says RuntimeError, which it does not expect, and a consumer never recovers
+  from (aio-libs/aiokafka#1038); so connections here say what it expects.
 * Asking a broker for a topic's metadata may create it with one partition; so topics are looked up in the list of all.
 """
 
@@ -31,7 +33,7 @@ from typing import Any, Final, Self, TypeVar
 
 import aiokafka
 import structlog
-from aiokafka import errors
+from aiokafka import conn, errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment
@@ -76,6 +78,20 @@ GETMANY_MS: Final = 3_600_000
 
 GRACE_SECONDS: Final = 0.1
 """How much longer than asked a member's read may take, when its timeout ends in the middle of a rebalance."""
+
+
+class _Connection(conn.AIOKafkaConnection):  # type: ignore[misc]
+    """Takes a transport that is closed for a connection that is broken, as every kind of it is."""
+
+    def send(self, request: Any, expect_response: bool = True) -> Any:
+        try:
+            return super().send(request, expect_response)
+        except RuntimeError as error:
+            self.close(reason=conn.CloseReason.CONNECTION_BROKEN)
+            raise errors.KafkaConnectionError(f"Connection at {self.host}:{self.port} broken: {error}") from error
+
+
+conn.AIOKafkaConnection = _Connection  # aiokafka's clients connect by it, and have no other way to be told
 
 _NOWHERE: Final = aiokafka.TopicPartition("", 0)
 
@@ -475,7 +491,14 @@ class _Sender:
 
         limit = loop.call_later(self._timeout, expire)
         sent.add_done_callback(settle)
+        acked.add_done_callback(_seen)
         return acked
+
+
+def _seen(acked: asyncio.Future[int]) -> None:
+    """Who sent many records may stop at the first that failed: what became of the others is no news."""
+    if not acked.cancelled():
+        acked.exception()
 
 
 class _KafkaReader:

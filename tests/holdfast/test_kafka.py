@@ -12,10 +12,14 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import uvloop
 from aiokafka.conn import AIOKafkaConnection
+from aiokafka.errors import KafkaConnectionError
+from aiokafka.protocol.admin import ApiVersionRequest
 from aiokafka.protocol.metadata import MetadataRequest
 
 from deploy.kafka import broker
+from holdfast import kafka
 from holdfast.bus import Position
 from holdfast.errors import ConfigurationError, Unavailable
 from holdfast.kafka import KafkaBus
@@ -188,3 +192,22 @@ async def test_a_reader_cancelled_at_its_first_question_leaves_no_connection_ope
             await task
         assert connections
         assert not [connection for connection in connections if connection.connected()]
+
+
+def test_a_connection_that_has_just_broken_says_so_on_uvloop_too() -> None:
+    """There writing to it is a RuntimeError, of which a consumer of aiokafka dies, and with it its engine."""
+
+    async def write_to_a_broken_one() -> None:
+        async with await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0) as server:
+            host, port = server.sockets[0].getsockname()
+            connection = kafka.conn.AIOKafkaConnection(host, port)
+            connection._reader, connection._writer = await asyncio.open_connection(host, port)
+            connection._read_task = asyncio.create_task(asyncio.sleep(0))
+            connection._writer.transport.abort()
+            while "closed=True" not in str(connection._writer.transport):  # noqa: ASYNC110 - it tells nobody
+                await asyncio.sleep(0)
+            with pytest.raises(KafkaConnectionError, match="broken"):
+                connection.send(ApiVersionRequest())
+            assert not connection.connected()
+
+    uvloop.run(write_to_a_broken_one())
