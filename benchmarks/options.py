@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from benchmarks.report import Report
 from holdfast.errors import ConfigurationError, HoldfastError
 from services.engine.settings import EngineSettings
+from services.engine.weight_format import rules_of
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -70,6 +71,15 @@ def several_settings(text: str) -> str:
     """A type of options: several of them, separated by spaces. As they are given, which is what a report calls them."""
     for each in text.split():
         setting(each)
+    return text
+
+
+def rules(text: str) -> str:
+    """A type of options: rules of quantization, as they are given."""
+    try:
+        rules_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return text
 
 

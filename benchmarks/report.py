@@ -75,7 +75,8 @@ def _text(cell: Cell) -> str:
     if cell is None:
         return "–"
     if isinstance(cell, float):
-        return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:.1f}" if abs(cell) >= 100 else f"{cell:.2f}"
+        size = abs(cell)
+        return f"{cell:.3g}" if 0 < size < 0.1 else f"{cell:,.{0 if size >= 1000 else 1 if size >= 100 else 2}f}"
     return f"{cell:,}" if isinstance(cell, int) else cell
 
 

@@ -17,7 +17,15 @@ def named_files(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/delivery.md", "docs/load.md"]
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/architecture.md",
+        "docs/delivery.md",
+        "docs/load.md",
+        "docs/quantization.md",
+    ],
 )
 def test_every_file_that_a_page_names_exists(page: str) -> None:
     """The table of a request's life is kept true."""

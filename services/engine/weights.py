@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import threading
 import zlib
 from abc import ABC, abstractmethod
@@ -120,6 +121,10 @@ class Checkpoint(Weights):
     def names(self) -> frozenset[str]:
         """Every tensor of the folder."""
         return frozenset(self._files)
+
+    def num_values(self, name: str) -> int:
+        """How many numbers the tensor of this name, which is there, holds."""
+        return math.prod(self._files[name].get_slice(name).get_shape())  # type: ignore[no-untyped-call]
 
     def take(self, name: str, *shape: int | Part) -> Tensor:
         return self._read(name, shape).to(device=self.device, dtype=self.dtype)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import attribution, offline, options, quality
+from benchmarks import attribution, offline, options
+from benchmarks.quality import __main__ as quality
 from holdfast.errors import ConfigurationError, InternalError
 
 TEXT = ["--text", __file__]
@@ -26,6 +27,7 @@ TEXT = ["--text", __file__]
         (offline.main, ["--set", "nosuch=3"], "'nosuch=3' is no setting of an engine as name=value"),
         (attribution.main, ["--output", "4"], "'4' is no whole number from 8 on"),
         (quality.main, [*TEXT, "--chunk", "0"], "'0' is no whole number from 1 on"),
+        (quality.main, [*TEXT, "--sensitivity", "nosuch"], "'nosuch' is no rule; it must be one of none"),
         (quality.main, ["--text", "/nosuch"], "there is no file /nosuch"),
         (quality.main, [*TEXT, "--with", "dtype=float32 nosuch=3"], "'nosuch=3' is no setting of an engine"),
         (

@@ -27,11 +27,14 @@ def test_the_percentile_of_nothing_is_not_a_number() -> None:
 
 def test_a_table_lines_its_columns_up() -> None:
     """Names stand to the left, numbers to the right, with the digits that mean something."""
-    assert text_table(["", "ms"], [["first", 1.234], ["second", 12345.6], ["third", None]]).splitlines() == [
-        "            ms",
-        "first     1.23",
-        "second  12,346",
-        "third        –",
+    assert text_table(
+        ["", "ms"], [["first", 1.234], ["second", 12345.6], ["third", None], ["tiny", 0.00123]]
+    ).splitlines() == [
+        "             ms",
+        "first      1.23",
+        "second   12,346",
+        "third         –",
+        "tiny    0.00123",
     ]
 
 

@@ -66,7 +66,7 @@ class Decoder:
         self._invariant = weights.invariant
         self._embedding = Embedding(weights, "model.embed_tokens", vocab_size=spec.vocab_size, size=spec.hidden)
         self._rotary = Rotary(spec.rotary, device=weights.device)
-        self._layers = build_layers(
+        self.layers = build_layers(
             lambda index: Layer(weights.under(f"model.layers.{index}"), spec, layer=index),
             spec.layers,
             device=weights.device,
@@ -88,10 +88,28 @@ class Decoder:
     def forward(self, batch: Batch, cache: KVCache, out_RV: Tensor | None = None) -> Tensor:
         """The float32 logits of the rows to sample, [R, V], in `out_RV` where there is one. Writes the keys and values of
         the batch's tokens."""
+        shared = self.prepare(batch, cache)
+        x_NI = self.embed(batch)
+        for layer in self.layers:
+            x_NI = layer(x_NI, *shared)
+        return self.logits(x_NI, batch, out_RV)
+
+    def parts(self) -> dict[str, object]:
+        """What holds weights, by the names of the checkpoint; norms beside the layers apart. What is kept once is in both the
+        first and the last where these are one matrix."""
+        layers = {f"model.layers.{index}": layer for index, layer in enumerate(self.layers)}
+        return {"model.embed_tokens": self._embedding, **layers, "lm_head": self._head}
+
+    def prepare(self, batch: Batch, cache: KVCache) -> tuple[Angles, attention.AttentionPlan, KVCache]:
+        """What the layers share in this step."""
         plan = attention.plan(batch, cache, invariant=self._invariant)
-        angles = self._rotary(batch.positions_N)
-        x_NI = self._embedding(batch.token_ids_N)
-        for layer in self._layers:
-            x_NI = layer(x_NI, angles, plan, cache)
+        return self._rotary(batch.positions_N), plan, cache
+
+    def embed(self, batch: Batch) -> Tensor:
+        """What the first layer takes, [N, I]."""
+        return self._embedding(batch.token_ids_N)
+
+    def logits(self, x_NI: Tensor, batch: Batch, out_RV: Tensor | None = None) -> Tensor:
+        """The logits of `forward`, from what the last layer gave."""
         x_RI = x_NI if batch.sample_rows_R is None else x_NI[batch.sample_rows_R]
         return self._head(self._norm(x_RI, self._head.takes), out_RV)
