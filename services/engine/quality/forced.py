@@ -104,7 +104,7 @@ class Forced:
 
 
 def checked(log_probs_RV: Tensor, chunk: Chunk, *, name: str) -> Tensor:
-    """The same. Raises `ConfigurationError` where a row is not a number; one NaN or infinity among the logits makes it so."""
+    """The same. Raises `ConfigurationError` where a row is not a number; one NaN or +infinity among the logits makes it so."""
     bad_R = log_probs_RV[:, :1].isnan().squeeze(1)
     if bad_R.any():
         position = chunk.judging[int(bad_R.nonzero()[0])]

@@ -37,7 +37,7 @@ def test_figures_are_those_of_their_definitions() -> None:
     assert found.num_tokens == 200
     assert found.mean_kl == pytest.approx(float(divergences.mean()), rel=1e-5)
     assert sum(float(each) > found.p99_kl for each in divergences) == 2
-    assert found.agreement == sum(p.argmax(-1) == q.argmax(-1)) / 200
+    assert found.agreement == int((p.argmax(-1) == q.argmax(-1)).sum()) / 200
     chosen = [math.log(q[row, token]) for row, token in enumerate(next_R.tolist())]
     assert found.perplexity == pytest.approx(math.exp(-sum(chosen) / 200), rel=1e-5)
 
