@@ -79,7 +79,7 @@ class Scores:
 
     def agreed_lengths(self) -> list[int]:
         """Of each passage; all its judged tokens where there is no difference."""
-        foreseen = torch.cat(self._foreseen).split(self._lengths)
+        foreseen = torch.split(torch.cat(self._foreseen), self._lengths)
         return [int(each.long().cumprod(0).sum()) for each in foreseen]
 
     def num_exact(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,25 +63,35 @@ def test_a_reference_is_its_own_like(stories260k: Path, windows: list[Passage]) 
         assert (figures.mean_kl, figures.p99_kl, figures.agreement) == (0, 0, 1)
 
 
+MOST_KL = 0.014
+"""Nats at the mean that fp8 may cost on the published text: twice what was measured."""
+
+
 def test_fp8_stays_within_its_bounds(stories260k: Path, windows: list[Passage]) -> None:
-    """And less of it is nearer. The bounds are about twice what was measured when they were set."""
+    """And less of it is nearer. Found were 0.007 nats at the mean, 0.054 at 99 %, 96 % and +2.2 %."""
     rules = ("*.down_proj=fp8", "fp8", "lm_head=fp8,fp8")
     plain, *found = compare(forced(stories260k), [forced(stories260k, each) for each in rules], windows, chunk=16)
     one, most, whole = (each.figures() for each in found)
     assert 0 < one.mean_kl < most.mean_kl < whole.mean_kl
-    assert most.mean_kl < 0.02
-    assert most.p99_kl < 0.15
-    assert most.agreement > 0.9
-    assert most.perplexity < 1.03 * plain.figures().perplexity
+    assert most.mean_kl < MOST_KL
+    assert most.p99_kl < 0.11
+    assert most.agreement > 0.92
+    assert most.perplexity < 1.04 * plain.figures().perplexity
 
 
-def test_a_format_with_wrong_scales_is_out_of_bounds(stories260k: Path, windows: list[Passage]) -> None:
-    """The bounds above see one layer of five whose second matrix is a fifth too large."""
+@pytest.mark.parametrize(
+    "wrong", [lambda scales: 1.5 * scales, lambda scales: 0.5 * scales, lambda scales: scales.roll(1)]
+)
+def test_a_format_with_wrong_scales_is_out_of_bounds(
+    wrong: Callable[[Tensor], Tensor], stories260k: Path, windows: list[Passage]
+) -> None:
+    """In one matrix of one layer of five: too large, too small, or those of its neighbours."""
     broken = load(stories260k, quantization="fp8")
     assert isinstance(broken, Decoder)
-    broken.layers[2]._mlp._down._buffers[1].mul_(1.2)  # type: ignore[union-attr]
+    scales = broken.layers[2]._mlp._down._buffers[1]  # type: ignore[union-attr]
+    scales.copy_(wrong(scales))
     (_, found) = compare(forced(stories260k), [around(broken)], windows, chunk=16)
-    assert found.figures().mean_kl > 0.02
+    assert found.figures().mean_kl > MOST_KL
 
 
 def test_agreed_lengths_are_those_of_answers_that_were_computed(stories260k: Path) -> None:
