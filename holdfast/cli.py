@@ -120,7 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="print every event as a line of JSON")
 
     verb = _verb(verbs, "cancel", cancel, "end a request, wherever it runs")
-    verb.add_argument("request_id")
+    verb.add_argument("request_id", nargs="?", default="", help="all requests of this id are meant")
+    verb.add_argument("--cursor", default="", help="any cursor of the request, instead of its id: no other is meant")
 
     verb = _verb(verbs, "status", status, "say whether the gateway serves, and what it sees of the mesh")
     for service in ("tokenizer", "engine", "kvstore"):
@@ -460,10 +461,10 @@ def cancel(arguments: argparse.Namespace) -> int:
 
     async def wish() -> None:
         async with Client(arguments.address) as client:
-            await client.cancel(arguments.request_id)
+            await client.cancel(arguments.request_id, cursor=arguments.cursor)
 
     asyncio.run(wish())
-    print(f"{arguments.request_id}: the mesh was told to end it")
+    print(f"{arguments.request_id or 'the request of that cursor'}: the mesh was told to end it")
     return 0
 
 

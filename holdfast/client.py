@@ -87,7 +87,7 @@ class Options(TypedDict, total=False):
     """Let the model go on with the last message, the assistant's, instead of beginning a new one."""
     model: str
     request_id: str
-    """1 to 128 characters of [A-Za-z0-9_.:-], unique in the mesh; the client draws one otherwise."""
+    """1 to 128 characters of [A-Za-z0-9_.:-], best one that nobody else uses; the client draws one otherwise."""
     max_tokens: int | None
     min_tokens: int | None
     stop: Sequence[str]
@@ -240,10 +240,11 @@ class Client:
 
         return result_from_wire(await self._gateways.ask(call, self._patience))
 
-    async def cancel(self, request_id: str) -> None:
-        """Ends a request, wherever it runs. Returns when the log has the wish; cancelling what has ended changes
-        nothing."""
-        await self._gateways.cancel(request_id, self._patience, timeout=self._timeout)
+    async def cancel(self, request_id: str = "", *, cursor: str = "") -> None:
+        """Ends a request, wherever it runs: all of an id, or the one that a cursor is of. Returns when the log has the wish;
+        cancelling what has ended changes nothing."""
+        wish = gateway_pb2.CancelRequest(request_id=request_id, cursor=cursor)
+        await self._gateways.cancel(wish, self._patience, timeout=self._timeout)
 
     async def models(self) -> list[Model]:
         """The models that the mesh serves."""
@@ -471,7 +472,13 @@ class Answer(AsyncIterator[Event]):
         if not begun or self._over or not self._cancel_on_exit:
             return None
         self._over = True
-        return self._gateways.farewell(self._request_id)
+        # By the cursor, where there is one: somebody else may have used the id.
+        by_id = self._own_id or not self._cursor
+        return self._gateways.farewell(
+            gateway_pb2.CancelRequest(request_id=self._request_id)
+            if by_id
+            else gateway_pb2.CancelRequest(cursor=self._cursor)
+        )
 
 
 def may_be_asked_anew(error: HoldfastError, *, own_id: bool) -> bool:

@@ -143,32 +143,31 @@ class Gateways:
                     raise
                 await tries.after(error, gateway)
 
-    async def cancel(self, request_id: str, patience: Patience, *, timeout: float) -> None:
+    async def cancel(self, wish: gateway_pb2.CancelRequest, patience: Patience, *, timeout: float) -> None:
         """Returns when the mesh has the wish that a request end. `timeout`: seconds that a gateway may take to hear it."""
-        request = gateway_pb2.CancelRequest(request_id=request_id)
 
         async def call(gateway: Gateway) -> None:
-            await gateway.stub.Cancel(request, timeout=timeout)
+            await gateway.stub.Cancel(wish, timeout=timeout)
 
         await self.ask(call, patience)
 
-    def farewell(self, request_id: str) -> asyncio.Task[None]:
+    def farewell(self, wish: gateway_pb2.CancelRequest) -> asyncio.Task[None]:
         """Has the mesh end a request in the background, of which nobody wants to know more. The connections stay open for
         it for a while."""
-        task = asyncio.get_running_loop().create_task(self._say_farewell(request_id))
+        task = asyncio.get_running_loop().create_task(self._say_farewell(wish))
         self._farewells.add(task)
         task.add_done_callback(self._farewells.discard)
         return task
 
     def renew(self, request: gateway_pb2.GenerateRequest) -> None:
         """Nobody knows whether the mesh has this request: gives it another id, and has the mesh end the one before."""
-        self.farewell(request.request_id)
+        self.farewell(gateway_pb2.CancelRequest(request_id=request.request_id))
         request.request_id = uuid.uuid4().hex
 
-    async def _say_farewell(self, request_id: str) -> None:
+    async def _say_farewell(self, wish: gateway_pb2.CancelRequest) -> None:
         try:
             async with asyncio.timeout(_FAREWELL_SECONDS):
-                await self.cancel(request_id, PATIENT, timeout=_FAREWELL_SECONDS)
+                await self.cancel(wish, PATIENT, timeout=_FAREWELL_SECONDS)
         except (HoldfastError, TimeoutError):
             pass  # it goes on to its own end; nobody is there to be told
 

@@ -2,7 +2,7 @@
 
 A client may use an id twice, at two gateways or after a restart, and neither gateway can know. In the log no two requests
 may have one: their answers would be taken for one another's. So an id that a client gave gets a few random digits behind
-it there, and is shown without them. Ids that a gateway draws are the same in both places.
+it there, and is shown without them. An id that is drawn because a request has none is the same in both places.
 """
 
 from __future__ import annotations

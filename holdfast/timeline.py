@@ -99,6 +99,7 @@ class Timeline:
         self._epochs = Epochs({self._source: request.reply_start_epoch})
         self._owner: int | None = None
         self._engine = ""
+        self._is_missing = False
         self._choices = [_Choice() for _ in range(request.num_choices)]
         self._last_ms = record.timestamp_ms
         self.events = [_accepted(request, record)]
@@ -120,12 +121,13 @@ class Timeline:
     def missing(self, at_ms: int, what: str) -> None:
         """The log no longer holds what came here."""
         self._add(at_ms, Kind.MISSING, what)
+        self._is_missing = True
 
     def ended(self) -> list[Event]:
         """All of it, when nothing more is to be read."""
         self._close_runs()
         for index, choice in enumerate(self._choices):
-            if not choice.has_ended:
+            if not choice.has_ended and not self._is_missing:
                 self._add(
                     self._last_ms,
                     Kind.OPEN,
@@ -259,7 +261,8 @@ class Timeline:
 def cancels(request: pb.GenerationRequest, records: Iterable[Record], *, since_ms: int) -> Iterator[Event]:
     """What records of the control topic wish of a request, or of whichever has its id, since the log got it."""
     for record, wish in readable(records, pb.Cancel):
-        is_meant = record.timestamp_ms >= since_ms and accepted_at_of(wish) in (None, accepted_at_of(request))
+        named = accepted_at_of(wish)
+        is_meant = record.timestamp_ms >= since_ms if named is None else named == accepted_at_of(request)
         if wish.request_id in (request.request_id, ids.of_client(request.request_id)) and is_meant:
             choice = wish.choice if wish.HasField("choice") else None
             yield Event(

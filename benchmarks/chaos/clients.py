@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from holdfast.client import Answer, Client, Options
 from holdfast.errors import HoldfastError, RetryableError
-from holdfast.events import Accepted, Event, Finished, Tokens
+from holdfast.events import Accepted, Event, Finished, FinishReason, Tokens
 
 WHO = ("little girl", "big dog", "tree", "boy named Tim", "red bird", "cat")
 DID = ("went to the park.", "was very sad.")
@@ -55,6 +55,9 @@ class Text(NamedTuple):
 
     text: str
     token_ids: tuple[int, ...]
+    reason: FinishReason
+    stop: str = ""
+    """The stop string that ended it."""
 
 
 def tasks(lengths: Sequence[int]) -> list[Task]:
@@ -68,9 +71,9 @@ def variants(plain: Mapping[Task, Text]) -> list[Task]:
     second half, with a penalty of what was said before, and as two choices."""
     return [
         variant
-        for task, (text, _) in plain.items()
+        for task, whole in plain.items()
         for variant in (
-            task._replace(stop=text[len(text) * 3 // 5 :][:8]),
+            task._replace(stop=whole.text[len(whole.text) * 3 // 5 :][:8]),
             task._replace(frequency_penalty=0.5),
             task._replace(num_choices=2),
         )
@@ -215,12 +218,18 @@ def _check_choice(events: Sequence[Tokens | Finished], expected: Text) -> str:
                 return f"token {event.first_index} came where {len(token_ids)} was due"
             token_ids += event.token_ids
             text += event.text
-    if sum(isinstance(event, Finished) for event in events) != 1:
+    ends = [event for event in events if isinstance(event, Finished)]
+    if len(ends) != 1:
         return "it has not one end"
     if tuple(token_ids) != expected.token_ids:
         num_same = len(os.path.commonprefix([tuple(token_ids), expected.token_ids]))
         return f"another text from token {num_same} on: it has {len(token_ids)}, and {len(expected.token_ids)} were due"
-    return "" if text == expected.text else "another text of the same tokens"
+    if text != expected.text:
+        return "another text of the same tokens"
+    if (ends[0].reason, ends[0].stop) != (expected.reason, expected.stop):
+        return f"it ended with {ends[0].reason.name} {ends[0].stop!r}, and {expected.reason.name} {expected.stop!r} was due"
+    num_tokens = ends[0].usage.completion_tokens
+    return "" if num_tokens >= len(token_ids) else f"it ended with a count of {num_tokens} tokens of {len(token_ids)}"
 
 
 async def undisturbed(address: str, wanted: Sequence[Task]) -> dict[Task, Text]:
@@ -231,7 +240,8 @@ async def undisturbed(address: str, wanted: Sequence[Task]) -> dict[Task, Text]:
             events = [event async for event in client.generate(task.prompt, **task.options)]
             first = [event for event in events if isinstance(event, Tokens) and event.choice == 0]
             token_ids = tuple(each for event in first for each in event.token_ids)
-            expected[task] = Text("".join(event.text for event in first), token_ids)
+            end = next(event for event in events if isinstance(event, Finished))
+            expected[task] = Text("".join(event.text for event in first), token_ids, end.reason, end.stop)
             if wrong := check(events, expected[task], num_choices=task.num_choices):
                 raise ValueError(f"{task}: where nobody disturbs it, {wrong}")
     return expected

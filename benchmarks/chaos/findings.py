@@ -65,6 +65,9 @@ def broken(
     said = [] if any(stream.accepted for stream in streams) else ["no stream was accepted"]
     said += [f"{stream.task.max_tokens} tokens: {stream.failure}" for stream in streams if stream.failure]
     said += ["a stream has no end" for stream in streams if stream.accepted and not stream.ended]
+    said += [
+        "a request was neither accepted nor refused" for stream in streams if not (stream.accepted or stream.ended)
+    ]
     said += [f"{name} ended by itself, with {list(codes)}" for name, codes in exits.items()]
     said += [
         f"{effect.fault.kind.name}: {effect.num_refused} requests were refused"

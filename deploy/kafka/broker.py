@@ -244,9 +244,8 @@ def _run(folder: Path | None, port: int, node: Node | None) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     with contextlib.suppress(KeyboardInterrupt), running(folder, port=port, node=node) as bootstrap:
-        signal.signal(signal.SIGCHLD, lambda _signal, _frame: None)  # the pause ends with the broker too
         print(bootstrap, flush=True)
-        signal.pause()
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)  # our one child; it is left for `running` to wait on
         raise BrokerError(f"the broker at {bootstrap} ended by itself")
 
 

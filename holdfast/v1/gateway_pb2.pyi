@@ -43,7 +43,9 @@ class GenerateRequest(_message.Message):
     SHOW_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     HAND_OVER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """1 to 128 characters of [A-Za-z0-9_.:-], unique in the mesh. Empty: the gateway draws one."""
+    """1 to 128 characters of [A-Za-z0-9_.:-]. Empty: the gateway draws one. Of one id a gateway has one stream open; requests
+    that got the same id all the same are answered each by itself, and Cancel by that id means all of them.
+    """
     model: _builtins.str
     """The model's name. Empty: the one model that the mesh serves."""
     prompt: _builtins.str
@@ -552,21 +554,27 @@ Global___ChoiceResult: _TypeAlias = ChoiceResult  # noqa: Y015
 
 @_typing.final
 class CancelRequest(_message.Message):
-    """A wish that a request end."""
+    """A wish that a request end.
+    Exactly one of the two.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """The request, as Accepted named it."""
+    """The request, as Accepted named it; where an id was used more than once, all of that id."""
+    cursor: _builtins.str
+    """Any cursor of the request: no other is meant, whatever its id."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
+        cursor: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -85,6 +85,7 @@ class Answer:
         self._cancel_on_disconnect = cancel_on_disconnect
         self._num_open = sum(not choice.is_closed for choice in self._choices)
         self._num_waiting = 0
+        self._is_late = False
         self._has_expired = False
         self._news: dict[Choice, None] = {choice: None for choice in self._choices if choice.has_news}
         """The choices that have something to take, in the order they got it."""
@@ -177,16 +178,18 @@ class Answer:
 
     # The log's side.
 
-    async def room(self) -> None:
-        """Returns when there is room for more, or no need of it."""
+    async def room(self) -> bool:
+        """Returns True when there is room for more, False when there is no need of it."""
         while self.state is State.OPEN and sum(c.num_pending for c in self._choices) * 2 > self._max_waiting:
             self._taken.clear()
             await self._taken.wait()
+        return self.state is State.OPEN
 
     def caught_up(self, mark: Mark) -> None:
         """What comes next from the log lies at or after that, and is given as it comes."""
         self._read = mark
         self.is_behind = False
+        self._end_if_late()
 
     def accept(self, part: Part, *, offset: int, epoch: int) -> Choice | None:
         """Takes what a record at `offset` says about one choice. Returns the choice if it may have something to decode."""
@@ -227,6 +230,7 @@ class Answer:
         if not self.is_behind and self._num_waiting > self._max_waiting and self.state is State.OPEN:
             self.is_behind = True
             self._on_overflow(self)
+        self._end_if_late()
 
     def fail(self, error: HoldfastError) -> None:
         """The answer cannot go on, and nobody can go on with it: the request ends, too."""
@@ -252,8 +256,13 @@ class Answer:
             timer.cancel()
 
     def expire(self) -> None:
-        """The deadline passed: every open choice ends with what it has."""
-        if self.state is not State.OPEN:
+        """The deadline passed: every open choice ends with what the log has of it, as soon as that is shown."""
+        self._is_late = True
+        self._end_if_late()
+
+    def _end_if_late(self) -> None:
+        is_awaited = self.is_behind or any(choice.awaits_text for choice in self._choices)
+        if not self._is_late or is_awaited or self.state is not State.OPEN:
             return
         self._has_expired = True
         self._cancel(None, "its deadline passed")

@@ -27,10 +27,10 @@ class Canceller:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._wishes: asyncio.Queue[Cancel | None] = asyncio.Queue()
-        """Bounded by the open requests: each wishes once for each of its choices, and once for all. None ends it."""
+        """Of each request one for each of its choices, and one for all, at most. None ends it."""
 
     async def cancel(self, request_id: str, reason: str) -> None:
-        """Returns when the log has the wish that whatever request has the id now ends.
+        """Returns when the log has the wish that whatever has the id now, a client's or the log's, ends.
 
         Raises:
             Unavailable: the log cannot be reached.

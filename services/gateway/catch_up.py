@@ -10,7 +10,7 @@ from holdfast.errors import Unavailable
 from holdfast.records import source_from_wire
 from holdfast.topics import TOKENS
 from holdfast.v1 import generation_pb2 as pb
-from services.gateway.answer import Answer, State
+from services.gateway.answer import Answer
 from services.gateway.choice import Mark
 from services.gateway.streams import Streams
 
@@ -27,11 +27,10 @@ async def catch_up(bus: Bus, answer: Answer, start: Mark, tail: Streams) -> None
     try:
         await tail.began()
         async with bus.reader({partition: start.offset}) as reader:
-            while answer.state is State.OPEN:
-                await answer.room()
+            while await answer.room():
                 if (position := reader.position(partition)) >= tail.position:
-                    answer.caught_up(Mark(position, epochs.highest(answer.source)))
                     tail.join(answer)  # at once: nothing may come in between
+                    answer.caught_up(Mark(position, epochs.highest(answer.source)))
                     return
                 for record in await reader.read(max_records=MAX_RECORDS):
                     _give(answer, record, epochs, tail)

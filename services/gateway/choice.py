@@ -190,6 +190,12 @@ class Choice:
         return 0 if self.is_closed else self._accepted.count - self._taken.prefix.count
 
     @property
+    def awaits_text(self) -> bool:
+        """Whether the tokenizer has still to say what some of its ids, or its end, look like."""
+        is_whole = len(self._visible_ids()) == self._num_unfinished and self._finish is None
+        return not (self.is_closed or is_whole)
+
+    @property
     def num_waiting(self) -> int:
         """Tokens that wait to be taken."""
         return len(self._shown_ids)

@@ -166,10 +166,14 @@ class Gateway:
                         events += await answer.next()
         return collected(answer.request_id, prompt_tokens=answer.prompt_tokens, num_choices=len(places), events=events)
 
-    async def cancel(self, request_id: str) -> None:
-        """Has a request end, wherever it runs; returns once the log has the wish."""
-        ids.check(request_id)
-        await self._canceller.cancel(request_id, "a client asked for it")
+    async def cancel(self, request_id: str, cursor: str = "") -> None:
+        """Has a request end, wherever it runs, or all of an id; returns once the log has the wish."""
+        if bool(request_id) == bool(cursor):
+            raise InvalidRequest("a cancellation names either a request_id or a cursor", field="request_id")
+        if request_id:
+            ids.check(request_id)
+        meant = request_id or self._cursors.decode(cursor).request_id
+        await self._canceller.cancel(meant, "a client asked for it")
 
     def models(self) -> list[Model]:
         """The models that this mesh serves."""

@@ -70,7 +70,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
 
     @rpc.unary
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
-        await self._gateway.cancel(request.request_id)
+        await self._gateway.cancel(request.request_id, request.cursor)
         return pb.CancelResponse()
 
     @rpc.unary

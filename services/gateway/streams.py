@@ -7,7 +7,6 @@ waits for anything but the log: not for the tokenizer, and not for a client.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -55,8 +54,8 @@ class Streams:
         self._metrics = metrics
         self._answers: dict[str, list[Answer]] = {}
         """Those that are open, by the log's id."""
-        self._open_ids: Counter[str] = Counter()
-        """What their clients call them."""
+        self._open_ids: set[str] = set()
+        """What the clients call the requests whose blocks are open."""
         self._position: int | None = None
         self._began = asyncio.Event()
 
@@ -72,7 +71,7 @@ class Streams:
         return self._position
 
     def check_new(self, request_id: str) -> None:
-        """Raises AlreadyExists where a request of this id is open here."""
+        """Raises AlreadyExists where the stream of a request of this id is open here, from before it is published on."""
         if request_id in self._open_ids:
             raise AlreadyExists(f"a request with the id {request_id} is open here; choose another, or none")
 
@@ -84,10 +83,12 @@ class Streams:
             AlreadyExists: a request of this id is open here.
         """
         self.check_new(answer.request_id)
+        self._open_ids.add(answer.request_id)
         self.join(answer)
         try:
             yield answer
         finally:
+            self._open_ids.remove(answer.request_id)
             answer.close()
 
     async def began(self) -> None:
@@ -97,17 +98,13 @@ class Streams:
     def join(self, answer: Answer) -> None:
         """Feeds an answer that has been given all before the position, until it ends."""
         self._answers.setdefault(answer.log_id, []).append(answer)
-        self._open_ids[answer.request_id] += 1
 
     def forget(self, answer: Answer) -> None:
-        """The answer has ended: what still comes for it is ignored, and without another of its id that is free."""
+        """The answer has ended: what still comes for it is ignored."""
         if answer in (same := self._answers.get(answer.log_id, [])):
             same.remove(answer)
             if not same:
                 del self._answers[answer.log_id]
-            self._open_ids[answer.request_id] -= 1
-            if not self._open_ids[answer.request_id]:
-                del self._open_ids[answer.request_id]
 
     async def run(self) -> None:
         """Reads the log until cancelled. Where it cannot be read from the position reached, streams wait and reading

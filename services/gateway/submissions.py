@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -11,7 +12,11 @@ from typing import Any
 
 from holdfast.errors import AlreadyExists
 from holdfast.events import Accepted
+from holdfast.topics import TOKENS
 from holdfast.v1 import gateway_pb2
+
+KEPT_SECONDS = TOKENS.retention.total_seconds()
+"""How long a submission is remembered: as long as its answer can be read."""
 
 MOST = 16_384
 """Submissions that are remembered; the oldest is forgotten first. Another gateway, or this one after a restart, knows none
@@ -23,12 +28,15 @@ class _Submission:
     digest: bytes
     """Of all that the request says."""
     accepted: asyncio.Task[Accepted]
+    began: float
 
 
 class Submissions:
     """Makes of calls that say the same under the same id one request."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock`: seconds."""
+        self._clock = clock
         self._known: OrderedDict[str, _Submission] = OrderedDict()
 
     async def once(
@@ -43,6 +51,7 @@ class Submissions:
         if not request.request_id:
             return await submit()
         digest = sha256(request.SerializeToString(deterministic=True)).digest()
+        self._forget_old()
         known = self._known.get(request.request_id)
         if known is None:
             known = self._begin(request.request_id, digest, submit)
@@ -56,11 +65,16 @@ class Submissions:
     def _begin(
         self, request_id: str, digest: bytes, submit: Callable[[], Coroutine[Any, Any, Accepted]]
     ) -> _Submission:
-        submission = self._known[request_id] = _Submission(digest, asyncio.create_task(submit()))
+        submission = self._known[request_id] = _Submission(digest, asyncio.create_task(submit()), self._clock())
         submission.accepted.add_done_callback(lambda task: self._ended(request_id, task))
         if len(self._known) > MOST:
             self._known.popitem(last=False)
         return submission
+
+    def _forget_old(self) -> None:
+        """Those whose answers the log keeps no longer: to name them again would help nobody."""
+        while self._known and self._clock() - next(iter(self._known.values())).began > KEPT_SECONDS:
+            self._known.popitem(last=False)
 
     def _ended(self, request_id: str, task: asyncio.Task[Accepted]) -> None:
         known = self._known.get(request_id)

@@ -21,13 +21,16 @@ from tests.conftest import missing
 from tests.holdfast.fake_gateway import FakeGateway, accepted, serving
 
 TASK = Task("Once", 3)
-EXPECTED = Text("a b c", (1, 2, 3))
+EXPECTED = Text("a b c", (1, 2, 3), FinishReason.LENGTH)
 KIND = {kind.name: kind for kind in KINDS}
 END = Finished(0, FinishReason.LENGTH, Usage(1, 0, 3), "", "")
 
 
 def tokens(first: int, *token_ids: int, text: str) -> Tokens:
     return Tokens(0, first, len(token_ids), text, token_ids, (), "")
+
+
+WHOLE = tokens(0, 1, 2, 3, text="a b c")
 
 
 def test_the_whole_text_passes() -> None:
@@ -44,6 +47,8 @@ def test_the_whole_text_passes() -> None:
         ([tokens(0, 1, 2, text="a b"), END], "another text from token 2 on: it has 2, and 3 were due"),
         ([tokens(0, 1, 2, 3, text="a b d"), END], "another text of the same tokens"),
         ([tokens(0, 1, 2, 3, text="a b c")], "it has not one end"),
+        ([WHOLE, replace(END, reason=FinishReason.STOP)], "it ended with STOP '', and LENGTH '' was due"),
+        ([WHOLE, replace(END, usage=Usage(1, 0, 2))], "it ended with a count of 2 tokens of 3"),
     ],
 )
 def test_every_other_text_is_found(events: list[Tokens | Finished], wrong: str) -> None:
@@ -64,7 +69,7 @@ def test_each_choice_is_checked_alone() -> None:
 def test_variants_stop_within_the_text() -> None:
     """In its second half, so that there is something before it to lose."""
     text = "Once upon a time there was a girl who went to the park."
-    stopped, penalized, two = variants({TASK: Text(text, ())})
+    stopped, penalized, two = variants({TASK: Text(text, (), FinishReason.LENGTH)})
     assert text.index(stopped.stop) > len(text) // 2
     assert (penalized.frequency_penalty > 0, two.num_choices) == (True, 2)
 
@@ -109,6 +114,7 @@ def test_what_does_not_hold_is_said() -> None:
     ]
     assert broken(streams[:1], [], {}) == []
     assert broken(streams[3:], [], {}) == ["no stream was accepted"]
+    assert broken([Stream(TASK, 1.0)], [], {})[1:] == ["a request was neither accepted nor refused"]
 
 
 @pytest.mark.parametrize(

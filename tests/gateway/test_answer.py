@@ -295,6 +295,42 @@ async def test_the_deadline_ends_every_open_choice_with_what_it_has() -> None:
     assert feed.cancelled == [None]
 
 
+async def test_the_deadline_waits_for_what_the_log_has() -> None:
+    """An answer that is read late, or whose text the tokenizer still owes, is not cut short: it ends with what the log has."""
+    feed = Feed()
+    feed.answer.is_behind = True  # as one that was just resumed
+    feed.answer.expire()
+    feed.say("the whole")
+    feed.say(" text", finish=FinishReason.LENGTH)
+    assert texts(await feed.answer.next()) == ["the whole text", "length"]
+
+    feed = Feed()
+    feed.say("abc", decode=False)
+    feed.answer.expire()
+    assert feed.answer.state is State.OPEN
+    feed.say("d")  # and with it the rest is decoded
+    assert texts(await feed.answer.next()) == ["abcd", "deadline"]
+
+    feed = Feed()
+    feed.answer.is_behind = True
+    feed.say("ab")
+    feed.answer.expire()
+    assert feed.answer.state is State.OPEN
+    feed.answer.caught_up(Mark(80, 6))
+    assert texts(await feed.answer.next()) == ["ab", "deadline"]
+
+
+async def test_a_client_that_leaves_while_its_answer_waits_for_room_is_fed_no_more() -> None:
+    """Nor forgotten twice: who reads the log for it is told that there is no need."""
+    feed = Feed(max_waiting=4)
+    feed.say("abcd")
+    async with asyncio.TaskGroup() as group:
+        room = group.create_task(feed.answer.room())
+        await asyncio.sleep(0)
+        feed.answer.close()
+    assert room.result() is False
+
+
 async def test_a_lost_answer_breaks_and_its_request_goes_on() -> None:
     """Where this gateway cannot follow, nobody is cancelled."""
     feed = Feed(cancel_on_disconnect=True)

@@ -36,6 +36,7 @@ from holdfast.v1 import gateway_pb2 as pb
 from holdfast.v1 import gateway_pb2_grpc, generation_pb2
 from services.gateway.choice import Mark, Place
 from services.gateway.settings import GatewaySettings
+from services.gateway.submissions import Submissions
 from tests.gateway.doubles import CONTEXT, CURSORS, EOS, LENGTH, MODEL, STOP, ByteTokenizer, Job, Mesh, ids, open_mesh
 
 CANCELLED = generation_pb2.FINISH_REASON_CANCELLED
@@ -519,6 +520,48 @@ async def test_a_request_that_is_submitted_again_is_the_same() -> None:
             await mesh.client.submit("ho", request_id="r-1")
         await mesh.client.submit("hi", request_id="r-2")
         assert of_client((await mesh.engine.job()).request.request_id) == "r-2"
+
+
+async def test_submissions_are_forgotten_with_their_answers() -> None:
+    """When the log keeps the tokens no longer, the same words under the same id are a new request."""
+    now = 0.0
+    submissions = Submissions(lambda: now)
+    request = pb.GenerateRequest(request_id="nightly", prompt="hi")
+    cursors = iter(["first", "second"])
+
+    async def submit() -> Accepted:
+        return Accepted("nightly", cursor=next(cursors), prompt_tokens=1)
+
+    first = await submissions.once(request, submit)
+    now = TOKENS.retention.total_seconds()
+    assert await submissions.once(request, submit) == first
+    now += 1
+    assert (await submissions.once(request, submit)).cursor == "second"
+
+
+async def test_leaving_one_answer_ends_no_other_of_its_id() -> None:
+    """Of one id two requests run, which no gateway could know; a client that leaves says by its cursor which one it means."""
+    async with open_mesh() as mesh:
+        await mesh.client.submit("hi", request_id="mine")
+        submitted = await mesh.engine.job()
+        async with mesh.client.generate("hi", request_id="mine") as answer:
+            await anext(answer)
+            left = await mesh.engine.job()
+        wish = await mesh.engine.cancelled()
+        assert wish.request_id == left.request.request_id != submitted.request.request_id
+
+
+async def test_a_cancellation_names_an_id_or_a_cursor() -> None:
+    """By an id all requests of it are meant; both, or neither, are refused."""
+    async with open_mesh() as mesh:
+        cursor = (await mesh.client.submit("hi", request_id="mine")).cursor
+        await mesh.client.cancel("mine")
+        assert (await mesh.engine.cancelled()).request_id == "mine"
+        await mesh.client.cancel(cursor=cursor)
+        assert (await mesh.engine.cancelled()).request_id == (await mesh.engine.job()).request.request_id
+        for both in ({"request_id": "mine", "cursor": cursor}, {}):
+            with pytest.raises(InvalidRequest, match="either a request_id or a cursor"):
+                await mesh.client.cancel(**both)
 
 
 async def test_a_submission_that_was_refused_may_be_made_again() -> None:

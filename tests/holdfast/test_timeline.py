@@ -182,6 +182,12 @@ def test_cancellations_stand_at_their_time() -> None:
         Record(CONTROL.name, 0, 12, START_MS, b"\xff"),
         Record(CONTROL.name, 0, 8, START_MS - 1, wishes[0].SerializeToString()),
     ]
+    request.accepted_at.FromSeconds(2)
+    named = pb.Cancel(request_id="r-1", reason="it may not have been accepted", accepted_at=request.accepted_at)
+    (early,) = cancels(
+        request, [Record(CONTROL.name, 0, 7, START_MS - 1, named.SerializeToString())], since_ms=START_MS
+    )
+    assert early.what.endswith(named.reason), "it says which request it means"
     events = in_order(told(log), list(cancels(request, records, since_ms=START_MS)))
     assert kinds(events) == ["accepted", "owner", "tokens", "cancel", "cancel", "ended"]
     assert [event.what for event in events if event.kind is Kind.CANCEL] == [
