@@ -6,9 +6,11 @@ as it is:
 
     fp8                                  every matrix but those that it would harm most (`_SPARED`)
     *.down_proj=none,fp8                 and the second matrix of each MLP as it is
-    model.layers.[0-3].*=none,*=fp8      every matrix from the fourth layer on, the head too
+    *.self_attn.*=int8,*.mlp.*=int4-g64  attention in eight bits, MLPs in four
+    *=int4-g64                           every matrix, embedding and head too
 
-Names are those of the checkpoint without their `.weight`.
+Or the name of a file, `.json` or `.toml`, that says it by groups of layers (`weight_groups`). Names are those of the checkpoint
+without their `.weight`. A tied head is named `lm_head`; what no rule says of it, those for `model.embed_tokens` say.
 """
 
 from __future__ import annotations
@@ -24,12 +26,30 @@ class WeightFormat(enum.StrEnum):
     NONE = "none"
     """As it is."""
     FP8 = "fp8"
-    """Floats of 4 bits of exponent and 3 of mantissa, with a scale for each output."""
+    """Floats of 4 bits of exponent and 3 of mantissa, with a scale for each output; activations too, with one for each row."""
+    FP8_TENSOR = "fp8-tensor"
+    """The same with one scale for the matrix."""
+    FP8_BLOCK = "fp8-block"
+    """The same with a scale for each 128 x 128 weights, and each 128 inputs of a row."""
+    INT8 = "int8"
+    """Whole numbers of eight bits with a scale for each output; activations too, with one for each row, found in every step."""
+    INT8_STATIC = "int8-static"
+    """The same with one scale for all activations, which calibration has put into the checkpoint."""
+    INT8_WEIGHT = "int8-weight"
+    """The same with activations as they are."""
+    INT4_G32 = "int4-g32"
+    """Whole numbers of four bits with a scale for each 32 inputs of an output; activations as they are."""
+    INT4_G32_ASYM = "int4-g32-asym"
+    """And with a zero point for them."""
+    INT4_G64 = "int4-g64"
+    INT4_G64_ASYM = "int4-g64-asym"
+    INT4_G128 = "int4-g128"
+    INT4_G128_ASYM = "int4-g128-asym"
 
 
-_SPARED = ("lm_head", "*.gate", "*.experts.*")
-"""What a format named without a glob leaves alone: the head and a router, whose products are compared with each other; and
-experts, which are multiplied in stacks."""
+_SPARED = ("model.embed_tokens", "lm_head", "*.gate", "*.experts.*")
+"""What a format named without a glob leaves alone: the embedding, which is looked up; the head and a router, whose products are
+compared with each other; and experts, which are multiplied in stacks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +58,23 @@ class Rule:
 
     text: str
     """As it was given."""
-    glob: str
+    globs: tuple[str, ...]
     spared: tuple[str, ...]
     format: WeightFormat
 
     def matches(self, name: str) -> bool:
         """Whether it is about the matrix of this name."""
-        return fnmatchcase(name, self.glob) and not any(fnmatchcase(name, glob) for glob in self.spared)
+        return any(fnmatchcase(name, glob) for glob in self.globs) and not any(
+            fnmatchcase(name, glob) for glob in self.spared
+        )
 
 
 def rules_of(text: str) -> list[Rule]:
-    """Reads `GLOB=FORMAT,...`. Raises ValueError with what would be right."""
+    """Reads `GLOB=FORMAT,...`, or the file of that name. Raises ValueError with what would be right."""
+    if text.endswith((".json", ".toml")):
+        from services.engine.weight_groups import rules_of_file
+
+        return rules_of_file(text)
     return [_rule(part.strip()) for part in text.split(",")]
 
 
@@ -56,9 +82,10 @@ def _rule(text: str) -> Rule:
     glob, equals, name = text.rpartition("=")
     if name not in list(WeightFormat) or (equals and not glob):
         raise ValueError(
-            f"{text!r} is no rule; it must be one of {', '.join(WeightFormat)}, or `glob=format` with one of them"
+            f"{text!r} is no rule; it must be one of {', '.join(WeightFormat)}, or `glob=format` with one of them; or a file "
+            "that ends in .json or .toml"
         )
     format = WeightFormat(name)
     if not equals:
-        return Rule(text, "*", () if format is WeightFormat.NONE else _SPARED, format)
-    return Rule(text, glob, (), format)
+        return Rule(text, ("*",), () if format is WeightFormat.NONE else _SPARED, format)
+    return Rule(text, (glob,), (), format)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from holdfast.errors import ConfigurationError
-from services.engine.quant import Format
+from services.engine.quant import Format, Weight
 from services.engine.quant.rules import Rules
 from services.engine.shard import ALONE, Part, Shard
 
@@ -53,6 +53,24 @@ class Weights(ABC):
     def leave(self, prefix: str) -> None:
         """Whatever stands under this name is for other ranks."""
 
+    def matrix(self, name: str, outputs: int | Part, inputs: int | Part) -> Weight:
+        """The weight matrix of this name, or the parts of it: as it is, or in few bits where it is kept so. Raises as `take`
+        does."""
+        return self.take(f"{name}.weight", outputs, inputs)
+
+    @abstractmethod
+    def input_scale(self, *names: str) -> Tensor:
+        """Of the activations that the matrices of these names, side by side, are multiplied with: found by calibration, and kept
+        beside the matrix as compressed-tensors does. Float32, [1]. Raises `ConfigurationError` where one has none."""
+
+    def full_name(self, name: str) -> str:
+        """What this matrix is called in the checkpoint."""
+        return name
+
+    def is_named(self, name: str) -> bool:
+        """Whether a rule says how this matrix is to be kept."""
+        return self._rules.decides(name)
+
     def format(self, *names: str) -> Format:
         """How the matrices of these names, side by side, are to be kept. Raises `ConfigurationError` if not alike."""
         return self._rules.format(*names)
@@ -79,6 +97,18 @@ class _Under(Weights):
 
     def take(self, name: str, *shape: int | Part) -> Tensor:
         return self._weights.take(f"{self._prefix}.{name}", *shape)
+
+    def matrix(self, name: str, outputs: int | Part, inputs: int | Part) -> Weight:
+        return self._weights.matrix(f"{self._prefix}.{name}", outputs, inputs)
+
+    def input_scale(self, *names: str) -> Tensor:
+        return self._weights.input_scale(*(f"{self._prefix}.{name}" for name in names))
+
+    def full_name(self, name: str) -> str:
+        return self._weights.full_name(f"{self._prefix}.{name}")
+
+    def is_named(self, name: str) -> bool:
+        return self._weights.is_named(f"{self._prefix}.{name}")
 
     def leave(self, prefix: str) -> None:
         self._weights.leave(f"{self._prefix}.{prefix}")
@@ -135,6 +165,24 @@ class Checkpoint(Weights):
 
     def fill(self, name: str, out: Tensor) -> None:
         out.copy_(self._read(name, tuple(out.shape)))
+
+    def input_scale(self, *names: str) -> Tensor:
+        scales = []
+        for name in (f"{name}.input_scale" for name in names):
+            file = self._files.get(name)
+            if file is None:
+                raise ConfigurationError(
+                    f"{self._folder} lacks the tensor {name}, without which activations cannot have a static scale: calibrate "
+                    "the model, or say int8, which finds scales in every step"
+                )
+            scale: Tensor = file.get_tensor(name)  # type: ignore[no-untyped-call]
+            if scale.numel() != 1:
+                raise ConfigurationError(f"{self._folder}: {name} must be one number, not of shape {list(scale.shape)}")
+            scales.append(scale.float().view(1))
+            with self._lock:
+                self._untaken.discard(name)
+        # They see the same activations, so that scales which differ come of different samples.
+        return torch.cat(scales).amax().view(1).to(self.device)
 
     def _read(self, name: str, shape: tuple[int | Part, ...]) -> Tensor:
         """The tensor as the file has it, or a part, in the host's memory."""
@@ -230,6 +278,9 @@ class Dummy(Weights):
 
     def leave(self, prefix: str) -> None:
         pass
+
+    def input_scale(self, *names: str) -> Tensor:
+        return torch.full((1,), 0.05, device=self.device)  # of rows of a norm of ones, up to six
 
     def fill(self, name: str, out: Tensor) -> None:
         if name.endswith("norm.weight"):

@@ -1,7 +1,9 @@
-"""Models whose matrices are kept in fp8."""
+"""Models whose matrices are kept in few bits."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from holdfast.errors import ConfigurationError
 from services.engine.models import load
+from services.engine.quality.sizes import bytes_of
+from services.engine.quant.matrix import nearest
+from services.engine.quant.rules import FORMATS
+from services.engine.weight_format import WeightFormat
 from tests.engine.batches import Bench
 
 SMALL: dict[str, Any] = {
@@ -78,8 +85,8 @@ def test_a_layer_that_a_rule_spares_is_as_it_was(tmp_path: Path) -> None:
     [
         ("qwen3", "*.k_proj=none,fp8", r"layers\.\d\.self_attn\.q_proj.*k_proj.*kept as one matrix"),
         ("qwen3", "*.gate_up_proj=fp8", r"'\*\.gate_up_proj=fp8' decides about no matrix.*model\.layers\.\*\.mlp\.gate_proj"),
-        ("qwen3", "fp4", "'fp4' is no rule; it must be one of none, fp8"),
-        ("qwen3_moe", "*=fp8", r"experts\.0\.gate_proj cannot be quantized: experts are multiplied in stacks"),
+        ("qwen3", "fp4", "'fp4' is no rule; it must be one of none, fp8, fp8-tensor"),
+        ("qwen3_moe", "model.layers.*=fp8", r"experts\.0\.gate_proj cannot be quantized: experts are multiplied in stacks"),
     ],
 )  # fmt: skip
 def test_rules_that_do_not_fit_the_model_are_refused(
@@ -119,3 +126,99 @@ def test_chunks_and_mates_change_as_little_as_they_do_without(stories260k: Path)
     assert (once - pieces).abs().median() < 1e-4
     assert relative_error(pieces, once) < 0.02
     assert (once.argmax(-1) == pieces.argmax(-1)).float().mean() > 0.95
+
+
+def checkpoint(folder: Path, *, tied: bool, change: Callable[[Tensor], Tensor] = lambda weight: weight) -> Path:
+    """A small Llama; `change`: of every matrix."""
+    config = SMALL | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": tied}
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = {"model.embed_tokens": (97, 64)} | ({} if tied else {"lm_head": (97, 64)})
+    for layer in range(3):
+        prefix = f"model.layers.{layer}"
+        shapes |= {f"{prefix}.self_attn.{name}_proj": (64 if name in "qo" else 32, 64) for name in "qkvo"}
+        shapes |= {f"{prefix}.mlp.{name}_proj": (96, 64) for name in ("gate", "up")} | {
+            f"{prefix}.mlp.down_proj": (64, 96)
+        }
+    draw = torch.Generator().manual_seed(0)
+    content = {f"{name}.weight": change(torch.randn(shape, generator=draw) * 0.03) for name, shape in shapes.items()}
+    norms = [f"model.layers.{layer}.{name}_layernorm" for layer in range(3) for name in ("input", "post_attention")]
+    content |= {f"{name}.weight": torch.ones(64) for name in (*norms, "model.norm")}
+    save_file(content, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["int8-weight", "int4-g32", "int4-g32-asym"])
+def test_logits_are_those_of_the_dequantized_weights(name: str, tied: bool, tmp_path: Path) -> None:
+    """Of the whole model, embedding and head among them, computed without quantization."""
+    scheme = FORMATS[WeightFormat(name)].scheme
+    assert scheme is not None
+    rounded = checkpoint(tmp_path / "rounded", tied=tied, change=lambda weight: nearest(weight, scheme).dequant())
+    expected = Bench(load(rounded)).logits(PROMPT)
+    plain = checkpoint(tmp_path / "plain", tied=tied)
+    found = Bench(load(plain, quantization=f"*={name}")).logits(PROMPT)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+    assert relative_error(Bench(load(plain)).logits(PROMPT), expected) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "most"), [("*=int8", 0.025), ("*=int8-weight", 0.02), ("fp8-tensor", 0.08), ("fp8-block", 0.08), ("*=int4-g32", 0.25)])  # fmt: skip
+def test_logits_are_near_those_of_the_model(name: str, most: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    """As near as the bits allow, and in 16 bits no further than their own roundings."""
+    folder = checkpoint(tmp_path, tied=True)
+    expected = Bench(load(folder)).logits(PROMPT)
+    found = Bench(load(folder, dtype=dtype, quantization=name)).logits(PROMPT)
+    own = relative_error(Bench(load(folder, dtype=dtype)).logits(PROMPT), expected)
+    assert 0.001 < relative_error(found, expected) < most + 1.5 * own
+
+
+def test_a_tied_table_is_kept_once(tmp_path: Path) -> None:
+    """Unless a rule names the head with another format, or with none."""
+    folder = checkpoint(tmp_path, tied=True)
+
+    def size(rules: str) -> int:
+        return bytes_of(load(folder, quantization=rules))
+
+    small, table = size("*=int8"), 97 * 64
+    assert size("model.embed_tokens=int8,model.layers.*=int8") == small
+    assert size("lm_head=int4-g32,*=int8") >= small + table // 2
+    assert size("lm_head=none,*=int8") == small + 4 * table
+
+
+def test_static_scales_come_with_the_checkpoint(tmp_path: Path) -> None:
+    """Beside the weight; without them the layer is named. As good as dynamic ones where they fit."""
+    folder = checkpoint(tmp_path, tied=True)
+    with pytest.raises(
+        ConfigurationError, match=r"lacks the tensor model\.layers\.\d\.self_attn\.q_proj\.input_scale.*or say int8"
+    ):
+        load(folder, quantization="int8-static")
+    content = load_file(folder / "model.safetensors")
+    expected = Bench(load(folder)).logits(PROMPT)
+    scales = {"o_proj": 0.01, "down_proj": 0.001}
+    for name in [name for name in content if "_proj" in name]:
+        scale = scales.get(name.split(".")[-2], 0.04)
+        content[name.replace(".weight", ".input_scale")] = torch.tensor([scale])
+    save_file(content, folder / "model.safetensors")
+    error = relative_error(Bench(load(folder, quantization="int8-static")).logits(PROMPT), expected)
+    assert 0.001 < error < 0.06
+
+
+@pytest.mark.parametrize(("rules", "most"), [("*=int8", 0.27), ("*=int4-g64", 0.16), ("*=int4-g32-asym", 0.16)])
+def test_weights_take_a_part_of_the_memory(rules: str, most: float, tmp_path: Path) -> None:
+    """Of 32 bits a weight: two layers of SmolLM2, and of its vocabulary as much as belongs to two of thirty."""
+    config = SMALL | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "vocab_size": 49152 // 15,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = 2 * (576 * 960 + 576 * 576 + 3 * 576 * 1536) + 49152 // 15 * 576
+    model = load(tmp_path, load_format="dummy", dtype=torch.bfloat16, quantization=rules)
+    assert bytes_of(model) < most * 4 * weights

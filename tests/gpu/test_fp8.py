@@ -20,6 +20,7 @@ from services.engine.ops.norm import rms_norm, rms_norm_quantized
 from services.engine.ops.quantize import by_torch, quantize
 from services.engine.ops.scaled import takes_row
 from services.engine.quant.fp8 import Fp8
+from services.engine.quant.matrix import nearest
 from tests.engine.batches import Chunk, batch_of
 from tests.gpu.test_engine import answers
 
@@ -59,9 +60,9 @@ def test_products(shape: tuple[int, int], num_rows: int) -> None:
     x = torch.randn(num_rows, inputs, device="cuda").bfloat16()
     bias, add = torch.randn(outputs, device="cuda").bfloat16(), torch.randn(num_rows, outputs, device="cuda").bfloat16()
     fp8 = Fp8()
-    buffers = fp8.pack(weight)
+    buffers = fp8.pack(weight, dtype=torch.bfloat16)
     rows = x.double() if takes_row(x, buffers[0]) else dequantized(quantize(x, FORM))
-    product = rows @ dequantized(by_torch(weight, FORM)).T
+    product = rows @ nearest(weight, fp8.scheme).dequant().double().T
     for _ in range(2):
         got = fp8.apply(x, buffers, bias_O=bias, add=add.clone(), dtype=torch.bfloat16)
         torch.testing.assert_close(got.double(), product + bias + add, atol=0.1, rtol=2e-2)
@@ -74,7 +75,7 @@ def test_products(shape: tuple[int, int], num_rows: int) -> None:
 def test_a_row_that_is_not_finite_spoils_no_other(num_rows: int) -> None:
     """By either kernel."""
     fp8 = Fp8()
-    buffers = fp8.pack(torch.randn(128, 512, device="cuda").bfloat16())
+    buffers = fp8.pack(torch.randn(128, 512, device="cuda").bfloat16(), dtype=torch.bfloat16)
     x = torch.randn(num_rows, 512, device="cuda").bfloat16()
     clean = fp8.apply(x, buffers, bias_O=None, add=None, dtype=torch.bfloat16)
     x[0, 3] = torch.nan

@@ -5,13 +5,21 @@ Shapes: R rows whose logits are wanted, I features, V vocabulary, C candidates o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from holdfast.errors import ConfigurationError
+from services.engine.layers.embedding import Embedding
 from services.engine.layers.linear import Linear
 from services.engine.ops.forms import Activations, Form
 from services.engine.ops.linear import products
+from services.engine.quant import Weight
+from services.engine.quant.matrix import plain
+from services.engine.quant.unquantized import Unquantized
 from services.engine.shard import Part, Shard
+from services.engine.weights import Weights
 
 _CANDIDATES = 16
 
@@ -26,11 +34,34 @@ class Head:
 
     def __init__(self, linear: Linear, weight_VI: Tensor | None, *, part: Part, shard: Shard) -> None:
         """`weight_VI` holds the values that `linear` multiplies with, as they were loaded: those of a `part` of the
-        vocabulary. None if it multiplies with others and gives float32 itself."""
+        vocabulary. None if it multiplies with others and gives
+        float32 itself, or rounds products and gives rows."""
         self._linear = linear
         self._weight_VI = weight_VI
         self._part = part
         self._shard = shard
+
+    @classmethod
+    def load(cls, weights: Weights, embedding: Embedding, *, hidden: int, tied: bool) -> Head:
+        """The model's. A tied one is the embedding's table, in whatever format that is; unless a rule names another one for the
+        head: then it is a matrix of its own."""
+        part, shard, format = embedding.part, weights.shard, weights.format("lm_head")
+        table = embedding.table
+        if tied and table is not None and (not weights.is_named("lm_head") or table.is_in(format)):
+            return cls(table, None, part=part, shard=shard)
+        name = "model.embed_tokens" if tied else "lm_head"
+        weight_VI: Weight | None = embedding.weight_VI if tied else None
+        if weight_VI is None:
+            weight_VI = weights.matrix(name, part, hidden)
+        if format.scheme is None:
+            weight_VI = plain(weight_VI, weights.dtype)
+        scale = weights.input_scale("lm_head") if format.needs_input_scale else None
+        try:
+            linear = Linear(weight_VI, format=format, dtype=weights.dtype, input_scale=scale)
+        except ValueError as error:
+            raise ConfigurationError(f"quantization: lm_head: {error}") from error
+        kept_VI = weight_VI if isinstance(format, Unquantized) and isinstance(weight_VI, Tensor) else None
+        return cls(linear, kept_VI, part=part, shard=shard)
 
     @property
     def takes(self) -> Form:
@@ -46,6 +77,9 @@ class Head:
     def _products(self, x_RI: Activations, out_RV: Tensor | None = None) -> Tensor:
         if self._weight_VI is None:
             logits_RV = self._linear(x_RI, dtype=torch.float32)
+            if self._linear.rounds_products:
+                assert isinstance(x_RI, Tensor)
+                logits_RV = _refined(logits_RV, x_RI, self._linear.rows)
         else:
             assert isinstance(x_RI, Tensor)
             if x_RI.is_cuda and x_RI.dtype is not torch.float32:
@@ -57,6 +91,11 @@ class Head:
         logits_RV = self._linear(x_RI).float()
         if x_RI.dtype is torch.float32:
             return logits_RV
-        best_RC = logits_RV.topk(min(_CANDIDATES, logits_RV.shape[1]), dim=1, sorted=False).indices
-        exact_RC = torch.bmm(weight_VI[best_RC].float(), x_RI.float().unsqueeze(2)).squeeze(2)
-        return logits_RV.scatter_(1, best_RC, exact_RC)
+        return _refined(logits_RV, x_RI, weight_VI.__getitem__)
+
+
+def _refined(logits_RV: Tensor, x_RI: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor:
+    """The same, the best candidates computed again, by rows of the matrix."""
+    best_RC = logits_RV.topk(min(_CANDIDATES, logits_RV.shape[1]), dim=1, sorted=False).indices
+    exact_RC = torch.bmm(rows(best_RC).float(), x_RI.float().unsqueeze(2)).squeeze(2)
+    return logits_RV.scatter_(1, best_RC, exact_RC)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from holdfast.errors import ConfigurationError
 from services.engine.ops.forms import Activations, Form
-from services.engine.quant import Format
+from services.engine.quant import Format, Weight
+from services.engine.quant.matrix import QuantizedMatrix, joined, nearest, plain
 from services.engine.shard import Part
 from services.engine.weights import Weights
 
@@ -14,39 +18,84 @@ from services.engine.weights import Weights
 class Linear:
     """x @ weight.T + bias, the weight kept as a `Format` likes it."""
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None, *, format: Format) -> None:
+    def __init__(
+        self,
+        weight_OI: Weight,
+        bias_O: Tensor | None = None,
+        *,
+        format: Format,
+        dtype: torch.dtype | None = None,
+        input_scale: Tensor | None = None,
+    ) -> None:
+        """`dtype`: of activations; by default that of the weight, which says it unless it comes in few bits. Raises ValueError where
+        the format cannot keep the weight."""
+        if dtype is None:
+            assert isinstance(weight_OI, Tensor)
+            dtype = weight_OI.dtype
         self._format = format
-        self._buffers = format.pack(weight_OI)
+        self._buffers = format.pack(weight_OI, dtype=dtype, input_scale=input_scale)
         self._bias_O = bias_O
-        self._dtype = weight_OI.dtype
+        self._dtype = dtype
 
     @property
     def takes(self) -> Form:
         """The form of activations that what stands before may hand over; None for plain ones alone."""
         return self._format.takes
 
+    @property
+    def rounds_products(self) -> bool:
+        """Whether products that are wanted in float32 are still rounded to the dtype of activations."""
+        return self._format.rounds_products and self._dtype is not torch.float32
+
+    def is_in(self, format: Format) -> bool:
+        """Whether a table in this format would be the same."""
+        return format.table is not None and format.table.name == self._format.name
+
     @classmethod
     def load(
         cls, weights: Weights, *names: str, inputs: int | Part, outputs: tuple[int | Part, ...], bias: bool = False
     ) -> Linear:
         """One matrix from as many as there are names: they see the same input, and their outputs stand side by side.
-        With a `Part` of the inputs its products are parts of a sum, to which the bias is added once."""
-        parts = [weights.take(f"{name}.weight", size, inputs) for name, size in zip(names, outputs, strict=True)]
+        With a `Part` of the inputs its products are parts of a sum, to which the bias is added once. Raises
+        `ConfigurationError`, with the names, where they cannot be kept as they should be."""
+        parts = [weights.matrix(name, size, inputs) for name, size in zip(names, outputs, strict=True)]
         biases = [weights.take(f"{name}.bias", size) for name, size in zip(names, outputs, strict=True)] if bias else []
-        bias_O = _joined(biases) if bias else None
+        bias_O = None
+        if bias:
+            bias_O = biases[0] if len(biases) == 1 else torch.cat(biases)
         if isinstance(inputs, Part):
             bias_O = weights.shard.once(bias_O)
-        return cls(_joined(parts), bias_O, format=weights.format(*names))
+        format = weights.format(*names)
+        scale = weights.input_scale(*names) if format.needs_input_scale else None
+        try:
+            matrix = _side_by_side(parts, format, dtype=weights.dtype)
+            return cls(matrix, bias_O, format=format, dtype=weights.dtype, input_scale=scale)
+        except ValueError as error:
+            named = ", ".join(map(weights.full_name, names))
+            raise ConfigurationError(f"quantization: {named}: {error}") from error
 
     def __call__(self, x: Activations, *, add: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """The product, plus `add` where there is one: in the dtype of the weight as it was given, or another one where the
-        format can."""
+        """The product, plus `add` where there is one: in the dtype of activations, or another one where the format can."""
         return self._format.apply(x, self._buffers, bias_O=self._bias_O, add=add, dtype=dtype or self._dtype)
 
     def gated(self, x: Activations, form: Form) -> Activations:
         """silu(gate) * up, where the product is gate and then up, in this form if it is rows in eight bits."""
         return self._format.gated(x, self._buffers, bias_O=self._bias_O, dtype=self._dtype, form=form)
 
+    def rows(self, indices: Tensor) -> Tensor:
+        """These rows of the matrix, [..., I], if its format can be a table."""
+        assert self._format.table is self._format
+        return self._format.table.rows(self._buffers, indices, dtype=self._dtype)
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+def _side_by_side(parts: Sequence[Weight], format: Format, *, dtype: torch.dtype) -> Weight:
+    """One matrix of all; one in few bits where any is, or where a scale for outputs of several of them would differ from their own."""
+    if len(parts) == 1:
+        return parts[0]
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    scheme = format.scheme
+    if len(tensors) == len(parts) and (scheme is None or scheme.tile[0] == 1):
+        return torch.cat(tensors)
+    if scheme is None:
+        return torch.cat([plain(part, dtype) for part in parts])
+    return joined([part if isinstance(part, QuantizedMatrix) else nearest(part, scheme) for part in parts])

@@ -14,7 +14,6 @@ from services.engine.kv_cache import KVCache, KVShape
 from services.engine.layers.attention import Attention
 from services.engine.layers.embedding import Embedding
 from services.engine.layers.head import Head
-from services.engine.layers.linear import Linear
 from services.engine.layers.mlp import GatedMLP
 from services.engine.layers.moe import MoE
 from services.engine.layers.norm import RMSNorm
@@ -23,7 +22,6 @@ from services.engine.loading import build_layers
 from services.engine.models.spec import ModelSpec
 from services.engine.ops import attention
 from services.engine.ops.rotary import Angles
-from services.engine.quant.unquantized import Unquantized
 from services.engine.weights import Weights
 
 if TYPE_CHECKING:
@@ -72,17 +70,7 @@ class Decoder:
             device=weights.device,
         )
         self._norm = RMSNorm(weights, "model.norm", size=spec.hidden, eps=spec.norm_eps)
-        if spec.tied:
-            head_VI = self._embedding.weight_VI
-        else:
-            head_VI = weights.take("lm_head.weight", self._embedding.part, spec.hidden)
-        format = weights.format("lm_head")
-        self._head = Head(
-            Linear(head_VI, format=format),
-            head_VI if isinstance(format, Unquantized) else None,
-            part=self._embedding.part,
-            shard=weights.shard,
-        )
+        self._head = Head.load(weights, self._embedding, hidden=spec.hidden, tied=spec.tied)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache, out_RV: Tensor | None = None) -> Tensor:

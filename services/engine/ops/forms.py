@@ -22,7 +22,7 @@ class RowScaled:
 
     @property
     def largest(self) -> float:
-        return torch.finfo(self.dtype).max
+        return float((torch.finfo if self.dtype.is_floating_point else torch.iinfo)(self.dtype).max)
 
 
 class Quantized(NamedTuple):

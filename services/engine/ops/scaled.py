@@ -21,8 +21,8 @@ ROWS, COLUMNS = 64, 64
 def packed(values_OI: Tensor, *, dtype: torch.dtype) -> Tensor:
     """An eight-bit matrix as `scaled_linear` wants it for results in `dtype`. A CPU that multiplies eight-bit floating point
     takes a hundred times as long as one that widens it: there the values, all of which bfloat16 has, are kept in
-    bfloat16, or in float32 where the results are wanted finer."""
-    if values_OI.is_cuda:
+    bfloat16, or in float32 where the results are wanted finer. Whole numbers stay as they are."""
+    if values_OI.is_cuda or values_OI.dtype is torch.int8:
         return values_OI
     return linear.packed(values_OI.to(torch.bfloat16 if dtype is torch.bfloat16 else torch.float32))
 
@@ -44,12 +44,16 @@ def scaled_linear(
     """
     if weight_OI.is_cuda:
         return _on_gpu(x, weight_OI, scales_O, *counters, bias_O=bias_O, add=add, dtype=dtype)
-    out_NO = linear.linear(_widened(x.values_NI, weight_OI.dtype), weight_OI).float()
-    out_NO.mul_(scales_O).mul_(x.scales_N[:, None])
+    if weight_OI.dtype is torch.int8:
+        out_NO = whole_products(x.values_NI, weight_OI) * scales_O
+    else:
+        out_NO = linear.linear(_widened(x.values_NI, weight_OI.dtype), weight_OI).float().mul_(scales_O)
+    out_NO.mul_(x.scales_N[:, None])
     for term in (bias_O, add):
         if term is not None:
             out_NO.add_(term)
-    return out_NO.to(dtype)
+    result: Tensor = out_NO.to(dtype)
+    return result
 
 
 def takes_row(x: Activations, weight_OI: Tensor) -> TypeGuard[Tensor | Unnormed]:
@@ -75,6 +79,15 @@ def row_linear(
     from services.engine.ops.kernels import gemv
 
     return gemv.gemv(x, weight_OI, scales_O=scales_O, bias_O=bias_O, add=add, dtype=dtype, gated=gated)
+
+
+def whole_products(values_NI: Tensor, weight_OI: Tensor) -> Tensor:
+    """Of int8 values on a CPU: int32, exact; or float32 where the CPU has no instruction for them, without which oneDNN's sums
+    overflow in 16 bits. On one that has, oneDNN is as fast with the matrix as it lies as with a layout of its own, and with signed
+    activations in that layout torch 2.11 is hundreds of times slower."""
+    if torch.cpu._is_vnni_supported():
+        return torch._int_mm(values_NI, weight_OI.t())
+    return values_NI.float() @ weight_OI.float().t()
 
 
 def _widened(values_NI: Tensor, dtype: torch.dtype) -> Tensor:

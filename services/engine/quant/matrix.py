@@ -173,6 +173,11 @@ class QuantizedMatrix:
         return _spread(each_TU, self.tile, self.shape)
 
 
+def plain(weight_OI: Tensor | QuantizedMatrix, dtype: torch.dtype) -> Tensor:
+    """The weights themselves; those in few bits in this dtype."""
+    return weight_OI if isinstance(weight_OI, Tensor) else weight_OI.dequant().to(dtype)
+
+
 def joined(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
     """The outputs of all of them side by side, for the same inputs; in smaller tiles where theirs differ. Raises ValueError where
     values differ in kind, or inputs in their order."""

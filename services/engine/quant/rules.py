@@ -6,12 +6,23 @@ import re
 
 from holdfast.errors import ConfigurationError
 from services.engine.quant import Format
-from services.engine.quant.fp8 import Fp8
+from services.engine.quant.fp8 import Fp8, Fp8Block, Fp8Tensor
+from services.engine.quant.int4 import Int4
+from services.engine.quant.int8 import Int8, Int8Static, Int8Weight
 from services.engine.quant.invariant import Invariant
 from services.engine.quant.unquantized import Unquantized
 from services.engine.weight_format import Rule, WeightFormat, rules_of
 
-_FORMATS: dict[WeightFormat, Format] = {WeightFormat.NONE: Unquantized(), WeightFormat.FP8: Fp8()}
+_QUANTIZED: tuple[Format, ...] = (
+    Fp8(),
+    Fp8Tensor(),
+    Fp8Block(),
+    Int8(),
+    Int8Static(),
+    Int8Weight(),
+    *(Int4(group, symmetric=symmetric) for group in (32, 64, 128) for symmetric in (True, False)),
+)
+FORMATS: dict[WeightFormat, Format] = {WeightFormat(each.name): each for each in (Unquantized(), *_QUANTIZED)}
 
 
 class Rules:
@@ -43,7 +54,11 @@ class Rules:
                 f"quantization: {', '.join(names)} are kept as one matrix; the rules must give all of them the same format"
             )
         name = found.pop()
-        return Invariant() if self.invariant and name is WeightFormat.NONE else _FORMATS[name]
+        return Invariant() if self.invariant and name is WeightFormat.NONE else FORMATS[name]
+
+    def decides(self, name: str) -> bool:
+        """Whether any rule is about the matrix of this name."""
+        return any(rule.matches(name) for rule in self._rules)
 
     def refuse(self, *names: str, why: str) -> None:
         """Raises `ConfigurationError` where a rule quantizes one of these matrices, which cannot be."""

@@ -8,7 +8,8 @@ from torch import Tensor
 from services.engine.ops.activation import silu_mul_quantized
 from services.engine.ops.forms import Activations, Form, Quantized, RowScaled, Unnormed
 from services.engine.ops.linear import counters_for, gated_linear, linear, packed
-from services.engine.quant import Buffers
+from services.engine.quant import Buffers, Weight
+from services.engine.quant.matrix import plain
 
 
 class Unquantized:
@@ -16,8 +17,15 @@ class Unquantized:
 
     takes: Form = Unnormed
 
-    def pack(self, weight_OI: Tensor) -> Buffers:
-        return packed(weight_OI), *counters_for(weight_OI)
+    name = "none"
+    scheme = None
+    table = None
+    rounds_products = False
+    needs_input_scale = False
+
+    def pack(self, weight_OI: Weight, *, dtype: torch.dtype, input_scale: Tensor | None = None) -> Buffers:
+        plain_OI = plain(weight_OI, dtype)
+        return (packed(plain_OI), *counters_for(plain_OI))
 
     def apply(
         self, x: Activations, buffers: Buffers, *, bias_O: Tensor | None, add: Tensor | None, dtype: torch.dtype
@@ -32,3 +40,10 @@ class Unquantized:
         if not isinstance(form, RowScaled):
             return gated_linear(x, *buffers, bias_O=bias_O)
         return silu_mul_quantized(linear(x, *buffers, bias_O=bias_O), form)
+
+    def dequant(self, buffers: Buffers, *, inputs: int) -> Tensor:
+        unit_II = torch.eye(inputs, dtype=buffers[0].dtype, device=buffers[0].device)
+        return self.apply(unit_II, buffers, bias_O=None, add=None, dtype=unit_II.dtype).t().float()
+
+    def fake_quant(self, weight_OI: Tensor) -> Tensor:
+        return weight_OI

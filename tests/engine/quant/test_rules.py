@@ -6,6 +6,8 @@ import pytest
 
 from holdfast.errors import ConfigurationError
 from services.engine.quant.fp8 import Fp8
+from services.engine.quant.int4 import Int4
+from services.engine.quant.int8 import Int8Static
 from services.engine.quant.rules import Rules
 from services.engine.quant.unquantized import Unquantized
 
@@ -21,6 +23,9 @@ LAYER = "model.layers.3"
         ("fp8", f"{LAYER}.mlp.gate", Unquantized),
         ("fp8", f"{LAYER}.block_sparse_moe.experts.0.w1", Unquantized),
         ("fp8", "lm_head", Unquantized),
+        ("int8", "model.embed_tokens", Unquantized),
+        ("*=int4-g64", "model.embed_tokens", Int4),
+        ("int8-static", f"{LAYER}.mlp.down_proj", Int8Static),
         ("lm_head=fp8", "lm_head", Fp8),
         ("lm_head=fp8", f"{LAYER}.mlp.down_proj", Unquantized),
         ("lm_head=fp8, fp8", f"{LAYER}.mlp.down_proj", Fp8),
@@ -36,10 +41,10 @@ def test_the_first_rule_that_matches_decides(text: str, name: str, format: type)
     assert isinstance(Rules(text).format(name), format)
 
 
-@pytest.mark.parametrize("text", ["", "fp9", "fp8,", "*.down_proj", "=fp8", "*.down_proj=", "*=fp8=none=int8"])
+@pytest.mark.parametrize("text", ["", "fp9", "fp8,", "*.down_proj", "=fp8", "*.down_proj=", "*=fp8=none=int9"])
 def test_what_is_no_rule_is_refused(text: str) -> None:
     """With the formats that there are."""
-    with pytest.raises(ConfigurationError, match="is no rule; it must be one of none, fp8, or `glob=format`"):
+    with pytest.raises(ConfigurationError, match="is no rule; it must be one of none, fp8, .*int8.*, or `glob=format`"):
         Rules(text)
 
 

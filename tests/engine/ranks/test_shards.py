@@ -92,7 +92,8 @@ def test_keys_and_values_in_8_bits_are_split_like_others(two_ranks: Pair, storie
     assert outputs(halves) == outputs(alone(stories260k, sequence([1], 64), **settings))
 
 
-def test_weights_in_fp8_are_split_like_others(two_ranks: Pair, stories260k: Path) -> None:
+@pytest.mark.parametrize("quantization", ["fp8", "*=int8", "*.down_proj=int8-weight,*=int4-g32"])
+def test_weights_in_few_bits_are_split_like_others(quantization: str, two_ranks: Pair, stories260k: Path) -> None:
     """Parts of rows have scales of their own, which are no coarser: two ranks are as near to what is not quantized as
     one is, in the log-probability of the likeliest token after 63 beginnings of a story."""
 
@@ -105,8 +106,9 @@ def test_weights_in_fp8_are_split_like_others(two_ranks: Pair, stories260k: Path
 
     (whole,) = alone(stories260k, sequence([1], 64))
     truth = alone(stories260k, *beginnings())
-    halves = two_ranks.run(stories260k, *beginnings(), quantization="fp8")
-    assert 0 < error(halves) < 1.2 * error(alone(stories260k, *beginnings(), quantization="fp8"))
+    halves = two_ranks.run(stories260k, *beginnings(), quantization=quantization)
+    whole_error = error(alone(stories260k, *beginnings(), quantization=quantization))
+    assert 0 < error(halves) < 1.2 * whole_error
 
 
 def test_noise_is_the_same_model_on_two_ranks(two_ranks: Pair, saved: Callable[[str, dict[str, Any]], Path]) -> None:

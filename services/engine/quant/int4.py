@@ -1,0 +1,67 @@
+"""Weights in four bits, as whole numbers with a scale for each group of inputs, and an offset where they are not symmetric; activations as
+they are (W4A16; Frantar et al. 2023, "GPTQ", section 4, for the groups).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from services.engine.ops import int4
+from services.engine.ops.forms import Activations
+from services.engine.quant import Buffers
+from services.engine.quant.matrix import QuantizedMatrix, Scheme, nearest
+from services.engine.quant.rounding import Rounding
+
+
+class Int4(Rounding):
+    """A quarter of the bytes of 16 bits to read, and a little for scales: with groups of 64, 4.5 bits a weight."""
+
+    rounds_products = True
+
+    def __init__(self, group: int, *, symmetric: bool = True) -> None:
+        self.name = f"int4-g{group}" + ("" if symmetric else "-asym")
+        self.scheme = Scheme(4, tile=(1, group), symmetric=symmetric)
+
+    @property
+    def table(self) -> Int4:  # type: ignore[override]
+        return self
+
+    def rounded(self, weight_OI: Tensor, *, dtype: torch.dtype) -> QuantizedMatrix:
+        """By scales as they are kept, which is in `dtype`."""
+        inputs, group = weight_OI.shape[1], self.scheme.tile[1]
+        if not self.scheme.groups(inputs):
+            fits = " or ".join(self.name.replace(f"g{group}", f"g{size}") for size in (64, 32) if inputs % size == 0)
+            raise ValueError(
+                f"{self.name} keeps {group} inputs in a group, and there are {inputs}; say {fits or 'int8-weight'}"
+            )
+        return nearest(weight_OI, self.scheme, scale_dtype=dtype)
+
+    def _packed(self, matrix: QuantizedMatrix, *, dtype: torch.dtype, input_scale: Tensor | None) -> Buffers:
+        if matrix.is_float or matrix.bits > 4:
+            raise ValueError(f"{self.name} cannot keep values of {matrix.bits} bits; its own have four")
+        outputs, inputs = matrix.shape
+        width = min(matrix.tile[1], inputs)
+        size = next((size for size in int4.GROUPS if width % size == 0), None)
+        if size is None or inputs % size:
+            sizes = ", ".join(map(str, reversed(int4.GROUPS)))
+            raise ValueError(
+                f"a CPU multiplies four bits in groups of {sizes} inputs, and its {inputs} inputs come in groups of {width}"
+            )
+        matrix = matrix.in_tiles(1, size)
+        weight, terms_GO2 = int4.packed(matrix.values_OI, matrix.scales_TU, matrix.offsets_TU, dtype=dtype)
+        return weight, terms_GO2, outputs, matrix.order_I
+
+    def apply(
+        self, x: Activations, buffers: Buffers, *, bias_O: Tensor | None, add: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        assert isinstance(x, Tensor)
+        weight, terms_GO2, outputs, order_I = buffers
+        if order_I is not None:
+            x = x.index_select(1, order_I)
+        return int4.linear(x, weight, terms_GO2, outputs=outputs, bias_O=bias_O, add=add, dtype=dtype)
+
+    def rows(self, buffers: Buffers, indices: Tensor, *, dtype: torch.dtype) -> Tensor:
+        weight, terms_GO2, _, order_I = buffers
+        assert order_I is None, "no method sorts the features of a table"
+        return int4.rows(weight, terms_GO2, indices).to(dtype)
