@@ -186,6 +186,8 @@ class Scan:
         """Whether the marker was read."""
         self.highest = NO_EPOCH
         """The highest epoch met."""
+        self.kept_from = 0
+        """Offset from which on the log still has records."""
         self._source = source
         self._runs: list[_Run] = []
         self._fed = -1
@@ -207,6 +209,11 @@ class Scan:
     def standing(self, request: Accepted) -> Standing:
         """What is committed of a request that is covered."""
         assert self.covers(request)
+        if request.start.offset < self.kept_from:
+            return Standing(
+                [Choice() for _ in range(request.num_choices)],
+                contradiction="the log no longer holds the beginning of its answer",
+            )
         epochs = Epochs({self._source: request.start.epoch})
         standing = Standing([Choice() for _ in range(request.num_choices)])
         for run in self._runs:

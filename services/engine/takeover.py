@@ -139,6 +139,8 @@ class Takeover:
 
     async def _feed(self, partition: TopicPartition, scans: Collection[Scan]) -> None:
         kept = await self._bus.kept(partition)
+        for scan in scans:
+            scan.kept_from = kept.start
         start = max(min(scan.start for scan in scans), kept.start)
         async with self._bus.reader({partition: start}) as reader:
             while not all(scan.is_done for scan in scans):

@@ -243,6 +243,24 @@ async def test_a_text_with_a_hole_ends_with_an_error(memory: MemoryBus) -> None:
     assert finish is not None and finish.error.message.startswith("nobody can go on: choice 0: tokens from 3")
 
 
+async def test_a_request_whose_answer_the_log_keeps_no_longer_is_not_computed_again() -> None:
+    """As after a group was made anew: no cursor of it is good any more, so nobody could read it."""
+    async with MemoryBus(max_topic_bytes=1_000_000) as bus:
+        await bus.create_topics(topics.TOPICS)
+        async with answers(bus) as heard:
+            await publish(bus, request("a", [1]))
+            for _ in range(2):  # and the log forgets what was before
+                filler = pb.TokenBatch(streams=[pb.StreamTokens(request_id="x" * 600_000)])
+                await bus.publish(topics.TOKENS.partition(REPLY), filler.SerializeToString())
+                await heard.catch_up()
+            async with engine(bus) as running:
+                await heard.finished("a")
+                await running.until_idle()
+        finish = heard["a"].finish
+    assert finish is not None and "no longer holds the beginning of its answer" in finish.error.message
+    assert not heard["a"].token_ids
+
+
 async def test_an_owner_that_was_outbid_says_nothing(memory: MemoryBus) -> None:
     """Where a later epoch has written already it leaves the partition's requests to whoever wrote it."""
     source = pb.SourcePartition(request_class=pb.REQUEST_CLASS_INTERACTIVE, partition=2)

@@ -336,6 +336,21 @@ def test_a_log_that_contradicts_itself_is_named(bad: Entry, says: str) -> None:
     assert claim.standing.choices[0].token_ids == TEXT[:1]
 
 
+def test_an_answer_whose_beginning_is_gone_is_nobodys_to_go_on_with() -> None:
+    """Nobody can tell what was shown of it; of one that begins where the log does, everybody can."""
+    tenure = owner(epoch=5, markers={0: 20})
+    tenure.meet(request("gone", offset=9))
+    tenure.meet(request("kept", offset=10))
+    (due,) = tenure.take_scans()
+    due.kept_from = 10
+    due.feed(10, Batch(SOURCE, 1, [entry(1, 3, name="gone"), entry(0, 2, name="kept")]))
+    due.feed(20, tenure.marker)
+    tenure.scanned(due)
+    gone, kept = (claim.standing for claim in tenure.take_claims())
+    assert gone.contradiction == "the log no longer holds the beginning of its answer"
+    assert (kept.contradiction, kept.choices[0].token_ids) == ("", TEXT[:2])
+
+
 def test_a_scan_is_done_at_its_marker_or_behind_it() -> None:
     """What lies behind is not taken, and a record of another kind at the marker's place ends it too."""
     scan = Scan(SOURCE, reply_partition=0, start=3, marker=5)
