@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.errors import ConfigurationError
-from services.engine.layers.linear import Linear
+from services.engine.layers.linear import Linear, named
 from services.engine.quant.matrix import plain
 from services.engine.weights import Weights
 
@@ -30,10 +30,8 @@ class Embedding:
                 f"quantization: {name} cannot be kept in {format.name}, for rows of it are looked up; say `{name}=none` before the "
                 "other rules, or on a CPU int8-weight or int4-g64"
             )
-        try:
+        with named(name):
             self.table = Linear(matrix, format=format.table, dtype=weights.dtype)
-        except ValueError as error:
-            raise ConfigurationError(f"quantization: {name}: {error}") from error
 
     def __call__(self, token_ids_N: Tensor) -> Tensor:
         if self._shard.is_alone:

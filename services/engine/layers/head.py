@@ -10,9 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from holdfast.errors import ConfigurationError
 from services.engine.layers.embedding import Embedding
-from services.engine.layers.linear import Linear
+from services.engine.layers.linear import Linear, named
 from services.engine.ops.forms import Activations, Form
 from services.engine.ops.linear import products
 from services.engine.quant import Weight
@@ -34,8 +33,7 @@ class Head:
 
     def __init__(self, linear: Linear, weight_VI: Tensor | None, *, part: Part, shard: Shard) -> None:
         """`weight_VI` holds the values that `linear` multiplies with, as they were loaded: those of a `part` of the
-        vocabulary. None if it multiplies with others and gives
-        float32 itself, or rounds products and gives rows."""
+        vocabulary. None if it multiplies with others and gives float32 itself, or rounds products and gives rows."""
         self._linear = linear
         self._weight_VI = weight_VI
         self._part = part
@@ -56,10 +54,8 @@ class Head:
         if format.scheme is None:
             weight_VI = plain(weight_VI, weights.dtype)
         scale = weights.input_scale("lm_head") if format.needs_input_scale else None
-        try:
+        with named("lm_head"):
             linear = Linear(weight_VI, format=format, dtype=weights.dtype, input_scale=scale)
-        except ValueError as error:
-            raise ConfigurationError(f"quantization: lm_head: {error}") from error
         kept_VI = weight_VI if isinstance(format, Unquantized) and isinstance(weight_VI, Tensor) else None
         return cls(linear, kept_VI, part=part, shard=shard)
 

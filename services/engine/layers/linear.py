@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -67,12 +68,9 @@ class Linear:
             bias_O = weights.shard.once(bias_O)
         format = weights.format(*names)
         scale = weights.input_scale(*names) if format.needs_input_scale else None
-        try:
+        with named(*map(weights.full_name, names)):
             matrix = _side_by_side(parts, format, dtype=weights.dtype)
             return cls(matrix, bias_O, format=format, dtype=weights.dtype, input_scale=scale)
-        except ValueError as error:
-            named = ", ".join(map(weights.full_name, names))
-            raise ConfigurationError(f"quantization: {named}: {error}") from error
 
     def __call__(self, x: Activations, *, add: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The product, plus `add` where there is one: in the dtype of activations, or another one where the format can."""
@@ -86,6 +84,15 @@ class Linear:
         """These rows of the matrix, [..., I], if its format can be a table."""
         assert self._format.table is self._format
         return self._format.table.rows(self._buffers, indices, dtype=self._dtype)
+
+
+@contextmanager
+def named(*names: str) -> Iterator[None]:
+    """Raises the block's ValueErrors as `ConfigurationError`s that name the matrices which it packs."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigurationError(f"quantization: {', '.join(names)}: {error}") from error
 
 
 def _side_by_side(parts: Sequence[Weight], format: Format, *, dtype: torch.dtype) -> Weight:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from services.engine.ops.linear import plus
+
 GROUPS = (256, 128, 64, 32)
 """So many inputs may share a scale."""
 
@@ -46,10 +48,7 @@ def linear(
     out_NO: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu.default(x_NI, weight, group, terms_GO2)
     if outputs != out_NO.shape[1]:
         out_NO = out_NO[:, :outputs].contiguous()
-    for term in (bias_O, add):
-        if term is not None:
-            out_NO.add_(term)
-    return out_NO.to(dtype)
+    return plus(out_NO, bias_O, add).to(dtype)
 
 
 def rows(weight: Tensor, terms_GO2: Tensor, indices: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from services.engine.ops.forms import RowScaled
+from services.engine.ops.linear import plus
 from services.engine.ops.quantize import by_torch
 from services.engine.ops.scaled import whole_products
 
@@ -30,7 +31,4 @@ def linear(
     num_rows = len(x_NI)
     out_NO = torch.add(sums[:num_rows], sums[num_rows:], alpha=1 / _FINER)
     out_NO.mul_(scales_O).mul_(coarse.scales_N[:, None])
-    for term in (bias_O, add):
-        if term is not None:
-            out_NO.add_(term)
-    return out_NO.to(dtype)
+    return plus(out_NO, bias_O, add).to(dtype)

@@ -69,6 +69,14 @@ def linear(
     return out if add is None else out.add_(add)
 
 
+def plus(out_NO: Tensor, bias_O: Tensor | None, add: Tensor | None) -> Tensor:
+    """The products, to which what there is of the two is added in place."""
+    for term in (bias_O, add):
+        if term is not None:
+            out_NO.add_(term)
+    return out_NO
+
+
 def gated_linear(x: Tensor | Unnormed, weight_OI: Tensor, *counters: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """silu(gate) * up, [N, O / 2], where `linear` gives gate and then up."""
     row = x.x_1I if isinstance(x, Unnormed) else x

@@ -48,12 +48,7 @@ def scaled_linear(
         out_NO = whole_products(x.values_NI, weight_OI) * scales_O
     else:
         out_NO = linear.linear(_widened(x.values_NI, weight_OI.dtype), weight_OI).float().mul_(scales_O)
-    out_NO.mul_(x.scales_N[:, None])
-    for term in (bias_O, add):
-        if term is not None:
-            out_NO.add_(term)
-    result: Tensor = out_NO.to(dtype)
-    return result
+    return linear.plus(out_NO.mul_(x.scales_N[:, None]), bias_O, add).to(dtype)
 
 
 def takes_row(x: Activations, weight_OI: Tensor) -> TypeGuard[Tensor | Unnormed]:

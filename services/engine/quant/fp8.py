@@ -95,10 +95,7 @@ class Fp8Block(Rounding):
     ) -> Tensor:
         assert isinstance(x, Tensor)
         out_NO = linear.linear(_rounded(x).to(buffers[0].dtype), buffers[0]).float()
-        for term in (bias_O, add):
-            if term is not None:
-                out_NO.add_(term)
-        return out_NO.to(dtype)
+        return linear.plus(out_NO, bias_O, add).to(dtype)
 
 
 def _rounded(x_NI: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class Int8(Rounding):
 
     name = "int8"
     scheme = Scheme()
-    takes: Form = RowScaled(torch.int8)
+    takes: Form = _ROWS
 
     @property
     def table(self) -> TableFormat:  # type: ignore[override]

@@ -9,18 +9,13 @@ from services.engine.ops.activation import silu_mul
 from services.engine.ops.forms import Activations, Form
 from services.engine.quant import Buffers, Weight
 from services.engine.quant.matrix import plain
+from services.engine.quant.unquantized import Unrounded
 
 
-class Invariant:
+class Invariant(Unrounded):
     """One kernel for any number of rows, slower than those that suit each number."""
 
     takes: Form = None
-
-    name = "none"
-    scheme = None
-    table = None
-    rounds_products = False
-    needs_input_scale = False
 
     def pack(self, weight_OI: Weight, *, dtype: torch.dtype, input_scale: Tensor | None = None) -> Buffers:
         plain_OI = plain(weight_OI, dtype)
@@ -39,10 +34,3 @@ class Invariant:
     ) -> Activations:
         assert form is None, "all matrices of a model are multiplied in this way"
         return silu_mul(self.apply(x, buffers, bias_O=bias_O, add=None, dtype=dtype))
-
-    def dequant(self, buffers: Buffers, *, inputs: int) -> Tensor:
-        unit_II = torch.eye(inputs, dtype=buffers[0].dtype, device=buffers[0].device)
-        return self.apply(unit_II, buffers, bias_O=None, add=None, dtype=unit_II.dtype).t().float()
-
-    def fake_quant(self, weight_OI: Tensor) -> Tensor:
-        return weight_OI

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -12,16 +14,33 @@ from services.engine.quant import Buffers, Weight
 from services.engine.quant.matrix import plain
 
 
-class Unquantized:
-    """The values as they are, laid out as the device multiplies fastest."""
-
-    takes: Form = Unnormed
+class Unrounded(ABC):
+    """What formats have in common that keep the values as they are."""
 
     name = "none"
     scheme = None
     table = None
     rounds_products = False
     needs_input_scale = False
+
+    @abstractmethod
+    def apply(
+        self, x: Activations, buffers: Buffers, *, bias_O: Tensor | None, add: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """As `Format` says."""
+
+    def dequant(self, buffers: Buffers, *, inputs: int) -> Tensor:
+        unit_II = torch.eye(inputs, dtype=buffers[0].dtype, device=buffers[0].device)
+        return self.apply(unit_II, buffers, bias_O=None, add=None, dtype=unit_II.dtype).t().float()
+
+    def fake_quant(self, weight_OI: Tensor) -> Tensor:
+        return weight_OI
+
+
+class Unquantized(Unrounded):
+    """The values as they are, laid out as the device multiplies fastest."""
+
+    takes: Form = Unnormed
 
     def pack(self, weight_OI: Weight, *, dtype: torch.dtype, input_scale: Tensor | None = None) -> Buffers:
         plain_OI = plain(weight_OI, dtype)
@@ -40,10 +59,3 @@ class Unquantized:
         if not isinstance(form, RowScaled):
             return gated_linear(x, *buffers, bias_O=bias_O)
         return silu_mul_quantized(linear(x, *buffers, bias_O=bias_O), form)
-
-    def dequant(self, buffers: Buffers, *, inputs: int) -> Tensor:
-        unit_II = torch.eye(inputs, dtype=buffers[0].dtype, device=buffers[0].device)
-        return self.apply(unit_II, buffers, bias_O=None, add=None, dtype=unit_II.dtype).t().float()
-
-    def fake_quant(self, weight_OI: Tensor) -> Tensor:
-        return weight_OI
