@@ -30,6 +30,7 @@ from services.gateway.handover import Handover
 from services.gateway.home import NEED, Home
 from services.gateway.metrics import Metrics
 from services.gateway.observation import Observer
+from services.gateway.opening import Opening
 from services.gateway.readiness import Readiness
 from services.gateway.resume import Resumer
 from services.gateway.servicer import servicer
@@ -88,6 +89,7 @@ async def serve(
         claims = Claims(log, named=settings.reply_partition, seconds=settings.claim_seconds)
         home = Home(claims, tails, readiness)
         cursors = Cursors(keys := cursor_keys(settings, kept=bus is None))
+        opening = Opening(settings, cursors=cursors, tails=tails, canceller=canceller)
         handover = Handover(possible=bool(keys))
         await parts.enter_async_context(running(tails.run(), home.run(), detokenizer.run()))
         await parts.enter_async_context(canceller.publishing())
@@ -98,8 +100,8 @@ async def serve(
             home=home,
             canceller=canceller,
             cursors=cursors,
-            tails=tails,
-            resumer=Resumer(settings, bus=log, tokenizer=tokenizer, tails=tails, canceller=canceller, cursors=cursors),
+            opening=opening,
+            resumer=Resumer(settings, bus=log, tokenizer=tokenizer, tails=tails, opening=opening, cursors=cursors),
             admission=admission,
             backlogs=backlogs,
             handover=handover,

@@ -22,18 +22,18 @@ from services.gateway.admission import Admission, Admitted
 from services.gateway.answer import Answer
 from services.gateway.backlog import Backlog, Entry
 from services.gateway.cancel import Canceller
-from services.gateway.choice import Manner, Mark, Place
+from services.gateway.choice import Mark, Place
 from services.gateway.cursor import Cursor, Cursors
 from services.gateway.handover import Handover, Moves
 from services.gateway.home import Home
 from services.gateway.observation import Observation, Observer
+from services.gateway.opening import Opening
 from services.gateway.readiness import Readiness
 from services.gateway.resume import Resumer, Resumption
 from services.gateway.routing import Routing
 from services.gateway.settings import GatewaySettings
 from services.gateway.streams import Streams
 from services.gateway.submissions import Submissions
-from services.gateway.tails import Tails
 from services.gateway.tokenizer import Tokenizer
 
 
@@ -62,7 +62,8 @@ class _Prepared:
     """A request that the log may get."""
 
     admitted: Admitted
-    prompt_ids: list[int]
+    record: pb.GenerationRequest
+    """As the log is to get it."""
     answer: Answer
     streams: Streams
     """That its answer will come to."""
@@ -83,7 +84,7 @@ class Gateway:
         home: Home,
         canceller: Canceller,
         cursors: Cursors,
-        tails: Tails,
+        opening: Opening,
         resumer: Resumer,
         admission: Admission,
         backlogs: Mapping[pb.RequestClass.ValueType, Backlog],
@@ -97,7 +98,7 @@ class Gateway:
         self._home = home
         self._canceller = canceller
         self._cursors = cursors
-        self._tails = tails
+        self._opening = opening
         self._resumer = resumer
         self._admission = admission
         self._backlogs = backlogs
@@ -188,8 +189,9 @@ class Gateway:
                 prompt_ids = await self._tokenize(admitted, call, seen)
                 partition = self._routing.choose(admitted.request_class, prompt_ids, backlog.loads, backlog.full)
                 backlog.goes_to(entry, partition)
-                answer = self._answer(admitted, prompt_ids, partition, streams, spelled=call.spelled)
-                yield _Prepared(admitted, prompt_ids, answer, streams, backlog, entry, seen)
+                record = self._record(admitted, prompt_ids, partition, streams)
+                answer = self._opening.answer(_start(record, partition), record, streams, spelled=call.spelled)
+                yield _Prepared(admitted, record, answer, streams, backlog, entry, seen)
 
     @asynccontextmanager
     async def _admitted(
@@ -224,14 +226,13 @@ class Gateway:
     async def _publish(self, prepared: _Prepared) -> None:
         """Returns once the log has the request."""
         admitted, answer = prepared.admitted, prepared.answer
-        record = self._record(prepared)
         partition = REQUESTS[admitted.request_class].partition(answer.source.partition)
         with prepared.seen.phase("publish") as span, self._cancelled_if_unknown(admitted):
             try:
                 async with asyncio.timeout(self._settings.log_seconds):
                     offset = await self._bus.publish(
                         partition,
-                        record.SerializeToString(),
+                        prepared.record.SerializeToString(),
                         key=admitted.request_id.encode(),
                         headers=inject(span),
                     )
@@ -242,20 +243,21 @@ class Gateway:
         answer.published(offset)
         prepared.backlog.published(prepared.entry)
 
-    def _record(self, prepared: _Prepared) -> pb.GenerationRequest:
-        """The request as the log gets it."""
-        admitted, start = prepared.admitted, prepared.answer.mark
+    def _record(
+        self, admitted: Admitted, prompt_ids: list[int], partition: int, streams: Streams
+    ) -> pb.GenerationRequest:
+        """The request as the log gets it. What is written in these streams from now on may belong to its answer."""
         record = pb.GenerationRequest(
             request_id=admitted.log_id,
             model=self._tokenizer.model.name,
             request_class=admitted.request_class,
-            prompt_token_ids=prepared.prompt_ids,
+            prompt_token_ids=prompt_ids,
             sampling=admitted.request.sampling,
             stop=admitted.request.stop,
             num_choices=admitted.num_choices,
-            reply_partition=prepared.streams.reply_partition,
-            reply_start_offset=start.offset,
-            reply_start_epoch=start.epoch,
+            reply_partition=streams.reply_partition,
+            reply_start_offset=streams.position,
+            reply_start_epoch=streams.epochs.highest(Source(admitted.request_class, partition)),
             presentation=pb.Presentation(
                 cancel_on_disconnect=admitted.request.cancel_on_disconnect,
                 return_token_ids=admitted.request.return_token_ids,
@@ -281,34 +283,14 @@ class Gateway:
             self._canceller.wish(admitted.log_id, None, reason, accepted_at=admitted.accepted_at)
             raise
 
-    def _answer(
-        self, admitted: Admitted, prompt_ids: list[int], partition: int, streams: Streams, *, spelled: bool = False
-    ) -> Answer:
-        request, source = admitted.request, Source(admitted.request_class, partition)
-        start = Cursor(
-            admitted.log_id,
-            source=source,
-            request_offset=0,  # until it is published
-            reply_partition=streams.reply_partition,
-            mark=Mark(streams.position, streams.epochs.highest(source)),
-            places=(Place.at_start(prompt_ids),) * admitted.num_choices,
-        )
-        return Answer(
-            start,
-            prompt_tokens=len(prompt_ids),
-            manner=Manner(
-                stop=tuple(request.stop.stop),
-                show_special_tokens=request.show_special_tokens,
-                return_token_ids=request.return_token_ids,
-                spelled=spelled and request.sampling.HasField("logprobs"),
-            ),
-            cursors=self._cursors,
-            cancel_on_disconnect=request.cancel_on_disconnect,
-            flush=self._settings.flush_ms / 1000,
-            max_waiting=self._settings.max_buffered_tokens,
-            on_end=streams.forget,
-            on_overflow=lambda answer: self._tails.fell_behind(answer, streams),
-            cancel=lambda choice, reason: self._canceller.wish(
-                admitted.log_id, choice, reason, accepted_at=admitted.accepted_at
-            ),
-        )
+
+def _start(record: pb.GenerationRequest, partition: int) -> Cursor:
+    """Before the first token of the answer to a request, which goes to this partition."""
+    return Cursor(
+        record.request_id,
+        source=Source(record.request_class, partition),
+        request_offset=0,  # until it is published
+        reply_partition=record.reply_partition,
+        mark=Mark(record.reply_start_offset, record.reply_start_epoch),
+        places=(Place.at_start(record.prompt_token_ids),) * record.num_choices,
+    )

@@ -15,16 +15,13 @@ from holdfast import ids
 from holdfast.bus import Bus, Record, TopicPartition
 from holdfast.errors import NotFound, Unavailable
 from holdfast.events import Resumed
-from holdfast.records import accepted_at_of
 from holdfast.topics import REQUESTS, TOKENS
 from holdfast.v1 import generation_pb2 as pb
 from services.gateway.answer import Answer
-from services.gateway.cancel import Canceller
 from services.gateway.catch_up import catch_up
-from services.gateway.choice import Manner
 from services.gateway.cursor import Cursor, Cursors
+from services.gateway.opening import Opening
 from services.gateway.settings import GatewaySettings
-from services.gateway.streams import Streams
 from services.gateway.tails import Tails
 from services.gateway.tasks import running
 from services.gateway.tokenizer import Tokenizer
@@ -65,14 +62,14 @@ class Resumer:
         bus: Bus,
         tokenizer: Tokenizer,
         tails: Tails,
-        canceller: Canceller,
+        opening: Opening,
         cursors: Cursors,
     ) -> None:
         self._settings = settings
         self._bus = bus
         self._tokenizer = tokenizer
         self._tails = tails
-        self._canceller = canceller
+        self._opening = opening
         self._cursors = cursors
 
     @asynccontextmanager
@@ -89,7 +86,7 @@ class Resumer:
         request = await self._request(start)
         await self._check_kept(TOKENS.partition(start.reply_partition), start.mark.offset, TOKENS.retention)
         async with self._tails.of(start.reply_partition) as tail:
-            answer = self._answer(start, request, tail, spelled=spelled, only_ask=only_ask)
+            answer = self._opening.answer(start, request, tail, spelled=spelled, only_ask=only_ask)
             try:
                 async with running(catch_up(self._bus, answer, start.mark, tail)):
                     with answer.expiring(_time_left(request)):
@@ -141,30 +138,6 @@ class Resumer:
             )
         if offset > kept.stop:
             raise NotFound("the log does not reach to where the cursor stands: it was made anew since then")
-
-    def _answer(
-        self, start: Cursor, request: pb.GenerationRequest, tail: Streams, *, spelled: bool, only_ask: bool
-    ) -> Answer:
-        shown = request.presentation
-        return Answer(
-            start,
-            prompt_tokens=len(request.prompt_token_ids),
-            manner=Manner(
-                stop=tuple(request.stop.stop),
-                show_special_tokens=shown.show_special_tokens,
-                return_token_ids=shown.return_token_ids,
-                spelled=spelled and request.sampling.HasField("logprobs"),
-            ),
-            cursors=self._cursors,
-            cancel_on_disconnect=shown.cancel_on_disconnect and not only_ask,
-            flush=self._settings.flush_ms / 1000,
-            max_waiting=self._settings.max_buffered_tokens,
-            on_end=tail.forget,
-            on_overflow=lambda answer: self._tails.fell_behind(answer, tail),
-            cancel=lambda choice, reason: self._canceller.wish(
-                start.request_id, choice, reason, accepted_at=accepted_at_of(request)
-            ),
-        )
 
 
 def _time_left(request: pb.GenerationRequest) -> float | None:

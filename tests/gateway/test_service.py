@@ -35,6 +35,7 @@ from services.gateway.handover import Handover
 from services.gateway.home import Home
 from services.gateway.metrics import Metrics
 from services.gateway.observation import Observer
+from services.gateway.opening import Opening
 from services.gateway.readiness import Readiness
 from services.gateway.resume import Resumer
 from services.gateway.settings import GatewaySettings
@@ -119,20 +120,22 @@ async def test_a_gateway_that_is_not_ready_says_what_is_missing() -> None:
             metrics=metrics,
         )
         tails = Tails(bus, lambda partition: streams)
+        cursors = Cursors()
+        opening = Opening(settings(), cursors=cursors, tails=tails, canceller=Canceller(bus))
         gateway = Gateway(
             settings(),
             bus=bus,
             tokenizer=tokenizer,
             home=Home(Claims(bus, named=None, seconds=1), tails, readiness),
             canceller=Canceller(bus),
-            cursors=(cursors := Cursors()),
-            tails=tails,
+            cursors=cursors,
+            opening=opening,
             resumer=Resumer(
                 settings(),
                 bus=bus,
                 tokenizer=tokenizer,
                 tails=tails,
-                canceller=Canceller(bus),
+                opening=opening,
                 cursors=cursors,
             ),
             admission=Admission(settings()),
