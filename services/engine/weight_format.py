@@ -47,6 +47,24 @@ class WeightFormat(enum.StrEnum):
     INT4_G128_ASYM = "int4-g128-asym"
 
 
+class Method(enum.StrEnum):
+    """How a matrix's weights become few bits. The engine does `absmax` when it loads them; `services.engine.quantize` does all, and writes
+    a checkpoint."""
+
+    ABSMAX = "absmax"
+    """To the nearest, between levels that hold every weight."""
+    PERCENTILE = "percentile"
+    """To the nearest, some of the largest weights cut off."""
+    MSE = "mse"
+    """To the nearest, as many cut off as makes the squared error the least."""
+    SMOOTHQUANT = "smoothquant"
+    """What makes activations hard to round is moved into the weights first."""
+    AWQ = "awq"
+    """Inputs that are large get more of the levels."""
+    GPTQ = "gptq"
+    """Inputs that are still to be rounded make up for what rounding the others changed."""
+
+
 _SPARED = ("model.embed_tokens", "lm_head", "*.gate", "*.experts.*")
 """What a format named without a glob leaves alone: the embedding, which is looked up; the head and a router, whose products are
 compared with each other; and experts, which are multiplied in stacks."""
@@ -61,6 +79,8 @@ class Rule:
     globs: tuple[str, ...]
     spared: tuple[str, ...]
     format: WeightFormat
+    method: Method | None = None
+    """How they are rounded; None where it is not said."""
 
     def matches(self, name: str) -> bool:
         """Whether it is about the matrix of this name."""

@@ -15,7 +15,8 @@ Of a group can be said:
     symmetric    whether zero lies in the middle (the default)
     activations  of 8 bits: dynamic (a scale for each row, found in every step; the default), static (one found by calibration), or none
                  (they are kept as they are)
-    calibration  none or absmax: weights are rounded to the nearest
+    calibration  how weights are rounded: absmax, or none, as the engine does it when it loads them; percentile, mse, smoothquant, awq or gptq as
+                 `services.engine.quantize` does it, which writes a checkpoint
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from services.engine.weight_format import Rule, WeightFormat
+from services.engine.weight_format import Method, Rule, WeightFormat
 
 GROUPS = {
     "attention": ("*.self_attn.*",),
@@ -49,7 +50,7 @@ class Group:
     group_size: int | None = None
     symmetric: bool = True
     activations: str | None = None
-    calibration: str = "none"
+    calibration: str | None = None
 
     def __post_init__(self) -> None:
         known: dict[str, tuple[object, ...]] = {
@@ -59,7 +60,7 @@ class Group:
             "group_size": (None, 32, 64, 128),
             "symmetric": (True, False),
             "activations": (None, "dynamic", "static", "none"),
-            "calibration": ("none", "absmax"),
+            "calibration": (None, "none", *map(str, Method)),
         }
         for name, values in known.items():
             value = getattr(self, name)
@@ -71,7 +72,7 @@ class Group:
     def format(self) -> WeightFormat:
         """Its name. Raises ValueError where there is none of this kind."""
         if self.bits == 16:
-            self._only("bits", "calibration")
+            self._only("bits", calibration="none")
             return WeightFormat.NONE
         if self.type == "float":
             self._only("bits", "type", "granularity", "calibration", activations="dynamic", bits=8)
@@ -88,6 +89,13 @@ class Group:
         self._only("bits", "granularity", "group_size", "symmetric", "calibration", activations="none")
         self._of({"group": WeightFormat.INT4_G128}, default="group")
         return WeightFormat(f"int4-g{self.group_size or 128}" + ("" if self.symmetric else "-asym"))
+
+    @property
+    def method(self) -> Method | None:
+        """How its matrices are rounded, where it is said."""
+        if self.calibration is None:
+            return None
+        return Method.ABSMAX if self.calibration == "none" else Method(self.calibration)
 
     def _only(self, *names: str, **values: object) -> None:
         """Raises ValueError where anything else is said than of these names, or other than these values."""
@@ -133,7 +141,7 @@ def _rule(name: str, group: Group) -> Rule:
         format = group.format
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return Rule(name, GROUPS.get(name, (name,)), _ROUTERS if name == "ffn" else (), format)
+    return Rule(name, GROUPS.get(name, (name,)), _ROUTERS if name == "ffn" else (), format, group.method)
 
 
 def _group(name: str, said: Any) -> Group:

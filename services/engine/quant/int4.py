@@ -9,7 +9,7 @@ from torch import Tensor
 
 from services.engine.ops import int4
 from services.engine.ops.forms import Activations
-from services.engine.quant import Buffers
+from services.engine.quant import Buffers, Format
 from services.engine.quant.matrix import QuantizedMatrix, Scheme, nearest
 from services.engine.quant.rounding import Rounding
 
@@ -29,12 +29,7 @@ class Int4(Rounding):
 
     def rounded(self, weight_OI: Tensor, *, dtype: torch.dtype) -> QuantizedMatrix:
         """By scales as they are kept, which is in `dtype`."""
-        inputs, group = weight_OI.shape[1], self.scheme.tile[1]
-        if not self.scheme.groups(inputs):
-            fits = " or ".join(self.name.replace(f"g{group}", f"g{size}") for size in (64, 32) if inputs % size == 0)
-            raise ValueError(
-                f"{self.name} keeps {group} inputs in a group, and there are {inputs}; say {fits or 'int8-weight'}"
-            )
+        require_groups(self, weight_OI.shape[1])
         return nearest(weight_OI, self.scheme, scale_dtype=dtype)
 
     def _packed(self, matrix: QuantizedMatrix, *, dtype: torch.dtype, input_scale: Tensor | None) -> Buffers:
@@ -65,3 +60,14 @@ class Int4(Rounding):
         weight, terms_GO2, _, order_I = buffers
         assert order_I is None, "no method sorts the features of a table"
         return int4.rows(weight, terms_GO2, indices).to(dtype)
+
+
+def require_groups(format: Format, inputs: int) -> None:
+    """Raises ValueError, with what fits, if so many inputs do not fall into the groups in which the format rounds plain matrices."""
+    if format.scheme is None or format.scheme.groups(inputs):
+        return
+    group = format.scheme.tile[1]
+    fits = " or ".join(format.name.replace(f"g{group}", f"g{size}") for size in (64, 32) if inputs % size == 0)
+    raise ValueError(
+        f"{format.name} keeps {group} inputs in a group, and there are {inputs}; say {fits or 'int8-weight'}"
+    )

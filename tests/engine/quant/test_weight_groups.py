@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from holdfast.errors import ConfigurationError
+from services.engine.quant.rules import Rules
 from services.engine.settings import EngineSettings
-from services.engine.weight_format import rules_of
+from services.engine.weight_format import Method, rules_of
 
 LAYER = "model.layers.3"
 
@@ -40,6 +42,19 @@ def test_groups_are_ordered_rules(tmp_path: Path) -> None:
     assert decided(path, f"{LAYER}.mlp.gate") is None
     assert decided(path, "model.embed_tokens") == "none"
     assert decided(path, "lm_head") is None
+
+
+def test_the_engine_rounds_to_the_nearest_and_no_other_way(tmp_path: Path) -> None:
+    """What takes a text it leaves to the command that writes a checkpoint."""
+    path = file(tmp_path, {"attention": {"bits": 8, "calibration": "none"}, "ffn": {"bits": 4, "calibration": "gptq"}})
+    with pytest.raises(
+        ConfigurationError, match=r"ffn: calibration gptq takes a text.*`python -m services\.engine\.quantize`"
+    ):
+        Rules(path)
+    rules = Rules(path, methods=tuple(Method))
+    assert rules.method(f"{LAYER}.mlp.up_proj", f"{LAYER}.mlp.gate_proj") is Method.GPTQ
+    assert rules.method(f"{LAYER}.self_attn.q_proj") is Method.ABSMAX
+    assert rules.method("lm_head") is None
 
 
 def test_toml_says_the_same(tmp_path: Path) -> None:
@@ -85,7 +100,11 @@ def test_every_format_can_be_said(group: dict[str, Any], format: str, tmp_path: 
         ({"ffn": {"bits": 8, "granularity": "tensor"}}, "ffn: granularity of int8 must be channel, not tensor"),
         ({"ffn": {"bits": 4, "activations": "dynamic"}}, 'ffn: int4 can only have activations "none"'),
         ({"ffn": {"bits": 4, "type": "float"}}, "ffn: float4 can only have bits 8"),
-        ({"ffn": {"bits": 4, "calibration": "gptq"}}, 'calibration must be one of "none", "absmax", not "gptq"'),
+        (
+            {"ffn": {"bits": 4, "calibration": "gtpq"}},
+            'calibration must be one of "none", "absmax", "percentile".* not "gtpq"',
+        ),
+        ({"ffn": {"bits": 16, "calibration": "gptq"}}, '16 bits can only have calibration "none"'),
         ([], "it must name groups: attention, ffn"),
         ("{", "groups.json: Expecting"),
     ],

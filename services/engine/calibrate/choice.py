@@ -1,0 +1,57 @@
+"""What is done to which matrices, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.engine.calibrate.parts import Sharing
+from services.engine.quant import Format
+from services.engine.quant.matrix import Scheme
+from services.engine.weight_format import Method
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What methods can be told."""
+
+    percentile: float = 99.9
+    """Of weights: how many are not cut off."""
+    act_order: bool = True
+    """GPTQ rounds inputs by their squares, the largest first."""
+    damping: float = 0.01
+    """GPTQ's, as a part of the mean square."""
+    strength: float = 0.5
+    """SmoothQuant's: how much of the difficulty of rounding goes from activations to weights."""
+    activations: Method = Method.MSE
+    """How static scales of activations are found."""
+    activation_percentile: float = 99.99
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """For matrices that share their inputs and are kept as one."""
+
+    sharing: Sharing
+    format: Format
+    method: Method
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether they are rounded at all."""
+        return self.format.scheme is not None
+
+    @property
+    def scheme(self) -> Scheme:
+        """How they are rounded, if they are."""
+        assert self.format.scheme is not None
+        return self.format.scheme
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether the method goes by what the matrices are given."""
+        return self.quantizes and self.method in (Method.SMOOTHQUANT, Method.AWQ, Method.GPTQ)
+
+    @property
+    def needs_magnitudes(self) -> bool:
+        """Whether activations are to have a static scale."""
+        return self.quantizes and self.format.needs_input_scale
