@@ -9,20 +9,22 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import uvloop
+from aiokafka.client import AIOKafkaClient
 from aiokafka.conn import AIOKafkaConnection
 from aiokafka.errors import KafkaConnectionError
 from aiokafka.protocol.admin import ApiVersionRequest
 from aiokafka.protocol.metadata import MetadataRequest
 
 from deploy.kafka import broker
-from holdfast import kafka
 from holdfast.bus import Position
 from holdfast.errors import ConfigurationError, Unavailable
-from holdfast.kafka import KafkaBus
+from holdfast.kafka import KafkaBus, clients
+from holdfast.kafka.clients import Client, Connection
 from holdfast.topics import Topic
 from tests.conftest import missing
 
@@ -63,7 +65,7 @@ async def test_a_cluster_id_may_begin_with_a_dash(tmp_path: Path, monkeypatch: p
 
 async def test_a_silent_broker_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Something that accepts connections and says nothing is given up after the time limit."""
-    monkeypatch.setattr("holdfast.kafka.START_SECONDS", 0.3)
+    monkeypatch.setattr("holdfast.kafka.clients.START_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(Unavailable, match=address):
@@ -200,7 +202,7 @@ def test_a_connection_that_has_just_broken_says_so_on_uvloop_too() -> None:
     async def write_to_a_broken_one() -> None:
         async with await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0) as server:
             host, port = server.sockets[0].getsockname()
-            connection = kafka.conn.AIOKafkaConnection(host, port)
+            connection = Connection(host, port)
             connection._reader, connection._writer = await asyncio.open_connection(host, port)
             connection._read_task = asyncio.create_task(asyncio.sleep(0))
             connection._writer.transport.abort()
@@ -211,3 +213,36 @@ def test_a_connection_that_has_just_broken_says_so_on_uvloop_too() -> None:
             assert not connection.connected()
 
     uvloop.run(write_to_a_broken_one())
+
+
+async def test_a_broker_that_is_away_is_not_asked_for_metadata_without_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """aiokafka's producers and consumers ask as fast as they can while a partition has no leader."""
+    monkeypatch.setattr(clients, "METADATA_SECONDS", 0.05)
+    times: list[float] = []
+
+    async def away(*_where: object) -> bool:
+        times.append(time.monotonic())
+        return False
+
+    monkeypatch.setattr(AIOKafkaClient, "_metadata_update", away)
+    client = Client(bootstrap_servers="127.0.0.1:1")
+    for _ in range(4):
+        assert not await client._metadata_update(client.cluster, set())
+    assert len(times) == 4
+    assert all(later - earlier >= 0.05 for earlier, later in pairwise(times))
+
+
+async def test_every_client_of_a_bus_is_mended(kafka: str) -> None:
+    """They are made by aiokafka, deep inside."""
+    async with KafkaBus(kafka) as bus:
+        await bus.create_topics([LINE])
+        await bus.publish(PLACE, b"")
+        async with bus.reader({PLACE: 0}) as reader:
+            used = [
+                bus._admin._client,
+                bus._offsets._client,
+                bus._interactive._producer.client,
+                reader._consumer._client,
+            ]
+            assert all(isinstance(client, Client) for client in used)
+            assert all(isinstance(each, Connection) for client in used for each in client._conns.values())
