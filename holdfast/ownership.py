@@ -177,6 +177,7 @@ class Scan:
 
     def __init__(self, source: Source, *, reply_partition: int, start: int, marker: int) -> None:
         assert start <= marker
+        self.source = source
         self.reply_partition = reply_partition
         self.start = start
         """Offset to read from."""
@@ -188,17 +189,16 @@ class Scan:
         """The highest epoch met."""
         self.kept_from = 0
         """Offset from which on the log still has records."""
-        self._source = source
         self._runs: list[_Run] = []
         self._fed = -1
 
     def feed(self, offset: int, batch: Batch | None) -> None:
-        """The next record; None where it is none that can be read, which all readers pass over. What lies behind the
-        marker is ignored, and what was fed before, so that reading may begin again."""
+        """The next record; None where it is another source's. What lies behind the marker is ignored, and what was fed before,
+        so that reading may begin again."""
         if offset <= self._fed:
             return
         self._fed = offset
-        if offset <= self.marker and batch is not None and batch.source == self._source:
+        if offset <= self.marker and batch is not None and batch.source == self.source:
             self._keep(offset, batch)
         self.is_done = self.is_done or offset >= self.marker
 
@@ -214,7 +214,7 @@ class Scan:
                 [Choice() for _ in range(request.num_choices)],
                 contradiction="the log no longer holds the beginning of its answer",
             )
-        epochs = Epochs({self._source: request.start.epoch})
+        epochs = Epochs({self.source: request.start.epoch})
         standing = Standing([Choice() for _ in range(request.num_choices)])
         for run in self._runs:
             if run.last < request.start.offset:
@@ -222,7 +222,7 @@ class Scan:
             entries = [
                 entry for offset, entry in run.entries.get(request.request_id, ()) if offset >= request.start.offset
             ]
-            is_admitted = epochs.admit(self._source, run.epoch)
+            is_admitted = epochs.admit(self.source, run.epoch)
             for entry in entries:
                 standing.take(entry, run.epoch, is_admitted=is_admitted)
         return standing

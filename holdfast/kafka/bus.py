@@ -57,7 +57,7 @@ class KafkaBus:
         namespace: str = "",
         send_timeout: float = 10.0,
         session_timeout: float = 6.0,
-        heartbeat: float = 0.25,
+        heartbeat: float = 0.1,
     ) -> None:
         """`namespace`: stands before the names of all topics and groups in the cluster, so that several meshes can share
         it. `send_timeout`: seconds until an ack that has not come counts as `Unavailable`. `session_timeout`: seconds of
@@ -165,6 +165,7 @@ class KafkaBus:
             fetch_max_wait_ms=25,
             fetch_min_bytes=1,
             rebalance_timeout_ms=10_000,
+            retry_backoff_ms=50,
             max_poll_interval_ms=300_000,
             partition_assignment_strategy=(assignor,),
         )
