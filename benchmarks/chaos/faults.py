@@ -35,7 +35,7 @@ class Fault:
     what: str
     at: float
     mended: float
-    """When all that it broke was ready again."""
+    """When all that it broke was ready again, and all gateways took requests."""
 
 
 async def _engine_dies(fleet: Fleet, draw: random.Random) -> list[Part]:
@@ -134,4 +134,5 @@ async def inject(kind: Kind, fleet: Fleet, draw: random.Random) -> Fault:
     """Has it happen; returns when it is mended."""
     at = time.monotonic()
     parts = await kind.act(fleet, draw)
+    await fleet.until_ready()
     return Fault(kind, ", ".join(map(str, parts)), at, time.monotonic())

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.mesh import ROOT, START_SECONDS, STOP_SECONDS, environment, ready_event
+from holdfast.probe import probe
 
 TRIES = 20
 """How often a process that ends before it is ready is started again: one without its broker or tokenizer does."""
@@ -182,6 +183,21 @@ class Fleet:
     def services(self) -> list[Part]:
         """All but the brokers."""
         return [*self.tokenizers, *self.engines, *self.gateways]
+
+    async def until_ready(self) -> None:
+        """Returns when every gateway takes requests: has found the log, a tokenizer and an engine.
+
+        Raises:
+            FleetError: one of them does not.
+        """
+        for address in self.addresses:
+            why: str | None = "it does not answer"
+            try:
+                async with asyncio.timeout(START_SECONDS):
+                    while why := await asyncio.to_thread(probe, address, timeout=1.0):  # noqa: ASYNC110 - it tells nobody
+                        await asyncio.sleep(PAUSE)
+            except TimeoutError as error:
+                raise FleetError(f"the gateway at {address} is not ready again: {why}") from error
 
 
 @asynccontextmanager
