@@ -1,8 +1,8 @@
-"""A GGUF file of the Llama family as a folder of Hugging Face files, without torch.
+"""A GGUF file of the Llama family as a folder of Hugging Face files, without torch: its config and tokenizer (`describe`), and its weights
+too (`convert`), dequantised and rounded to bfloat16 (to nearest, ties to even).
 
-Weights are dequantised and rounded to bfloat16 (to nearest, ties to even). Facts used, with their sources: the GGUF
-format, its tensor names and llama.cpp's order of the rows of q and k (ggml-org/llama.cpp, `docs/gguf` and
-`convert_hf_to_gguf.py`); the safetensors format (huggingface/safetensors, README, "Format").
+Facts used, with their sources: the GGUF format, its tensor names and llama.cpp's order of the rows of q and k (ggml-org/llama.cpp,
+`docs/gguf` and `convert_hf_to_gguf.py`); the safetensors format (huggingface/safetensors, README, "Format").
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from holdfast.errors import ConfigurationError
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Progress = Callable[[str], None]
+Row = TypeVar("Row", bound="np.generic")
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -40,6 +42,9 @@ _NAMES = {
 }
 """What llama.cpp calls a module, and what Hugging Face calls it."""
 
+_SHORT = {"unknown": "unk", "padding": "pad"}
+"""What Hugging Face calls a special token, where it is another name."""
+
 _CONTROL_TOKEN = 3
 """`token_type` of special tokens in GGUF."""
 
@@ -47,31 +52,75 @@ _REPORTS = 5
 """How many times the conversion of the weights says how far it is."""
 
 
+class _Fields(dict[str, Any]):
+    """What a GGUF file says of its model. What it leaves out and must say is named."""
+
+    def __init__(self, file: Path, content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self._file = file
+
+    def __missing__(self, key: str) -> NoReturn:
+        self.refuse(f"it does not say {key}")
+
+    def refuse(self, why: str) -> NoReturn:
+        """Raises `ConfigurationError`, with a way out."""
+        raise ConfigurationError(
+            f"{self._file}: {why}; the model's own config.json and tokenizer files, in a folder with this file, are read instead"
+        )
+
+
 def convert(
     gguf_file: Path, folder: Path, progress: Progress, *, sampling: Mapping[str, float] = MappingProxyType({})
 ) -> None:
-    """Writes config.json, generation_config.json, tokenizer.json, tokenizer_config.json and model.safetensors into an
-    empty folder; `sampling` goes into generation_config.json. All of it is on the disk when this returns.
+    """Writes what `describe` does, and model.safetensors. Raises as it does."""
+    reader, fields = _opened(gguf_file)
+    _describe(reader.tensors, fields, folder, sampling)
+    _write_weights(folder / "model.safetensors", reader.tensors, fields, progress)
+
+
+def describe(gguf_file: Path, folder: Path, *, sampling: Mapping[str, float] = MappingProxyType({})) -> None:
+    """Writes config.json, generation_config.json, tokenizer.json and tokenizer_config.json into an empty folder; `sampling` goes
+    into generation_config.json. All of it is on the disk when this returns.
 
     Raises:
-        ConfigurationError: a package that this needs is not installed, or the file is of a kind not known here.
+        ConfigurationError: a package that this needs is not installed, or the file is of a kind not known here, or broken.
     """
+    reader, fields = _opened(gguf_file)
+    _describe(reader.tensors, fields, folder, sampling)
+
+
+def opened(gguf_file: Path) -> Any:
+    """The `GGUFReader` of a file of the Llama family. Raises `ConfigurationError` if that cannot be had."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
         raise ConfigurationError(
-            f"converting {gguf_file.name} needs the package {error.name!r}: install holdfast[models]"
+            f"reading {gguf_file} needs the package {error.name!r}: install holdfast[models]"
         ) from error
-    reader = GGUFReader(gguf_file)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    if (architecture := fields["general.architecture"]) != "llama":
-        raise ConfigurationError(f"{gguf_file.name} holds a {architecture!r} model; only 'llama' can be converted")
-    tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
+    try:
+        reader: Any = GGUFReader(gguf_file)
+        architecture = reader.get_field("general.architecture").contents()
+    except (ValueError, IndexError, KeyError, AttributeError, OverflowError, OSError, struct.error) as error:
+        raise ConfigurationError(f"{gguf_file} cannot be read as GGUF, or is cut off: {error}") from error
+    if architecture != "llama":
+        raise ConfigurationError(f"{gguf_file} holds a {architecture!r} model; only 'llama' can be read")
+    return reader
+
+
+def _opened(gguf_file: Path) -> tuple[Any, _Fields]:
+    reader = opened(gguf_file)
+    return reader, _Fields(gguf_file, {name: field.contents() for name, field in reader.fields.items()})
+
+
+def _describe(tensors: list[Any], fields: _Fields, folder: Path, sampling: Mapping[str, float]) -> None:
+    tied = all(tensor.name != "output.weight" for tensor in tensors)
+    scaled = any(tensor.name == "rope_freqs.weight" for tensor in tensors)
+    if scaled or fields.get("llama.rope.scaling.type", "none") != "none":
+        fields.refuse("what it says of scaled rotary embeddings is not translated")
     _write_json(folder / "config.json", _config(fields, tied=tied))
     _write_json(folder / "generation_config.json", _special_ids(fields) | _sampling(sampling))
     _write_text(folder / "tokenizer.json", _tokenizer(fields).to_str())
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(fields))
-    _write_weights(folder / "model.safetensors", reader.tensors, fields, progress)
 
 
 def _sampling(values: Mapping[str, float]) -> dict[str, Any]:
@@ -79,7 +128,7 @@ def _sampling(values: Mapping[str, float]) -> dict[str, Any]:
     return {"do_sample": True, **values} if values else {}
 
 
-def _config(fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:
+def _config(fields: _Fields, *, tied: bool) -> dict[str, Any]:
     """The model's shape in the words of transformers' `LlamaConfig`."""
     heads, hidden = fields["llama.attention.head_count"], fields["llama.embedding_length"]
     return {
@@ -89,12 +138,12 @@ def _config(fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:
         "intermediate_size": fields["llama.feed_forward_length"],
         "num_hidden_layers": fields["llama.block_count"],
         "num_attention_heads": heads,
-        "num_key_value_heads": fields["llama.attention.head_count_kv"],
-        "head_dim": hidden // heads,
+        "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
+        "head_dim": fields.get("llama.attention.key_length", hidden // heads),
         "vocab_size": len(fields["tokenizer.ggml.tokens"]),
         "max_position_embeddings": fields["llama.context_length"],
         "rms_norm_eps": _shortest(fields["llama.attention.layer_norm_rms_epsilon"]),
-        "rope_theta": _shortest(fields["llama.rope.freq_base"]),
+        "rope_theta": _shortest(fields.get("llama.rope.freq_base", 10000.0)),
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -111,19 +160,19 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _special_ids(fields: dict[str, Any]) -> dict[str, int]:
-    return {f"{name}_token_id": fields[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos")} | {
-        "pad_token_id": fields["tokenizer.ggml.padding_token_id"]
-    }
+def _special_ids(fields: _Fields) -> dict[str, int]:
+    ids = {f"{name}_token_id": fields[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos")}
+    padding = fields.get("tokenizer.ggml.padding_token_id")
+    return ids if padding is None else ids | {"pad_token_id": padding}
 
 
-def _tokenizer(fields: dict[str, Any]) -> Tokenizer:
+def _tokenizer(fields: _Fields) -> Tokenizer:
     """The tokenizer of SmolLM: byte-level BPE with GPT-2's split, every digit a piece of its own."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     kind = fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]
     if kind != ("gpt2", "smollm"):
-        raise ConfigurationError(f"cannot convert a tokenizer of kind {kind}, only ('gpt2', 'smollm')")
+        fields.refuse(f"its tokenizer is of kind {kind}, and only ('gpt2', 'smollm') is translated")
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     first_second = [merge.split(" ", 1) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(
@@ -142,29 +191,29 @@ def _tokenizer(fields: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _tokenizer_config(fields: dict[str, Any]) -> dict[str, Any]:
+def _tokenizer_config(fields: _Fields) -> dict[str, Any]:
     tokens = fields["tokenizer.ggml.tokens"]
+    ids = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown", "padding")}
+    special = {f"{_SHORT.get(name, name)}_token": tokens[id] for name, id in ids.items() if id is not None}
+    template = fields.get("tokenizer.chat_template")
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": tokens[fields["tokenizer.ggml.bos_token_id"]],
-        "eos_token": tokens[fields["tokenizer.ggml.eos_token_id"]],
-        "unk_token": tokens[fields["tokenizer.ggml.unknown_token_id"]],
-        "pad_token": tokens[fields["tokenizer.ggml.padding_token_id"]],
-        "add_bos_token": fields["tokenizer.ggml.add_bos_token"],
+        **special,
+        "add_bos_token": fields.get("tokenizer.ggml.add_bos_token", False),
         "clean_up_tokenization_spaces": False,
         "model_max_length": fields["llama.context_length"],
-        "chat_template": fields["tokenizer.chat_template"],
+        **({} if template is None else {"chat_template": template}),
     }
 
 
-def _write_weights(path: Path, tensors: list[Any], fields: dict[str, Any], progress: Progress) -> None:
+def _write_weights(path: Path, tensors: list[Any], fields: _Fields, progress: Progress) -> None:
     """One tensor at a time, so that memory holds no more than the largest."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
         start, end = end, end + 2 * int(tensor.n_elements)
         shape = [int(size) for size in reversed(tensor.shape)]  # GGUF names the fastest dimension first
-        header[_name(tensor.name)] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+        header[hugging_face_name(tensor.name)] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -176,28 +225,28 @@ def _write_weights(path: Path, tensors: list[Any], fields: dict[str, Any], progr
         _to_disk(file.fileno(), file.flush)
 
 
-def _name(gguf_name: str) -> str:
+def hugging_face_name(gguf_name: str) -> str:
     """The Hugging Face name of a tensor."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", gguf_name)
     if match is None or match[2] not in _NAMES:
-        raise ConfigurationError(f"cannot convert the tensor {gguf_name!r}: not one of a Llama model")
+        raise ConfigurationError(f"cannot read the tensor {gguf_name!r}: not one of a Llama model")
     layer, module, kind = match.groups()
     return f"{'' if layer is None else f'model.layers.{layer}.'}{_NAMES[module]}.{kind}"
 
 
-def _weights(tensor: Any, fields: dict[str, Any]) -> NDArray[np.float32]:
+def _weights(tensor: Any, fields: _Fields) -> NDArray[np.float32]:
     from gguf.quants import dequantize
 
     weights: NDArray[np.float32] = dequantize(tensor.data, tensor.tensor_type)
     if ".attn_q." in tensor.name:
-        return _halves_together(weights, num_heads=fields["llama.attention.head_count"])
+        return halves_together(weights, num_heads=fields["llama.attention.head_count"])
     if ".attn_k." in tensor.name:
-        return _halves_together(weights, num_heads=fields["llama.attention.head_count_kv"])
+        return halves_together(weights, num_heads=fields["llama.attention.head_count_kv"])
     return weights
 
 
-def _halves_together(weights: NDArray[np.float32], *, num_heads: int) -> NDArray[np.float32]:
-    """Undoes llama.cpp's order of the rows of q and k. There the two rows that rotate together are neighbours; Hugging
+def halves_together(weights: NDArray[Row], *, num_heads: int) -> NDArray[Row]:
+    """The rows of q or k, whatever they hold, out of llama.cpp's order. There the two rows that rotate together are neighbours; Hugging
     Face keeps each head's first halves of all pairs before the second halves."""
     pairs = weights.reshape(num_heads, -1, 2, *weights.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weights.shape)

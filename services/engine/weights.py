@@ -13,19 +13,29 @@ import math
 import threading
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any, Protocol
 
+import structlog
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from holdfast.errors import ConfigurationError
 from services.engine.quant import Format, Weight
-from services.engine.quant.rules import Rules
+from services.engine.quant.matrix import QuantizedMatrix
+from services.engine.quant.readers import reader_of
+from services.engine.quant.readers.gguf import GGUFFile
+from services.engine.quant.readers.source import Config, Reader, Source, refuse
+from services.engine.quant.rules import FORMATS, Rules
 from services.engine.shard import ALONE, Part, Shard
+from services.engine.weight_format import WeightFormat
+
+log = structlog.stdlib.get_logger(__name__)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -127,22 +137,50 @@ class _Under(Weights):
         self._weights.unquantized(*(f"{self._prefix}.{name}" for name in names), why=why)
 
 
+class TensorSlice(Protocol):
+    """A tensor of a file, of which parts can be read."""
+
+    def get_shape(self) -> list[int]:
+        """Its whole shape."""
+        ...
+
+    def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
+        """That part of it."""
+        ...
+
+
+class TensorFile(Protocol):
+    """An open file of tensors, as safetensors has it."""
+
+    def get_slice(self, name: str) -> TensorSlice:
+        """The tensor of this name, not read yet."""
+        ...
+
+    def get_tensor(self, name: str) -> Tensor:
+        """The tensor of this name."""
+        ...
+
+
 class Checkpoint(Weights):
-    """The safetensors files of a model folder. Open it with `open_checkpoint`."""
+    """The files of a model folder. Open it with `open_checkpoint`."""
 
     def __init__(
         self,
         folder: Path,
-        files: dict[str, safe_open],
+        files: Mapping[str, TensorFile],
         *,
         dtype: torch.dtype,
         device: torch.device,
         shard: Shard,
         rules: Rules | None = None,
+        reader: Callable[[Source], Reader] | None = None,
     ) -> None:
+        """`reader`: of the matrices that come in few bits."""
         super().__init__(dtype=dtype, device=device, shard=shard, rules=rules)
         self._folder = folder
         self._files = files
+        self._reader = None if reader is None else reader(self)
+        self._unpacked: set[str] = set()
         self._untaken = set(files)
         self._left: set[str] = set()
         self._lock = threading.Lock()  # layers are read side by side
@@ -154,17 +192,106 @@ class Checkpoint(Weights):
 
     def num_values(self, name: str) -> int:
         """How many numbers the tensor of this name, which is there, holds."""
-        return math.prod(self._files[name].get_slice(name).get_shape())  # type: ignore[no-untyped-call]
+        return math.prod(self._files[name].get_slice(name).get_shape())
 
     def take(self, name: str, *shape: int | Part) -> Tensor:
         return self._read(name, shape).to(device=self.device, dtype=self.dtype)
+
+    def matrix(self, name: str, outputs: int | Part, inputs: int | Part) -> Weight:
+        if not self._is_quantized(name):
+            return super().matrix(name, outputs, inputs)
+        # All of it is read, for tiles, words and orders seldom fall into the parts of ranks.
+        matrix, places = self._quantized(name, *_whole((outputs, inputs))), _index((outputs, inputs))
+        if matrix.order_I is not None and _is_part((inputs,)):
+            raise ConfigurationError(
+                f"{self._folder}: {name} has its inputs sorted (act-order), which cannot be split over ranks; say tensor_parallel 1"
+            )
+        return matrix.part(*places).to(self.device)
 
     def leave(self, prefix: str) -> None:
         with self._lock:
             self._left.add(prefix)
 
     def fill(self, name: str, out: Tensor) -> None:
-        out.copy_(self._read(name, tuple(out.shape)))
+        matrix = name.removesuffix(".weight")
+        if self._is_quantized(matrix):
+            with self._lock:
+                self._unpacked.add(matrix)
+            out.copy_(self._quantized(matrix, *out.shape).dequant())
+        else:
+            out.copy_(self._read(name, tuple(out.shape)))
+
+    def format(self, *names: str) -> Format:
+        """As rules say. Of what comes in few bits, and about which none decides: as it comes; unpacked where no format keeps it so, or
+        not all of the names. A rule never rounds such again: its format packs the values there are, or refuses them."""
+        own = {self._own_format(name) for name in names}
+        if own == {None} or any(self._rules.decides(name) for name in names):
+            return self._rules.format(*names)
+        self._rules.note(*names)
+        (name, *others) = own
+        if others or name in (None, WeightFormat.NONE):
+            with self._lock:
+                self._unpacked.update(each for each in names if self._is_quantized(each))
+            return self._rules.format(*names)
+        assert name is not None
+        if self.device.type == "cuda" and self.invariant:
+            raise ConfigurationError(
+                f"deterministic: {self._folder} keeps {names[0]} in {name}, whose kernels on a GPU round by what stands beside a token"
+            )
+        return FORMATS[name]
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+        return name in self._files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the tensor of this name, which is there."""
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def raw(self, name: str, *shape: int, dtypes: Collection[torch.dtype]) -> Tensor:
+        """The tensor of this name as it lies in its file. Raises `ConfigurationError` if there is none, if it has another shape, or none
+        of these dtypes."""
+        tensor = self._file(name).get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise ConfigurationError(
+                f"{self._folder}: the tensor {name} has shape {list(tensor.shape)}, but the config makes it {list(shape)}"
+            )
+        if tensor.dtype not in dtypes:
+            wanted = " or ".join(map(_named, dtypes))
+            raise ConfigurationError(
+                f"{self._folder}: the tensor {name} holds {_named(tensor.dtype)}, but the config makes it {wanted}"
+            )
+        with self._lock:
+            self._untaken.discard(name)
+        return tensor
+
+    def _is_quantized(self, name: str) -> bool:
+        """Whether the matrix of this name is here, in few bits."""
+        return self._reader is not None and self._reader.holds(name) and name in self._modules
+
+    def _own_format(self, name: str) -> WeightFormat | None:
+        """In what the matrix of this name comes; None if it comes as it is."""
+        return self._reader.format(name) if self._reader is not None and self._is_quantized(name) else None
+
+    def _quantized(self, name: str, outputs: int, inputs: int) -> QuantizedMatrix:
+        assert self._reader is not None
+        try:
+            return self._reader.matrix(name, outputs, inputs)
+        except ConfigurationError as error:
+            message = str(error)
+            where = "" if message.startswith(str(self._folder)) else f"{self._folder}: "
+            raise ConfigurationError(f"{where}{message}") from error
+
+    @cached_property
+    def _modules(self) -> frozenset[str]:
+        """What has tensors other than a bias."""
+        return frozenset(name.rpartition(".")[0] for name in self._files if not name.endswith(".bias"))
+
+    def _file(self, name: str) -> TensorFile:
+        file = self._files.get(name)
+        if file is None:
+            raise ConfigurationError(f"{self._folder} lacks the tensor {name}{self._neighbours(name)}")
+        return file
 
     def input_scale(self, *names: str) -> Tensor:
         scales = []
@@ -175,7 +302,7 @@ class Checkpoint(Weights):
                     f"{self._folder} lacks the tensor {name}, without which activations cannot have a static scale: calibrate "
                     "the model, or say int8, which finds scales in every step"
                 )
-            scale: Tensor = file.get_tensor(name)  # type: ignore[no-untyped-call]
+            scale = file.get_tensor(name)
             if scale.numel() != 1:
                 raise ConfigurationError(f"{self._folder}: {name} must be one number, not of shape {list(scale.shape)}")
             scales.append(scale.float().view(1))
@@ -186,30 +313,39 @@ class Checkpoint(Weights):
 
     def _read(self, name: str, shape: tuple[int | Part, ...]) -> Tensor:
         """The tensor as the file has it, or a part, in the host's memory."""
-        file = self._files.get(name)
-        if file is None:
-            raise ConfigurationError(f"{self._folder} lacks the tensor {name}{self._neighbours(name)}")
-        whole = file.get_slice(name)  # type: ignore[no-untyped-call]
+        file = self._file(name)
+        whole = file.get_slice(name)
         if whole.get_shape() != _whole(shape):
             raise ConfigurationError(
                 f"{self._folder}: the tensor {name} has shape {whole.get_shape()}, but the config makes it {_whole(shape)}"
             )
         # Of a whole tensor no copy is made.
-        tensor: Tensor = whole[_index(shape)] if _is_part(shape) else file.get_tensor(name)  # type: ignore[no-untyped-call]
-        if not tensor.is_floating_point():
-            raise ConfigurationError(f"{self._folder}: the tensor {name} holds {tensor.dtype}; it must be unquantized")
+        tensor: Tensor = whole[_index(shape)] if _is_part(shape) else file.get_tensor(name)
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            raise ConfigurationError(
+                f"{self._folder}: the tensor {name} holds {_named(tensor.dtype)}, without scales that a quantization_config tells of; it "
+                "must be unquantized"
+            )
         with self._lock:
             self._untaken.discard(name)
         return tensor
 
     def finish(self, *, ignored: Iterable[str] = ()) -> None:
         """Raises `ConfigurationError` if the folder holds tensors that the model did not take, other than those that
-        match one of the globs in `ignored`."""
-        ours = (name for name in self._untaken if self._left.isdisjoint(_prefixes(name)))
-        unknown = sorted(name for name in ours if not any(fnmatch.fnmatch(name, glob) for glob in ignored))
+        match one of the globs in `ignored`, or that the reader knows to be needless. Says what was unpacked."""
+        ours = sorted(name for name in self._untaken if self._left.isdisjoint(_prefixes(name)))
+        unknown = [name for name in ours if not any(fnmatch.fnmatch(name, glob) for glob in ignored)]
+        if self._reader is not None:
+            unknown = [name for name in unknown if not self._reader.is_needless(name)]
         if unknown:
             raise ConfigurationError(
                 f"{self._folder} holds tensors that the model has no place for: {_listed(unknown)}"
+            )
+        if self._unpacked:
+            log.warning(
+                "matrices in few bits are unpacked, for no one format keeps them as they come",
+                count=len(self._unpacked),
+                names=_listed(sorted(self._unpacked)),
             )
 
     def _neighbours(self, name: str) -> str:
@@ -221,12 +357,26 @@ class Checkpoint(Weights):
 
 @contextmanager
 def open_checkpoint(
-    folder: Path, *, dtype: torch.dtype, device: torch.device, shard: Shard = ALONE, rules: Rules | None = None
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    shard: Shard = ALONE,
+    rules: Rules | None = None,
+    quantization_config: Config | None = None,
 ) -> Iterator[Checkpoint]:
-    """The weights of a folder, from one file or from the shards that the index lists. The files stay open while the
-    context lasts; tensors taken remain."""
+    """The weights of a folder, from one file or from the shards that the index lists; or from its GGUF file. The files stay open while
+    the context lasts; tensors taken remain. `quantization_config`: what the config says of matrices in few bits."""
+    more: dict[str, Any] = {"dtype": dtype, "device": device, "shard": shard, "rules": rules}
+    if (path := gguf_file(folder)) is not None:
+        if quantization_config:
+            refuse(f"{path.name} says itself how it is quantized; the config must not")
+        opened = GGUFFile(path)
+        yield Checkpoint(folder, dict.fromkeys(opened.keys(), opened), reader=opened.reader, **more)
+        return
+    reader = partial(reader_of, quantization_config) if quantization_config else None
     with ExitStack() as stack:
-        files: dict[str, safe_open] = {}
+        files: dict[str, TensorFile] = {}
         for path in _shards(folder):
             try:
                 file = stack.enter_context(safe_open(path, framework="pt"))
@@ -237,7 +387,19 @@ def open_checkpoint(
                     f"{path} holds tensors that another shard of {folder} holds too: {_listed(twice)}"
                 )
             files |= dict.fromkeys(file.keys(), file)
-        yield Checkpoint(folder, files, dtype=dtype, device=device, shard=shard, rules=rules)
+        yield Checkpoint(folder, files, reader=reader, **more)
+
+
+def gguf_file(folder: Path) -> Path | None:
+    """The GGUF file that a folder keeps its weights in. Raises `ConfigurationError` where it has several; safetensors come first."""
+    if (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
+        return None
+    found = sorted(folder.glob("*.gguf"))
+    if len(found) > 1:
+        raise ConfigurationError(
+            f"{folder} holds several GGUF files: {_listed([path.name for path in found])}; leave one"
+        )
+    return found[0] if found else None
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -253,7 +415,7 @@ def _shards(folder: Path) -> list[Path]:
             raise ConfigurationError(f"{folder} lacks the shards {_listed(missing)} that {INDEX_FILE} names")
         return shards
     raise ConfigurationError(
-        f"{folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there (load_format dummy needs none)"
+        f"{folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} nor a .gguf file is there (load_format dummy needs none)"
     )
 
 
@@ -298,6 +460,10 @@ class Dummy(Weights):
 def _prefixes(name: str) -> Iterator[str]:
     """`a`, `a.b`, `a.b.c` of `a.b.c`."""
     return accumulate(name.split("."), "{}.{}".format)
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _is_part(shape: tuple[int | Part, ...]) -> bool:

@@ -21,7 +21,7 @@ from services.engine.models.spec import FAMILIES, Config, ModelSpec, NotCovered,
 from services.engine.quant.rules import Rules
 from services.engine.shard import ALONE, Shard
 from services.engine.weight_format import WeightFormat
-from services.engine.weights import Dummy, open_checkpoint
+from services.engine.weights import Dummy, gguf_file, open_checkpoint
 
 if TYPE_CHECKING:
     from services.engine.models.fallback import TransformersDecoder
@@ -56,8 +56,11 @@ def load(
     what the config says; `quantization`: as `weight_format` says. `invariant`: of the native code on a GPU, what a
     token gives does not depend on the tokens beside it. Raises `ConfigurationError` for whatever cannot be served."""
     config, rules = read_config(folder), Rules(quantization, invariant=invariant)
-    if method := (config.get("quantization_config") or {}).get("quant_method"):
-        raise ConfigurationError(f"{folder} is quantized ({method}); only unquantized weights can be served yet")
+    quantized = config.get("quantization_config")
+    if quantized and load_format == "dummy":
+        raise ConfigurationError(
+            f"{folder}: load_format dummy makes no weights in few bits; take quantization_config out of config.json"
+        )
     dtype, device = dtype or dtype_of(config), torch.device(device)
     try:
         spec = None if implementation == "transformers" else ModelSpec.from_config(config)
@@ -77,6 +80,11 @@ def load(
             f"{', '.join(sorted(FAMILIES))} are deterministic there, natively"
         )
     if spec is None:
+        if quantized or (load_format != "dummy" and gguf_file(folder)):
+            raise ConfigurationError(
+                f"{folder} is quantized ({quantized.get('quant_method') if quantized else 'GGUF'}), and transformers computes this "
+                f"model; only {', '.join(sorted(FAMILIES))} can be read so, natively"
+            )
         if rules.quantizes:
             raise ConfigurationError(
                 f"quantization is {quantization}, but what transformers computes cannot be; say none"
@@ -87,7 +95,9 @@ def load(
     if load_format == "dummy":
         model = Decoder(Dummy(dtype=dtype, device=device, rules=rules, shard=shard), spec)
     else:
-        with open_checkpoint(folder, dtype=dtype, device=device, rules=rules, shard=shard) as checkpoint:
+        with open_checkpoint(
+            folder, dtype=dtype, device=device, rules=rules, shard=shard, quantization_config=quantized
+        ) as checkpoint:
             model = Decoder(checkpoint, spec)
             checkpoint.finish(ignored=("*.rotary_emb.inv_freq", *(("lm_head.weight",) if spec.tied else ())))
     rules.finish()

@@ -58,8 +58,8 @@ class Int4(Rounding):
 
     def rows(self, buffers: Buffers, indices: Tensor, *, dtype: torch.dtype) -> Tensor:
         weight, terms_GO2, _, order_I = buffers
-        assert order_I is None, "no method sorts the features of a table"
-        return int4.rows(weight, terms_GO2, indices).to(dtype)
+        rows = int4.rows(weight, terms_GO2, indices).to(dtype)
+        return rows if order_I is None else torch.empty_like(rows).index_copy_(-1, order_I, rows)
 
 
 def require_groups(format: Format, inputs: int) -> None:

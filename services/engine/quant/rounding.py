@@ -30,7 +30,7 @@ class Rounding(ABC):
 
     def pack(self, weight_OI: Weight, *, dtype: torch.dtype, input_scale: Tensor | None = None) -> Buffers:
         if weight_OI.device.type == "cuda" and not self.has_gpu_kernels:
-            raise ValueError(f"{self.name} is multiplied on a CPU only so far; on a GPU, say fp8 or none")
+            raise ValueError(f"{self.name} is multiplied on a CPU only so far; on a GPU, say fp8 or `*=none`")
         assert (input_scale is not None) == self.needs_input_scale
         matrix = weight_OI if isinstance(weight_OI, QuantizedMatrix) else self.rounded(weight_OI, dtype=dtype)
         return self._packed(matrix, dtype=dtype, input_scale=input_scale)

@@ -39,7 +39,8 @@ class Rules:
         matrices can be rounded here. Raises `ConfigurationError` for a rule that cannot be read or done."""
         self.invariant = invariant
         try:
-            self._rules = rules_of(text)
+            # A bare `none` is no rule: it leaves what comes in few bits as it comes, where `*=none` unpacks it.
+            self._rules = [] if text == WeightFormat.NONE else rules_of(text)
         except ValueError as error:
             raise ConfigurationError(f"quantization: {error}") from error
         for rule in self._rules:
@@ -82,6 +83,10 @@ class Rules:
     def decides(self, name: str) -> bool:
         """Whether any rule is about the matrix of this name."""
         return any(rule.matches(name) for rule in self._rules)
+
+    def note(self, *names: str) -> None:
+        """There are matrices of these names, about which no rule decides."""
+        self._names.update(names)
 
     def refuse(self, *names: str, why: str) -> None:
         """Raises `ConfigurationError` where a rule quantizes one of these matrices, which cannot be."""

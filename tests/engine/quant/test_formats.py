@@ -174,13 +174,15 @@ def test_four_bits_of_others_are_kept_as_they_are(
 
 
 def test_sorted_inputs_are_sorted_in_every_step() -> None:
-    """As GPTQ's act-order wants it."""
+    """As GPTQ's act-order wants it. Rows that are looked up, as a head does, are in their own order."""
     order = torch.randperm(INPUTS, generator=torch.Generator().manual_seed(1))
     plain = nearest(drawn(OUTPUTS, INPUTS), Scheme(4, tile=(1, 32)))
     matrix = QuantizedMatrix(plain.values_OI, plain.scales_TU, plain.tile, 4, order_I=order)
     x = drawn(3, INPUTS)
-    found = linear(WeightFormat.INT4_G32, matrix, dtype=torch.float32)(x)
-    torch.testing.assert_close(found, x @ matrix.dequant().T, rtol=1e-4, atol=1e-4)
+    sorted_inputs = linear(WeightFormat.INT4_G32, matrix, dtype=torch.float32)
+    torch.testing.assert_close(sorted_inputs(x), x @ matrix.dequant().T, rtol=1e-4, atol=1e-4)
+    indices = torch.tensor([[5, 0], [5, OUTPUTS - 1]])
+    torch.testing.assert_close(sorted_inputs.rows(indices), matrix.dequant()[indices], rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="inputs are sorted"):
         linear(WeightFormat.INT8, matrix, dtype=torch.float32)
 
