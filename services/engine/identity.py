@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import file_digest, sha256
 from pathlib import Path
+
+from services.engine.models.spec import ModelSpec, read_config
 
 _READERS = 8
 """Files that are read at a time."""
 
 
 def num_parameters(folder: Path) -> int:
-    """Numbers in the folder's weight files; 0 where it has none."""
+    """Numbers that the model has: those in the folder's weight files, 0 where it has none; where several are kept in one, what the config says."""
+    config = read_config(folder)
+    files = _weight_files(folder)
+    if config.get("quantization_config") or any(file.suffix == ".gguf" for file in files):
+        return ModelSpec.from_config(config).num_parameters
     return sum(
-        math.prod(tensor["shape"])
-        for file in _weight_files(folder)
-        for name, tensor in _header(file).items()
-        if name != "__metadata__"
+        math.prod(tensor["shape"]) for file in files for name, tensor in _header(file).items() if name != "__metadata__"
     )
 
 
@@ -27,7 +29,7 @@ def fingerprint(folder: Path, *, weights: bool = True) -> bytes:
     """Equal for equal models alone: of the config and, if `weights`, of every byte of the weight files. That takes a second
     for each gigabyte or two of the largest file; a model may differ from another in a single matrix, or in its first rows."""
     digest = sha256((folder / "config.json").read_bytes())
-    files = list(_weight_files(folder)) if weights else []
+    files = _weight_files(folder) if weights else []
     with ThreadPoolExecutor(_READERS, "fingerprint") as readers:
         for file, content in zip(files, readers.map(_digest, files), strict=True):
             digest.update(file.name.encode() + content)
@@ -39,8 +41,8 @@ def _digest(file: Path) -> bytes:
         return file_digest(content, "sha256").digest()
 
 
-def _weight_files(folder: Path) -> Iterator[Path]:
-    yield from sorted(folder.glob("*.safetensors"))
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.gguf"))
 
 
 def _header(file: Path) -> dict[str, dict[str, list[int]]]:

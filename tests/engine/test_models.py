@@ -15,6 +15,7 @@ from holdfast.errors import ConfigurationError
 from services.engine.kv_format import KVFormat
 from services.engine.models import dtype_of, load
 from services.engine.models.decoder import Decoder
+from services.engine.models.spec import ModelSpec
 from tests.engine.batches import Bench, Chunk
 
 VOCABULARY = 97
@@ -155,6 +156,16 @@ def test_the_native_decoder_agrees_with_transformers(name: str, saved: Callable[
     folder = saved(name, NATIVE[name])
     assert isinstance(load(folder), Decoder)
     check(folder, implementation="auto")
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_config_tells_how_many_parameters_there_are(name: str) -> None:
+    """As many as transformers makes, a tied table once."""
+    config = transformers.AutoConfig.for_model(name.split()[0], **SMALL | NATIVE[name])
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    spec = ModelSpec.from_config(config.to_dict() | {"architectures": [type(model).__name__]})
+    assert spec.num_parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", FALLBACK)

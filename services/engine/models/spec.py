@@ -89,6 +89,19 @@ class ModelSpec:
             raise ConfigurationError(f"config.json: a head of {self.head_dim} features has no halves to turn")
         assert len(self.windows) == self.layers
 
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that the model has, those that it uses twice counted once."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = self.hidden * (2 * queries + 2 * keys) + 2 * self.head_dim * self.qk_norm
+        attention += (queries + 2 * keys) * self.qkv_bias + self.hidden * self.o_bias
+        mlp = 3 * self.hidden * self.intermediate + (2 * self.intermediate + self.hidden) * self.mlp_bias
+        mixtures = 0 if self.moe is None else len(self.moe.layers)
+        total = self.layers * (attention + 2 * self.hidden) + (self.layers - mixtures) * mlp
+        if self.moe is not None:
+            total += mixtures * self.moe.num_experts * self.hidden * (3 * self.moe.intermediate + 1)
+        return total + self.hidden + self.vocab_size * self.hidden * (1 if self.tied else 2)
+
     @classmethod
     def from_config(cls, config: Config) -> ModelSpec:
         """The spec of a config. Raises `NotCovered` where another implementation may serve the model, and
