@@ -45,6 +45,13 @@ class WeightFormat(enum.StrEnum):
     INT4_G64_ASYM = "int4-g64-asym"
     INT4_G128 = "int4-g128"
     INT4_G128_ASYM = "int4-g128-asym"
+    INT3_G32 = "int3-g32"
+    """Whole numbers of three bits, to find out what they cost: they are kept in four."""
+    INT3_G32_ASYM = "int3-g32-asym"
+    INT3_G64 = "int3-g64"
+    INT3_G64_ASYM = "int3-g64-asym"
+    INT3_G128 = "int3-g128"
+    INT3_G128_ASYM = "int3-g128-asym"
 
 
 class Method(enum.StrEnum):

@@ -8,9 +8,9 @@ A group is `attention`, `ffn` (MLPs, their routers left alone), `embedding`, `he
 a dot or an asterisk. Groups stand in order, and the first that names a matrix decides; what none names is kept as it is.
 Of a group can be said:
 
-    bits         16 for as they are, 8 or 4
+    bits         16 for as they are, 8, 4 or 3 (which are kept in four)
     type         int (the default) or float; floats have 8 bits
-    granularity  what shares a scale: channel (an output; the default of 8 bits), tensor, block (128 x 128), or group (the default of 4 bits)
+    granularity  what shares a scale: channel (an output; the default of 8 bits), tensor, block (128 x 128), or group (the default of fewer)
     group_size   how many inputs of an output are a group: 32, 64 or 128 (the default)
     symmetric    whether zero lies in the middle (the default)
     activations  of 8 bits: dynamic (a scale for each row, found in every step; the default), static (one found by calibration), or none
@@ -54,7 +54,7 @@ class Group:
 
     def __post_init__(self) -> None:
         known: dict[str, tuple[object, ...]] = {
-            "bits": (16, 8, 4),
+            "bits": (16, 8, 4, 3),
             "type": ("int", "float"),
             "granularity": (None, "tensor", "channel", "group", "block"),
             "group_size": (None, 32, 64, 128),
@@ -88,7 +88,7 @@ class Group:
             }[self.activations or "dynamic"]
         self._only("bits", "granularity", "group_size", "symmetric", "calibration", activations="none")
         self._of({"group": WeightFormat.INT4_G128}, default="group")
-        return WeightFormat(f"int4-g{self.group_size or 128}" + ("" if self.symmetric else "-asym"))
+        return WeightFormat(f"int{self.bits}-g{self.group_size or 128}" + ("" if self.symmetric else "-asym"))
 
     @property
     def method(self) -> Method | None:

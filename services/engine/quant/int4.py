@@ -15,13 +15,14 @@ from services.engine.quant.rounding import Rounding
 
 
 class Int4(Rounding):
-    """A quarter of the bytes of 16 bits to read, and a little for scales: with groups of 64, 4.5 bits a weight."""
+    """A quarter of the bytes of 16 bits to read, and a little for scales: with groups of 64, 4.5 bits a weight. Values of three bits
+    are kept in four."""
 
     rounds_products = True
 
-    def __init__(self, group: int, *, symmetric: bool = True) -> None:
-        self.name = f"int4-g{group}" + ("" if symmetric else "-asym")
-        self.scheme = Scheme(4, tile=(1, group), symmetric=symmetric)
+    def __init__(self, group: int, *, bits: int = 4, symmetric: bool = True) -> None:
+        self.name = f"int{bits}-g{group}" + ("" if symmetric else "-asym")
+        self.scheme = Scheme(bits, tile=(1, group), symmetric=symmetric)
 
     @property
     def table(self) -> Int4:  # type: ignore[override]

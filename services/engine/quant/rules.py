@@ -21,7 +21,7 @@ _QUANTIZED: tuple[Format, ...] = (
     Int8(),
     Int8Static(),
     Int8Weight(),
-    *(Int4(group, symmetric=symmetric) for group in (32, 64, 128) for symmetric in (True, False)),
+    *(Int4(group, bits=bits, symmetric=sym) for bits in (4, 3) for group in (32, 64, 128) for sym in (True, False)),
 )
 FORMATS: dict[WeightFormat, Format] = {WeightFormat(each.name): each for each in (Unquantized(), *_QUANTIZED)}
 
