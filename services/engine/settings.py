@@ -68,7 +68,7 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     """Of weights and activations; auto takes what the model's config says."""
     quantization: Annotated[str, _checked_by(weight_format.rules_of)] = "none"
     """How weight matrices are kept: none for as they are; one of fp8, fp8-tensor, fp8-block, int8, int8-static, int8-weight, int4-g32,
-    int4-g64, int4-g128 (the last three with -asym too), which spares embedding and head; ordered rules `glob=format,...` over
+    int4-g64, int4-g128, and the same with int3 (these with -asym too), which spares embedding and head; ordered rules `glob=format,...` over
     their names, of which the first that matches decides; or a file of groups, .json or .toml (`weight_groups.py`). A GPU has kernels
     for fp8 and fp8-tensor so far."""
     load_format: Literal["safetensors", "dummy"] = "safetensors"

@@ -92,15 +92,15 @@ def _check(name: str, format: Format, module: nn.Module) -> None:
     if isinstance(module, nn.Embedding) and format.table is None:
         raise ConfigurationError(f"quantization: rows of {name} are looked up, which {format.name} cannot")
     try:
-        format.fake_quant(module.weight.detach())  # type: ignore[operator, union-attr]
+        format.fake_quant(module.weight.detach())  # type: ignore[operator]
     except ValueError as error:
         raise ConfigurationError(f"quantization: {name}: {error}") from error
 
 
 def _kept_with(name: str, names: dict[str, Any]) -> list[str]:
     """The matrices that the engine keeps as one with this one, itself among them."""
-    parent, _, own = name.rpartition(".")
+    own = name.rpartition(".")[2]
     for together in KEPT_AS_ONE:
         if own in together:
-            return [each for sibling in together if (each := f"{parent}.{sibling}") in names]
+            return [each for sibling in together if (each := name.removesuffix(own) + sibling) in names]
     return [name]

@@ -86,13 +86,16 @@ def _train(options: argparse.Namespace, plan: Plan, those: Ranks) -> None:
 
 def _model(folder: Path, *, trained: bool) -> nn.Module:
     """In float32: what its config says, with its weights or with new ones."""
+    if not (folder / "config.json").is_file():  # transformers would look for it in the network
+        raise ConfigurationError(f"{folder} is no folder of a model: it has no config.json")
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         if trained:
             return typing.cast(
                 nn.Module, transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             )
-        return typing.cast(nn.Module, transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+        drawn = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        return typing.cast(nn.Module, drawn)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigurationError(f"{folder} is no model that transformers knows: {error}") from error
 

@@ -102,7 +102,7 @@ class Trainer:
 
     def _gradients(self, windows: Tensor) -> Loss:
         """Of these windows, a few at a time; ranks exchange them once."""
-        pieces = windows.split(self._plan.micro_batch or len(windows))
+        pieces = torch.split(windows, self._plan.micro_batch or len(windows))
         total = torch.zeros(2, device=self._ranks.device)
         for number, piece in enumerate(pieces):
             share = len(piece) / len(windows)
