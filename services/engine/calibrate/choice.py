@@ -47,9 +47,17 @@ class Choice:
         return self.format.scheme
 
     @property
+    def scales_inputs(self) -> bool:
+        """Whether inputs are scaled, and what stands before them takes it up. SmoothQuant's only by norms, as in the paper: what an MLP
+        gives its second matrix is large now and then and not in some inputs always, and to move that into weights costs more than it saves."""
+        if self.method is Method.SMOOTHQUANT:
+            return self.quantizes and self.sharing.norm is not None
+        return self.quantizes and self.method is Method.AWQ
+
+    @property
     def needs_moments(self) -> bool:
         """Whether the method goes by what the matrices are given."""
-        return self.quantizes and self.method in (Method.SMOOTHQUANT, Method.AWQ, Method.GPTQ)
+        return self.scales_inputs or (self.quantizes and self.method is Method.GPTQ)
 
     @property
     def needs_magnitudes(self) -> bool:

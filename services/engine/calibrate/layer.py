@@ -53,7 +53,7 @@ class LayerWork:
             if choice.needs_moments:
                 self.moments[choice.sharing].check(*self._full(choice.sharing.names))
         for choice in done:
-            if choice.method in (Method.SMOOTHQUANT, Method.AWQ):
+            if choice.scales_inputs:
                 with named(*self._full(choice.sharing.names)):
                     self._smooth(choice)
         matrices: dict[str, QuantizedMatrix] = {}
@@ -73,8 +73,6 @@ class LayerWork:
             scales_I = smoothing.awq(weights, moments, lambda weight_OI: _back(weight_OI, search), among=among)
         else:
             scales_I = smoothing.smoothquant(weights, moments.largest_I, strength=self.options.strength)
-            if sharing.by_heads:
-                scales_I = smoothing.largest_of_heads(scales_I, heads=heads, kv_heads=kv_heads)
         scales_I = self._take_up(sharing, scales_I)
         for name in self._full(sharing.names):
             self.tensors[f"{name}.weight"] = self.tensors[f"{name}.weight"] * scales_I

@@ -56,12 +56,6 @@ def shared_by_heads(each_I: Tensor, *, heads: int, kv_heads: int) -> Tensor:
     return per_head.mean(1, keepdim=True).expand_as(per_head).reshape(-1)
 
 
-def largest_of_heads(each_I: Tensor, *, heads: int, kv_heads: int) -> Tensor:
-    """The largest over the heads that read the same values, for each of their inputs."""
-    per_head = each_I.view(kv_heads, heads // kv_heads, -1)
-    return per_head.amax(1, keepdim=True).expand_as(per_head).reshape(-1)
-
-
 def per_value(scales_I: Tensor, *, heads: int, kv_heads: int) -> Tensor:
     """What heads share, once."""
     return scales_I.view(kv_heads, heads // kv_heads, -1)[:, 0].reshape(-1)

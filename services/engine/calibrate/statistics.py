@@ -70,23 +70,28 @@ class Moments:
 class Magnitudes:
     """How often absolute values of each size were seen, in bins of equal ratio: 1.1 % wide, which is what a limit is known to."""
 
-    def __init__(self, *, device: torch.device | str = "cpu") -> None:
-        self._counts_B = torch.zeros(_NUM_BINS, dtype=torch.float64, device=device)
+    def __init__(self, importance_I: Tensor) -> None:
+        """`importance_I`: how much an input's squared error weighs: as the squares of the weights that it meets do."""
+        self._importance_I = importance_I.double()
+        self._counts_B = torch.zeros(_NUM_BINS, dtype=torch.float64, device=importance_I.device)
+        self._importances_B = torch.zeros_like(self._counts_B)
         self.largest = 0.0
 
-    def add(self, x: Tensor) -> None:
-        """Some more values."""
-        sizes = x.float().abs().flatten()
-        self.largest = max(self.largest, float(sizes.amax()))  # NaN stays: every comparison with it is false
-        if not float(sizes.sum()) < float("inf"):
-            self.largest = float("nan")
+    def add(self, x_NI: Tensor) -> None:
+        """Some more inputs."""
+        sizes_NI = x_NI.float().abs()
+        self.largest = max(self.largest, float(sizes_NI.amax()))
+        if not float(sizes_NI.sum()) < float("inf"):
+            self.largest = float("nan")  # and stays so: every comparison with it is false
             return
-        bins = ((sizes.log2() - _LOWEST) * _BINS_PER_OCTAVE).floor_().clamp_(0, _NUM_BINS - 1).long()
+        bins_NI = ((sizes_NI.log2() - _LOWEST) * _BINS_PER_OCTAVE).floor_().clamp_(0, _NUM_BINS - 1).long()
+        bins, importance_NI = bins_NI.flatten(), self._importance_I.expand_as(sizes_NI)
         self._counts_B += torch.bincount(bins, minlength=_NUM_BINS)
+        self._importances_B += torch.bincount(bins, importance_NI.flatten(), minlength=_NUM_BINS)
 
     def scale(self, method: Method, *, percentile: float, names: tuple[str, ...]) -> float:
         """By which values become whole numbers of eight bits. `absmax`: so that none is cut off. `percentile`: so that so many percent are
-        not. `mse`: so that the squared error is the least. Raises `ConfigurationError`, with these names, where there are no values to
+        not. `mse`: so that the squared error of the products is the least. Raises `ConfigurationError`, with these names, where there are no values to
         go by."""
         if not 0 < self.largest < float("inf"):
             raise ConfigurationError(
@@ -121,4 +126,4 @@ class Magnitudes:
         steps_L1 = limits_L1 / LARGEST
         within_LB = torch.where(sizes_B < steps_L1 / 2, sizes_B**2, steps_L1**2 / 12)
         errors_LB = within_LB + (sizes_B - limits_L1).clamp(min=0) ** 2
-        return float(limits_L1[int((errors_LB * self._counts_B).sum(1).argmin()), 0])
+        return float(limits_L1[int((errors_LB * self._importances_B).sum(1).argmin()), 0])

@@ -104,10 +104,20 @@ def quantize_layer(
     matrices = work.quantized()
     scales: dict[str, float] = {}
     if stream is not None:
-        ranges = {choice.sharing: Magnitudes(device=weights.device) for choice in choices if choice.needs_magnitudes}
+        ranges = {
+            choice.sharing: Magnitudes(_squares(held, prefix, choice.sharing))
+            for choice in choices
+            if choice.needs_magnitudes
+        }
         stream.advance(held, index, {f"{prefix}.{sharing.names[0]}": each.add for sharing, each in ranges.items()})
         for sharing, each in ranges.items():
             names = tuple(f"{prefix}.{name}" for name in sharing.names)
             scale = each.scale(options.activations, percentile=options.activation_percentile, names=names)
             scales |= dict.fromkeys(names, scale)
     return held, matrices, scales
+
+
+def _squares(held: Held, prefix: str, sharing: Sharing) -> Tensor:
+    """Of the weights that each input of these matrices meets, summed, [I]."""
+    weights = [held.tensors[f"{prefix}.{name}.weight"] for name in sharing.names]
+    return torch.stack([weight_OI.square().sum(0) for weight_OI in weights]).sum(0)

@@ -65,7 +65,7 @@ def test_scales_leave_the_function_as_it_was(
     held = Held(weights)
     before.advance(held, 1, {})
     wanted = choices(spec, 1, method, WeightFormat.INT8)
-    moments = {each.sharing: Moments(each.sharing.inputs) for each in wanted if each.quantizes}
+    moments = {each.sharing: Moments(each.sharing.inputs) for each in wanted if each.needs_moments}
     after.see(held, 1, {f"model.layers.1.{sharing.names[0]}": each.add for sharing, each in moments.items()})
     plain = dict(held.tensors)
     work = LayerWork("model.layers.1", spec, held.tensors, wanted, moments, Options(strength=0.7), torch.float32)

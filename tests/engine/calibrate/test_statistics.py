@@ -19,7 +19,7 @@ def drawn() -> torch.Tensor:
 
 
 def scale(x: torch.Tensor, method: Method, *, percentile: float = 99.0) -> float:
-    seen = Magnitudes()
+    seen = Magnitudes(torch.ones(x.shape[1]))
     for part in x.split(300):
         seen.add(part)
     return seen.scale(method, percentile=percentile, names=("a",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -27,15 +28,15 @@ def config_of(folder: Path, name: str) -> Path:
     return folder
 
 
-def saved(folder: Path, name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+def saved(folder: Path, name: str, **changes: Any) -> Path:
     """A checkpoint of a family as transformers writes it, with weights far enough from zero that logits have clear maxima."""
     family = name.split()[0]
-    config = transformers.AutoConfig.for_model(family, **SMALL | NATIVE[name])
+    config = transformers.AutoConfig.for_model(family, **SMALL | NATIVE[name] | changes)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.dim() > 1 else 0.1))
-    model.to(dtype).save_pretrained(folder)
+    model.save_pretrained(folder)
     return folder

@@ -1,0 +1,129 @@
+"""Where a checkpoint grows: a folder beside it, from which the same command goes on.
+
+    command.json           what was asked for; another command does not touch the folder
+    costs.json             what matrices cost in each format, where a budget asks for it
+    layer-00007.safetensors   a finished layer
+    states-00008.safetensors  what the text is before the next one
+    checkpoint/            all of it, when the layers are done; then it is moved to its place
+
+A file appears whole: it is written under another name and renamed. The states are there before the layer that gave them, so that of whatever
+is left by a process that was killed, the finished layers are enough to go on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from holdfast.errors import ConfigurationError
+
+SUFFIX = ".work"
+
+
+class WorkFolder:
+    """That of one command. Open it with `work_folder`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def costs(self) -> Path:
+        """A file for what matrices cost."""
+        return self.path / "costs.json"
+
+    @property
+    def num_done(self) -> int:
+        """How many layers are finished."""
+        count = 0
+        while self._layer(count).is_file():
+            count += 1
+        return count
+
+    def layers(self, count: int) -> list[Path]:
+        """The files of so many layers."""
+        return [self._layer(index) for index in range(count)]
+
+    def keep(self, index: int, tensors: Mapping[str, Tensor], states_WNI: Tensor | None) -> None:
+        """This layer is finished; the text is so before the next one."""
+        if states_WNI is not None:
+            self.keep_states(index + 1, states_WNI)
+        self.save(self._layer(index), tensors)
+        self._states(index).unlink(missing_ok=True)
+
+    def keep_states(self, index: int, states_WNI: Tensor) -> None:
+        """The text before this layer."""
+        self.save(self._states(index), {"states": states_WNI})
+
+    def states(self, index: int) -> Tensor:
+        """The text before this layer, which was kept."""
+        return load_file(self._states(index))["states"]
+
+    def save(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """A file of tensors, whole or not at all."""
+        aside = path.with_suffix(".new")
+        save_file({name: each.cpu().contiguous() for name, each in tensors.items()}, aside, metadata={"format": "pt"})
+        os.replace(aside, path)
+
+    def finish(self, checkpoint: Path, out: Path) -> None:
+        """The checkpoint is whole: it is moved to its place, and nothing else is left."""
+        checkpoint.rename(out)
+        shutil.rmtree(self.path)
+
+    def _layer(self, index: int) -> Path:
+        return self.path / f"layer-{index:05}.safetensors"
+
+    def _states(self, index: int) -> Path:
+        return self.path / f"states-{index:05}.safetensors"
+
+
+@contextmanager
+def work_folder(out: Path, command: Mapping[str, Any]) -> Iterator[WorkFolder]:
+    """The folder beside `out` in which this command works, alone; made, or as an earlier process left it. Raises `ConfigurationError` if `out`
+    is there, or if the folder is another command's or another process's."""
+    if out.exists():
+        raise ConfigurationError(f"{out} is there already; give another name, or remove it")
+    path = out.with_name(out.name + SUFFIX)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / "lock").open("w")
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be made: {error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigurationError(f"another process is at work in {path}") from error
+        _claim(path / "command.json", command)
+        work = WorkFolder(path)
+        try:
+            yield work
+        except BaseException:
+            if not work.num_done and not work.costs.exists():  # nothing that took time
+                shutil.rmtree(path)
+            raise
+
+
+def _claim(path: Path, command: Mapping[str, Any]) -> None:
+    """Writes what is asked for, or finds that it is the same. Raises `ConfigurationError` with what differs."""
+    asked = json.loads(json.dumps(command))
+    if not path.is_file():
+        aside = path.with_suffix(".new")
+        aside.write_text(json.dumps(asked, indent=2))
+        os.replace(aside, path)
+        return
+    begun = json.loads(path.read_text())
+    different = sorted(key for key in asked.keys() | begun.keys() if asked.get(key) != begun.get(key))
+    if different:
+        what = "; ".join(f"{key} was {begun.get(key)!r} and is {asked.get(key)!r}" for key in different)
+        raise ConfigurationError(
+            f"{path.parent} was begun by another command: {what}. Ask for the same, give another OUT, or remove that folder"
+        )

@@ -1,0 +1,266 @@
+"""The command, from a folder to a folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from services.engine.models import load
+from services.engine.quality.forced import Forced
+from services.engine.quality.passages import tokenizer_of, windows_of
+from services.engine.quality.scores import compare
+from services.engine.quantize import __main__ as command
+from services.engine.quantize import job
+from services.engine.quantize.work import SUFFIX
+
+RULES = "*.down_proj=int8-weight,int4-g32"
+SHOWN = ("--tokens", "192", "--window", "48", "--quality-tokens", "0")
+
+
+@pytest.fixture
+def text(shared: Path, tmp_path: Path) -> Path:
+    """Enough of one for a toy."""
+    path = tmp_path / "text.txt"
+    published = (shared / "data" / "checkpoints" / "stories260k" / "expected_greedy_200.txt").read_text()
+    path.write_text(published * 4)
+    return path
+
+
+def run(*arguments: object) -> None:
+    command.main([str(each) for each in arguments])
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What it says instead of writing anything."""
+    with pytest.raises(SystemExit) as ended:
+        run(*arguments)
+    return str(ended.value) if isinstance(ended.value.code, str) else capsys.readouterr().err
+
+
+def test_what_was_killed_is_taken_up(
+    stories260k: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any layer, by the same command; finished layers are not computed again, and what comes out is the same to the bit."""
+    asked = ("--scheme", RULES, "--method", "gptq", "--calibrate", text, *SHOWN)
+    run(stories260k, tmp_path / "whole", *asked)
+    layers = []
+    real = job.quantize_layer
+
+    def dies(*arguments: Any, **more: Any) -> Any:
+        layers.append(arguments[3])
+        if len(layers) in (3, 5):
+            raise KeyboardInterrupt
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(job, "quantize_layer", dies)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(stories260k, tmp_path / "out", *asked)
+        assert not (tmp_path / "out").exists()
+    run(stories260k, tmp_path / "out", *asked)
+    assert layers == [0, 1, 2, 2, 3, 3, 4]
+    assert not (tmp_path / f"out{SUFFIX}").exists()
+    found, expected = tensors(tmp_path / "out"), tensors(tmp_path / "whole")
+    assert found.keys() == expected.keys()
+    for name, each in expected.items():
+        assert torch.equal(found[name], each), name
+
+
+def test_one_layer_is_in_memory_at_a_time(
+    stories260k: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When one is begun, nothing holds the tensors of those before it."""
+    layers: list[weakref.ref[object]] = []
+    real = job.quantize_layer
+
+    def watched(*arguments: Any, **more: Any) -> Any:
+        assert not any(each() for each in layers)
+        found = real(*arguments, **more)
+        layers.append(weakref.ref(found[0]))
+        return found
+
+    monkeypatch.setattr(job, "quantize_layer", watched)
+    run(stories260k, tmp_path / "out", "--scheme", RULES, "--method", "awq", "--calibrate", text, *SHOWN)
+    assert len(layers) == 5
+
+
+def test_the_work_of_another_command_is_left_alone(
+    stories260k: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says what differs; and what was finished is still there for the command that began it."""
+    asked = [stories260k, tmp_path / "out", "--scheme", RULES, "--calibrate", text, *SHOWN]
+    real = job.quantize_layer
+
+    def dies(*arguments: Any, **more: Any) -> Any:
+        if arguments[3] == 1:
+            raise KeyboardInterrupt
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(job, "quantize_layer", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(*asked, "--method", "gptq")
+    monkeypatch.undo()
+    message = refused(capsys, *asked, "--method", "awq")
+    assert "was begun by another command: method was 'gptq' and is 'awq'" in message
+    run(*asked, "--method", "gptq")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_nothing_is_left_of_what_failed_at_once(
+    stories260k: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither a checkpoint nor work; a weight that is not finite is named with its matrix."""
+    broken = tmp_path / "broken"
+    shutil.copytree(stories260k, broken)
+    broken.chmod(0o755)
+    content = load_file(stories260k / "model.safetensors")
+    content["model.layers.0.self_attn.k_proj.weight"][2, 2] = float("nan")
+    (broken / "model.safetensors").unlink()
+    save_file(content, broken / "model.safetensors")
+    message = refused(capsys, broken, tmp_path / "out", "--scheme", "int8")
+    assert "model.layers.0.self_attn.k_proj: it holds weights that are not finite" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
+
+
+def test_shards_hold_what_one_file_holds(stories260k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an index; layers that fit into one stay together."""
+    run(stories260k, tmp_path / "one", "--scheme", "int8")
+    monkeypatch.setattr(job, "MOST_BYTES", 150_000)
+    run(stories260k, tmp_path / "several", "--scheme", "int8")
+    index = json.loads((tmp_path / "several" / "model.safetensors.index.json").read_text())
+    files = set(index["weight_map"].values())
+    assert len(files) > 2
+    assert {path.name for path in (tmp_path / "several").glob("*.safetensors")} == files
+    found, expected = tensors(tmp_path / "several"), tensors(tmp_path / "one")
+    assert found.keys() == expected.keys() == index["weight_map"].keys()
+    for name, each in expected.items():
+        assert torch.equal(found[name], each)
+    assert index["metadata"]["total_size"] == sum(each.numel() * each.element_size() for each in found.values())
+
+
+def test_everything_else_of_the_model_comes_along(stories260k: Path, tmp_path: Path) -> None:
+    """Tokenizer and licence as they are; the config with what is quantized, and otherwise the same."""
+    run(stories260k, tmp_path / "out", "--scheme", "int8")
+    for name in ("tokenizer.json", "tokenizer_config.json", "LICENSE"):
+        assert (tmp_path / "out" / name).read_bytes() == (stories260k / name).read_bytes()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.pop("quantization_config")["quant_method"] == "compressed-tensors"
+    assert config == json.loads((stories260k / "config.json").read_text())
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    assert report["matrices"] == {"int8, absmax": 35}
+    assert 8 < report["bits_per_weight"] < 16
+    assert "| 35 | int8, absmax |" in (tmp_path / "out" / "quantization_report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["--scheme", "int5"], "'int5' is no rule; it must be one of none, fp8"),
+        (["--scheme", "*.gate_up_proj=int8"], r"decides about no matrix"),
+        (["--scheme", "int4-g64"], r"layers.0.mlp.down_proj: int4-g64 keeps 64 inputs in a group, and there are 172; say int8-weight"),
+        (["--scheme", "none"], "the rules leave every matrix as it is"),
+        (["--scheme", "*.q_proj=int8"], "q_proj, model.layers.0.self_attn.k_proj.*must give all of them the same format"),
+        (["--scheme", RULES, "--method", "gptq"], "must be shown a text.*--calibrate"),
+        (["--scheme", "int8-static"], "must be shown a text.*--calibrate"),
+        (["--scheme", RULES, "--method", "smoothquant", "--calibrate", "text"], "layers.0.self_attn.q_proj.*smoothquant makes.*int4-g32 keeps them as they are; say awq or gptq"),
+        (["--scheme", "int8", "--calibrate", "text"], "nothing that is asked for needs to see one"),
+        (["--scheme", RULES, "--method", "gptq", "--calibrate", "short"], "the text is too short: it has"),
+        (["--scheme", RULES, "--method", "gptq", "--calibrate", "text", "--tokens", "100000"], "text.txt is too short: it fills"),
+        (["--scheme", RULES, "--method", "gptq", "--calibrate", "binary"], "is no text: byte 1 is not UTF-8"),
+        (["--scheme", RULES, "--method", "gptq", "--calibrate", "text", "--window", "5000"], "a window of 5,000 tokens: the model takes 512"),
+        (["--scheme", "*=fp8"], "model.embed_tokens cannot be kept in fp8, for rows of it are looked up"),
+        (["--scheme", "lm_head=int8-static", "--calibrate", "text"], "lm_head cannot be kept in int8-static"),
+        (["--scheme", "int8", "--method", "gtpq"], "invalid choice: 'gtpq'"),
+        (["--config", "groups"], "ffn: 'bit' is not known"),
+        ([], "one of the arguments --scheme --config"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(
+    asked: list[str], message: str, stories260k: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is made, in a line that says what would be right."""
+    files = {
+        "text": text,
+        "short": tmp_path / "short.txt",
+        "binary": tmp_path / "binary",
+        "groups": tmp_path / "groups.toml",
+    }
+    files["short"].write_text("Once upon a time")
+    files["binary"].write_bytes(b"a\xff\xfe")
+    files["groups"].write_text("ffn = { bits = 4, bit = 3 }")
+    before = sorted(tmp_path.iterdir())
+    found = refused(capsys, stories260k, tmp_path / "out", *(str(files.get(each, each)) for each in asked))
+    assert re.search(message, found), found
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_folders_that_are_there_and_models_that_cannot_be_are_refused(
+    stories260k: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint is not written over, nor made of one that is in few bits already; a family that is not computed natively is
+    named."""
+    run(stories260k, tmp_path / "out", "--scheme", "int8")
+    assert "out is there already" in refused(capsys, stories260k, tmp_path / "out", "--scheme", "int8")
+    assert "is quantized already (compressed-tensors)" in refused(
+        capsys, tmp_path / "out", tmp_path / "two", "--scheme", "int8"
+    )
+    other = tmp_path / "other"
+    other.mkdir()
+    config = json.loads((stories260k / "config.json").read_text()) | {"architectures": ["GPTNeoXForCausalLM"]}
+    (other / "config.json").write_text(json.dumps(config))
+    message = refused(capsys, other, tmp_path / "two", "--scheme", "int8")
+    assert "GPTNeoXForCausalLM is not among the natively computed LlamaForCausalLM" in message
+
+
+def test_the_checkpoint_is_judged_beside_the_model(stories260k: Path, text: Path, tmp_path: Path) -> None:
+    """By what follows in the text of calibration, or by another one: as the same models are when they are compared by hand."""
+    asked = (
+        "--scheme",
+        "*.mlp.*=int8,int4-g32",
+        "--method",
+        "gptq",
+        "--calibrate",
+        text,
+        "--tokens",
+        192,
+        "--window",
+        48,
+    )
+    run(stories260k, tmp_path / "one", *asked, "--quality-tokens", 96)
+    run(stories260k, tmp_path / "two", *asked, "--quality-tokens", 96, "--evaluate", text)
+    windows = windows_of(text.read_text(), tokenizer_of(stories260k), length=48, most_tokens=288)
+    for name, judged in (("one", windows[4:]), ("two", windows[:2])):
+        folder = tmp_path / name
+        found = json.loads((folder / "quantization_report.json").read_text())["quality"]
+        both = [Forced.of(name, load(each, dtype=torch.float32), longest=48) for each in (stories260k, folder)]
+        before, after = (each.figures() for each in compare(both[0], both[1:], judged, chunk=48))
+        assert found["before"]["perplexity"] == pytest.approx(before.perplexity)
+        assert found["after"]["mean_kl"] == pytest.approx(after.mean_kl, rel=1e-3)
+        assert 0 < after.mean_kl < 0.05
+        assert "| mean KL, nats | |" in (folder / "quantization_report.md").read_text()
+
+
+def test_a_file_of_groups_says_how_each_is_rounded(stories260k: Path, text: Path, tmp_path: Path) -> None:
+    """By its `calibration`; where that is not said, the method that is asked for."""
+    groups = tmp_path / "groups.toml"
+    groups.write_text(
+        'attention = { bits = 4, group_size = 32, calibration = "gptq" }\nffn = { bits = 8 }\nembedding = { bits = 16 }\n'
+    )
+    run(stories260k, tmp_path / "out", "--config", groups, "--method", "mse", "--calibrate", text, *SHOWN)
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    assert report["matrices"] == {"int4-g32, gptq": 20, "int8, mse": 15}
