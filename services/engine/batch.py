@@ -82,6 +82,8 @@ class Step:
     grown: tuple[Growth, ...] = ()
     released: tuple[int, ...] = ()
     """Slots."""
+    economical: bool = False
+    """Whether the smaller copy of the weights computes it."""
 
     @property
     def num_tokens(self) -> int:
@@ -100,12 +102,12 @@ class Step:
     def __reduce__(self) -> tuple[Callable[..., Step], tuple[object, ...]]:
         # Pickled for every step of every rank: one row of numbers is a twentieth of the time of so many objects.
         works = array("i", chain.from_iterable(self.works))
-        return _step_of, (self.number, works, self.admitted, self.grown, self.released)
+        return _step_of, (self.number, works, self.admitted, self.grown, self.released, self.economical)
 
 
-def _step_of(number: int, works: array[int], *delta: tuple[object, ...]) -> Step:
+def _step_of(number: int, works: array[int], *rest: object) -> Step:
     each = iter(works)
-    return Step(number, tuple(map(Work, each, each, each, map(bool, each))), *delta)  # type: ignore[arg-type]
+    return Step(number, tuple(map(Work, each, each, each, map(bool, each))), *rest)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

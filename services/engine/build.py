@@ -21,7 +21,7 @@ from holdfast.models import cache_folder
 from services.engine import memory, models
 from services.engine.kv_cache import KVCache, KVLayout
 from services.engine.kv_format import KVFormat, formats_of
-from services.engine.model_runner import Eager, ModelRunner
+from services.engine.model_runner import Eager, ModelRunner, TwoCopies
 from services.engine.models import Model
 from services.engine.models.decoder import Decoder
 from services.engine.sampler import RowByRow, Sampler
@@ -102,22 +102,16 @@ def build(settings: EngineSettings, folder: Path, shard: Shard = ALONE) -> Compu
     device = device_of(settings, shard)
     if settings.deterministic:
         _check_deterministic(settings, device)
+    if settings.economy and device.type == "cuda":
+        raise ConfigurationError("economy: a GPU keeps one copy of the weights so far; leave it out, or say device cpu")
     capacity = settings.capacity(device.type)
     torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) // shard.count))
     # Kernels are compiled once for a machine, and lie where models do: in a container, on what outlives it.
     os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder() / "triton"))
     took = Took()
     with took.noted("weights"):
-        model = models.load(
-            folder,
-            implementation=settings.implementation,
-            dtype=_DTYPES.get(settings.dtype),
-            device=device,
-            load_format=settings.load_format,
-            shard=shard,
-            quantization=settings.quantization,
-            invariant=settings.deterministic and device.type == "cuda",
-        )
+        model = _load(settings, folder, device, shard, quantization=settings.quantization)
+        economical = _load(settings, folder, device, shard, quantization=settings.economy) if settings.economy else None
     with took.noted("cache"):
         cache = _cache(settings, capacity, model, device, shard)
     max_model_len = _max_model_len(settings, model, cache)
@@ -126,7 +120,12 @@ def build(settings: EngineSettings, folder: Path, shard: Shard = ALONE) -> Compu
     )
     with took.noted("steps"):
         runner = _runner(
-            model, cache, state, most_tokens=capacity.max_step_tokens, deterministic=settings.deterministic
+            model,
+            cache,
+            state,
+            most_tokens=capacity.max_step_tokens,
+            deterministic=settings.deterministic,
+            economical=economical,
         )
     log.info(
         "model loaded",
@@ -134,6 +133,7 @@ def build(settings: EngineSettings, folder: Path, shard: Shard = ALONE) -> Compu
         device=str(device),
         dtype=str(model.kv_shape.dtype).removeprefix("torch."),
         quantization=settings.quantization,
+        economy=settings.economy,
         kv_cache_dtype=settings.kv_cache_dtype,
         cache_blocks=cache.num_blocks,
         cache_tokens=cache.num_blocks * cache.block_size,
@@ -153,9 +153,32 @@ def build(settings: EngineSettings, folder: Path, shard: Shard = ALONE) -> Compu
     return Computer(model, cache, runner, facts)
 
 
-def _runner(model: Model, cache: KVCache, state: DeviceState, *, most_tokens: int, deterministic: bool) -> ModelRunner:
+def _load(settings: EngineSettings, folder: Path, device: torch.device, shard: Shard, *, quantization: str) -> Model:
+    return models.load(
+        folder,
+        implementation=settings.implementation,
+        dtype=_DTYPES.get(settings.dtype),
+        device=device,
+        load_format=settings.load_format,
+        shard=shard,
+        quantization=quantization,
+        invariant=settings.deterministic and device.type == "cuda",
+    )
+
+
+def _runner(
+    model: Model,
+    cache: KVCache,
+    state: DeviceState,
+    *,
+    most_tokens: int,
+    deterministic: bool,
+    economical: Model | None,
+) -> ModelRunner:
     sampler = RowByRow(state) if deterministic else Sampler(state)
     eager = Eager(model, cache, state, sampler)
+    if economical is not None:
+        return ModelRunner(TwoCopies(eager, Eager(economical, cache, state, sampler)))
     if state.device.type != "cuda":
         return ModelRunner(TokenByToken(eager) if deterministic else eager)
     if not isinstance(model, Decoder):
@@ -171,6 +194,10 @@ def _runner(model: Model, cache: KVCache, state: DeviceState, *, most_tokens: in
 
 def _check_deterministic(settings: EngineSettings, device: torch.device) -> None:
     """Raises `ConfigurationError` for what cannot be deterministic, or is not proven to be."""
+    if settings.economy:
+        raise ConfigurationError(
+            "deterministic: not with economy, which lets tokens depend on how much there is to do; leave out one of them"
+        )
     if settings.tensor_parallel > 1:
         raise ConfigurationError(
             f"deterministic: not with tensor_parallel {settings.tensor_parallel}, for sums over ranks are added up in an order "

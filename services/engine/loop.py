@@ -239,7 +239,7 @@ class StepLoop(Generic[L]):
         seconds = now - max(self._launched_at.popleft(), self._committed_at)
         self._committed_at = now
         self._metrics.step(step, seconds)
-        self._scheduler.pace.observe(
+        self._scheduler.paces[step.economical].observe(
             tokens=step.num_tokens,
             kv_tokens=sum(work.end for work in step.works),
             seconds=seconds,
@@ -254,6 +254,7 @@ class StepLoop(Generic[L]):
             preemptions=totals.num_preemptions,
             prefill=totals.num_prefill_tokens,
             generated=totals.num_generated_tokens,
+            economical=totals.num_economical_tokens,
         )
         return Load(
             num_running=scheduler.num_running,

@@ -54,6 +54,18 @@ class Eager:
         return sampled
 
 
+class TwoCopies:
+    """Computes a step with one of two copies of the weights, over the same cache and slots (`economy`)."""
+
+    def __init__(self, full: Executor, economical: Executor) -> None:
+        self._full = full
+        self._economical = economical
+
+    def run(self, step: Step) -> Sampled | None:
+        """What the step sampled; None where none of its works does."""
+        return (self._economical if step.economical else self._full).run(step)
+
+
 @dataclass(frozen=True, slots=True)
 class Launched:
     """A step on its way."""

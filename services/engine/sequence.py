@@ -141,6 +141,8 @@ class Sequence:
     """Steps in flight that compute something of it."""
     last_step: int = 0
     """Number of the newest step that does; its blocks are in use until that one is committed."""
+    was_economical: bool = False
+    """Whether any of its keys and values come from the smaller copy of the weights: nobody else may have them."""
     num_cached: int = 0
     """How many prompt tokens were found in the prefix cache or the store at the first admission."""
     output_ids: list[int] = field(default_factory=list)

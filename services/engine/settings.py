@@ -71,6 +71,14 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     int4-g64, int4-g128, and the same with int3 (these with -asym too), which spares embedding and head; ordered rules `glob=format,...` over
     their names, of which the first that matches decides; or a file of groups, .json or .toml (`weight_groups.py`). A GPU has kernels
     for fp8 and fp8-tensor so far."""
+    economy: Annotated[str, _checked_by(lambda rules: rules and weight_format.rules_of(rules))] = ""
+    """Weight formats, as in `quantization`, of a second copy of the model, which computes steps while time is short (`economy.py`);
+    empty for none. On a CPU only so far."""
+    economy_for: Literal["interactive", "batch", "all"] = "all"
+    """Whose tokens may come from it. A step that has any other sequence in it is computed with the full weights."""
+    economy_wait_ms: Annotated[float, Field(ge=0)] = 1000.0
+    """Time is short while the first request in line has waited longer than this, or running ones would wait for a token longer than
+    `itl_target_ms`."""
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     """dummy builds the model of a config with random weights, for benchmarks."""
     implementation: Literal["auto", "native", "transformers"] = "auto"

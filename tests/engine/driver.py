@@ -6,6 +6,7 @@ from collections import deque
 from typing import Any
 
 from services.engine.blocks import BlockPool
+from services.engine.economy import Economy
 from services.engine.scheduler import Limits, Scheduler
 from services.engine.sequence import FinishReason, Phase, SamplingParams, Sequence, StopRules
 from tests.engine.fake_runner import EOS, FakeRunner, Launched, expected_output
@@ -22,9 +23,9 @@ class Driver:
     """One engine without time: every move advances the clock by a second."""
 
     def __init__(self, *, num_blocks: int = 16, block_size: int = 4, max_sequences: int = 4, max_step_tokens: int = 16,
-                 lookahead: int = 0, keeps_prefixes: bool = True) -> None:  # fmt: skip
+                 lookahead: int = 0, keeps_prefixes: bool = True, economy: Economy | None = None) -> None:  # fmt: skip
         self.pool = BlockPool(num_blocks, block_size=block_size, keeps_prefixes=keeps_prefixes)
-        limits = Limits(max_sequences=max_sequences, max_step_tokens=max_step_tokens, lookahead=lookahead)
+        limits = Limits(max_sequences, max_step_tokens, lookahead, economy=economy)
         self.scheduler = Scheduler(self.pool, limits)
         self.runner = FakeRunner(self.pool)
         self.in_flight: deque[Launched] = deque()
