@@ -14,9 +14,9 @@ from torch import Tensor
 
 from services.engine.kv_cache import KVCache
 from services.engine.models import load
-from services.engine.ops.activation import silu_mul, silu_mul_quantized
+from services.engine.ops.activation import silu_mul, silu_mul_as
 from services.engine.ops.forms import Quantized
-from services.engine.ops.norm import rms_norm, rms_norm_quantized
+from services.engine.ops.norm import rms_norm, rms_norm_as
 from services.engine.ops.quantize import by_torch, quantize
 from services.engine.ops.scaled import takes_row
 from services.engine.quant.fp8 import Fp8
@@ -45,9 +45,9 @@ def test_rows_are_rounded_as_specified(width: int) -> None:
     assert_same(quantize(x, FORM), by_torch(x, FORM))
     if width <= 4096:
         weight = torch.randn(width, device="cuda").bfloat16()
-        assert_same(rms_norm_quantized(x, weight, 1e-5, FORM), quantize(rms_norm(x, weight, 1e-5), FORM))
+        assert_same(rms_norm_as(x, weight, 1e-5, FORM), quantize(rms_norm(x, weight, 1e-5), FORM))
     gate_up = torch.randn(30, 2 * width, device="cuda").bfloat16()
-    assert_same(silu_mul_quantized(gate_up, FORM), quantize(silu_mul(gate_up), FORM))
+    assert_same(silu_mul_as(gate_up, FORM), quantize(silu_mul(gate_up), FORM))
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 1000, 4096])

@@ -26,8 +26,6 @@ See = Callable[[Tensor], None]
 class Observed(Unrounded):
     """Weights as they are, and somebody who looks on."""
 
-    takes: Form = None
-
     def __init__(self, see: See) -> None:
         self._see = see
 

@@ -28,7 +28,7 @@ class Embedding:
         if format.table is None:
             raise ConfigurationError(
                 f"quantization: {name} cannot be kept in {format.name}, for rows of it are looked up; say `{name}=none` before the "
-                "other rules, or on a CPU int8-weight or int4-g64"
+                "other rules, or int8-weight or int4-g64"
             )
         with named(name):
             self.table = Linear(matrix, format=format.table, dtype=weights.dtype)

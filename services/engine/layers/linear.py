@@ -41,12 +41,13 @@ class Linear:
     @property
     def takes(self) -> Form:
         """The form of activations that what stands before may hand over; None for plain ones alone."""
-        return self._format.takes
+        return self._format.form(self._buffers)
 
     @property
     def rounds_products(self) -> bool:
         """Whether products that are wanted in float32 are still rounded to the dtype of activations."""
-        return self._format.rounds_products and self._dtype is not torch.float32
+        on_gpu = self._buffers[0].is_cuda
+        return self._format.rounds_products and not on_gpu and self._dtype is not torch.float32
 
     def is_in(self, format: Format) -> bool:
         """Whether a table in this format would be the same."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from services.engine.ops.forms import Activations, Form, RowScaled, Unnormed
-from services.engine.ops.norm import rms_norm, rms_norm_quantized
+from services.engine.ops.forms import Activations, Form, Unnormed
+from services.engine.ops.norm import rms_norm_as
 from services.engine.weights import Weights
 
 
@@ -20,6 +20,4 @@ class RMSNorm:
         """The scaled rows, in this form where one is asked for; a single row on a GPU as it is."""
         if form is not None and x.is_cuda and x.shape[0] == 1:
             return Unnormed(x, self.weight, self._eps)
-        if isinstance(form, RowScaled):
-            return rms_norm_quantized(x, self.weight, self._eps, form)
-        return rms_norm(x, self.weight, self._eps)
+        return rms_norm_as(x, self.weight, self._eps, form)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.engine.ops.forms import Quantized, RowScaled
+from services.engine.ops.forms import Form, Quantized, rounds
 from services.engine.ops.quantize import quantize
 
 
@@ -19,8 +19,10 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def silu_mul_quantized(gate_up: Tensor, form: RowScaled) -> Quantized:
-    """`silu_mul`, and of what that gives `quantize`."""
+def silu_mul_as(gate_up: Tensor, form: Form) -> Tensor | Quantized:
+    """`silu_mul`, and of what that gives `quantize` where rows are wanted so."""
+    if not rounds(form, len(gate_up)):
+        return silu_mul(gate_up)
     if gate_up.is_cuda:
         from services.engine.ops.kernels import activation
 

@@ -7,11 +7,15 @@ Shapes: N rows, I features.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
+
+FINER = 254.0
+"""The second part of a row lies between halves of a step of the first: so many of its own steps make one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +23,17 @@ class RowScaled:
     """A row is scaled so that its largest value becomes the largest of `dtype`, and then rounded."""
 
     dtype: torch.dtype
+    by: Tensor | None = None
+    """One scale for all rows instead, float32, [1]; of whole numbers what is beyond them counts as the last of them."""
+    parts: int = 1
+    """With two, what the first has rounded away of whole numbers, in steps `FINER` times as small: together they leave out less
+    than 2^-15 of the largest value."""
+    group: int | None = None
+    """Sums of so many values each are wanted too."""
+    share: int | None = None
+    """So many values of a row have a scale, instead of all."""
+    most_rows: int = sys.maxsize
+    """More are wanted as they are."""
 
     @property
     def largest(self) -> float:
@@ -29,8 +44,12 @@ class Quantized(NamedTuple):
     """Rows as values_NI * scales_N[:, None]. A row that held a value which is not finite holds one still."""
 
     values_NI: Tensor
+    """Of rows in two parts first all that are coarse, then all that are fine: [2 * N, I]."""
     scales_N: Tensor
-    """float32."""
+    """float32. Where groups of values have one each: [G, N]."""
+    sums_GN: Tensor | None = None
+    """float32, where they are wanted: of each group of a row, before it was rounded and in its scale, which is yet to be
+    multiplied with."""
 
 
 class Unnormed(NamedTuple):
@@ -46,3 +65,8 @@ Activations = Tensor | Quantized | Unnormed
 
 Form = RowScaled | type[Unnormed] | None
 """What a matrix takes beside plain activations: rows in eight bits, a row before its norm, or nothing else."""
+
+
+def rounds(form: Form, num_rows: int) -> TypeGuard[RowScaled]:
+    """Whether so many rows are wanted in eight bits."""
+    return isinstance(form, RowScaled) and num_rows <= form.most_rows

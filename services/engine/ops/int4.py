@@ -1,6 +1,7 @@
-"""Products of activations as they are with a matrix in four bits, by torch's own kernel for a CPU.
+"""Products of activations as they are with a matrix in four bits.
 
-It lays the values of some neighbouring outputs out in bytes column by column, two outputs a byte. How many outputs, and
+A GPU multiplies two parts of eight bits of them (`kernels.int4`), or, where rows are many, the matrix in 16 bits. On a CPU it is torch's
+own kernel. That lays the values of some neighbouring outputs out in bytes column by column, two outputs a byte. How many outputs, and
 which two, depends on the CPU, and is found by laying out a matrix and looking.
 
 Shapes: O outputs, I inputs, G groups of inputs, N rows.
@@ -9,50 +10,97 @@ Shapes: O outputs, I inputs, G groups of inputs, N rows.
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.engine.ops.linear import plus
+from services.engine.ops.forms import Form, Quantized, RowScaled, Unnormed, rounds
+from services.engine.ops.linear import in_dtype, plus
+from services.engine.ops.quantize import quantize
 
-GROUPS = (256, 128, 64, 32)
-"""So many inputs may share a scale."""
+MOST_ROWS = 256
+"""Of x in two parts on a GPU. With more a matrix that is widened once for all of them is multiplied sooner (not measured yet)."""
+
+Matrix = tuple[Any, ...]
+"""What `packed` returned, the values first."""
 
 
-def packed(values_OI: Tensor, scales_OG: Tensor, offsets_OG: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def groups_for(values_OI: Tensor) -> tuple[int, ...]:
+    """So many inputs may share a scale where these values are."""
+    return (128, 64, 32) if values_OI.is_cuda else (256, 128, 64, 32)
+
+
+def packed(values_OI: Tensor, scales_OG: Tensor, offsets_OG: Tensor | None, *, dtype: torch.dtype) -> Matrix:
     """Values from -8 to 7 that stand for value * scale + offset, as `linear` wants them for activations in `dtype`; scales and
-    offsets are kept in it. Outputs are filled up with such as are never asked for."""
-    missing = -values_OI.shape[0] % _layout().outputs
+    offsets are kept in it."""
+    if values_OI.is_cuda:
+        from services.engine.ops.kernels import int4
+
+        return int4.packed(values_OI, scales_OG, offsets_OG, dtype=dtype)
+    if offsets_OG is None:
+        offsets_OG = torch.zeros_like(scales_OG)
+    # Outputs are filled up with such as are never asked for.
+    outputs = len(values_OI)
+    missing = -outputs % _layout().outputs
     values_OI = F.pad(values_OI.to(torch.int32) + 8, (0, 0, 0, missing))
     terms_GO2 = F.pad(torch.stack((scales_OG, offsets_OG), dim=2), (0, 0, 0, 0, 0, missing)).transpose(0, 1)
     weight: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values_OI, 1)
-    return weight, terms_GO2.to(dtype).contiguous()
+    return weight, terms_GO2.to(dtype).contiguous(), outputs
+
+
+def form_for(matrix: Matrix) -> Form:
+    """In what `linear` takes activations beside plain ones."""
+    if not matrix[0].is_cuda:
+        return None
+    from services.engine.ops.kernels import int4
+
+    gpu = int4.Packed(*matrix)
+    group = None if gpu.offsets_GO is None else gpu.group
+    return RowScaled(torch.int8, parts=2, group=group, most_rows=MOST_ROWS)
 
 
 def linear(
-    x_NI: Tensor,
-    weight: Tensor,
-    terms_GO2: Tensor,
-    *,
-    outputs: int,
-    bias_O: Tensor | None,
-    add: Tensor | None,
-    dtype: torch.dtype,
+    x: Tensor | Quantized, matrix: Matrix, *, bias_O: Tensor | None, add: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """x @ weight.T + bias + add, in `dtype`, the weight as `packed` returned it, which has so many outputs. Sums are taken in float32,
-    and rounded to the dtype of the scales; then again with what is added. In bfloat16 torch's kernel is fast, in other dtypes slow."""
-    x_NI = x_NI.to(terms_GO2.dtype)
-    group = x_NI.shape[1] // terms_GO2.shape[0]
-    out_NO: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu.default(x_NI, weight, group, terms_GO2)
+    """x @ weight.T + bias + add, in `dtype`. Sums are taken in float32 and rounded once; on a CPU to the dtype of the scales, and then
+    again with what is added. In bfloat16 a CPU's kernel is fast, in other dtypes slow."""
+    if matrix[0].is_cuda:
+        return _on_gpu(x, matrix, bias_O=bias_O, add=add, dtype=dtype)
+    assert isinstance(x, Tensor)
+    weight, terms_GO2, outputs = matrix
+    x = x.to(terms_GO2.dtype)
+    group = x.shape[1] // terms_GO2.shape[0]
+    out_NO: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu.default(x, weight, group, terms_GO2)
     if outputs != out_NO.shape[1]:
         out_NO = out_NO[:, :outputs].contiguous()
     return plus(out_NO, bias_O, add).to(dtype)
 
 
-def rows(weight: Tensor, terms_GO2: Tensor, indices: Tensor) -> Tensor:
-    """These rows of what `packed` returned, [..., I], in float32."""
+def row_linear(
+    x: Tensor | Unnormed,
+    matrix: Matrix,
+    *,
+    bias_O: Tensor | None,
+    add: Tensor | None,
+    dtype: torch.dtype,
+    gated: bool,
+) -> Tensor:
+    """As `scaled.row_linear`."""
+    from services.engine.ops.kernels import gemv, int4
+
+    return gemv.gemv(x, int4.Packed(*matrix), bias_O=bias_O, add=add, dtype=dtype, gated=gated)
+
+
+def rows(matrix: Matrix, indices: Tensor) -> Tensor:
+    """These rows of the matrix, [..., I], in float32."""
+    if matrix[0].is_cuda:
+        from services.engine.ops.kernels import int4, widen
+
+        found = widen.int4(int4.Packed(*matrix), indices.flatten(), dtype=torch.float32)
+        return found.view(*indices.shape, -1)
+    weight, terms_GO2, _ = matrix
     layout, num_groups = _layout(), terms_GO2.shape[0]
     inputs = weight.numel() * 2 // terms_GO2.shape[1]
     blocks = weight.view(torch.uint8).view(-1, inputs, layout.outputs // 2)
@@ -62,7 +110,21 @@ def rows(weight: Tensor, terms_GO2: Tensor, indices: Tensor) -> Tensor:
     terms_NG2 = terms_GO2[:, flat].transpose(0, 1).float()
     values_NGi = (values_NI.float() - 8).view(len(flat), num_groups, -1)
     rows_NGi = values_NGi * terms_NG2[..., :1] + terms_NG2[..., 1:]
-    return rows_NGi.view(*indices.shape, inputs)
+    found_NI: Tensor = rows_NGi.view(*indices.shape, inputs)
+    return found_NI
+
+
+def _on_gpu(
+    x: Tensor | Quantized, matrix: Matrix, *, bias_O: Tensor | None, add: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    from services.engine.ops.kernels import int4, widen
+
+    gpu, form = int4.Packed(*matrix), form_for(matrix)
+    if isinstance(x, Tensor):
+        if not rounds(form, len(x)):
+            return in_dtype(x, widen.int4(gpu, dtype=x.dtype), bias_O=bias_O, add=add, dtype=dtype)
+        x = quantize(x, form)
+    return int4.matmul(x, gpu, bias_O=bias_O, add=add, dtype=dtype)
 
 
 class _Layout(NamedTuple):

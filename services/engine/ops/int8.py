@@ -1,4 +1,4 @@
-"""Products of activations as they are with an int8 matrix, on a CPU.
+"""Products of activations as they are with an int8 matrix.
 
 Shapes: O outputs, I inputs, N rows.
 """
@@ -8,27 +8,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from services.engine.ops.forms import RowScaled
-from services.engine.ops.linear import plus
-from services.engine.ops.quantize import by_torch
-from services.engine.ops.scaled import whole_products
+from services.engine.ops.forms import FINER, Form, Quantized, RowScaled, rounds
+from services.engine.ops.int4 import MOST_ROWS
+from services.engine.ops.linear import in_dtype, plus
+from services.engine.ops.quantize import by_torch, quantize
+from services.engine.ops.scaled import scaled_linear, whole_products
 
-_FORM = RowScaled(torch.int8)
-_FINER = 254.0
-"""The second part of a row lies between halves of a step of the first: so many of its own steps make one."""
+_FORM = RowScaled(torch.int8, parts=2, most_rows=MOST_ROWS)
+
+
+def form_for(values_OI: Tensor) -> Form:
+    """In what `linear` takes activations beside plain ones."""
+    return _FORM if values_OI.is_cuda else None
 
 
 def linear(
-    x_NI: Tensor, values_OI: Tensor, scales_O: Tensor, *, bias_O: Tensor | None, add: Tensor | None, dtype: torch.dtype
+    x: Tensor | Quantized,
+    values_OI: Tensor,
+    scales_O: Tensor,
+    *counters: Tensor,
+    bias_O: Tensor | None,
+    add: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """(x @ values.T) * scales + bias + add, in `dtype`, rounded once. A row of x is taken in two parts of eight bits, which leaves
-    out less than 2^-15 of its largest value: whole numbers are multiplied several times as fast as torch's kernels for unlike types
-    multiply, and their sums are exact."""
-    coarse = by_torch(x_NI, _FORM)
-    steps_NI = x_NI.float() / coarse.scales_N[:, None]
-    fine_NI = (steps_NI - coarse.values_NI).mul_(_FINER).round_().nan_to_num_(0.0, 0.0, 0.0).clamp_(-127, 127)
-    sums = whole_products(torch.cat((coarse.values_NI, fine_NI.to(torch.int8))), values_OI).float()
-    num_rows = len(x_NI)
-    out_NO = torch.add(sums[:num_rows], sums[num_rows:], alpha=1 / _FINER)
-    out_NO.mul_(scales_O).mul_(coarse.scales_N[:, None])
+    """(x @ values.T) * scales + bias + add, in `dtype`, rounded once. A row of x is taken in two parts of eight bits: whole numbers are
+    multiplied several times as fast as torch's kernels for unlike types multiply, and their sums are exact. A GPU multiplies many rows
+    in 16 bits."""
+    if values_OI.is_cuda:
+        if isinstance(x, Tensor):
+            if not rounds(_FORM, len(x)):
+                from services.engine.ops.kernels import widen
+
+                weight_OI = widen.int8(values_OI, scales_O, dtype=x.dtype)
+                return in_dtype(x, weight_OI, bias_O=bias_O, add=add, dtype=dtype)
+            x = quantize(x, _FORM)
+        return scaled_linear(x, values_OI, scales_O, *counters, bias_O=bias_O, add=add, dtype=dtype)
+    assert isinstance(x, Tensor)
+    rows = by_torch(x, _FORM)
+    coarse, fine = whole_products(rows.values_NI, values_OI).float().chunk(2)
+    out_NO = torch.add(coarse, fine, alpha=1 / FINER)
+    out_NO.mul_(scales_O).mul_(rows.scales_N[:, None])
     return plus(out_NO, bias_O, add).to(dtype)

@@ -98,6 +98,13 @@ def products(x: Tensor, weight_OI: Tensor, *, out: Tensor | None = None) -> Tens
     return torch.mm(x, weight_OI.t(), out_dtype=torch.float32, out=out)
 
 
+def in_dtype(x: Tensor, weight_OI: Tensor, *, bias_O: Tensor | None, add: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`linear` on a GPU, in the dtype of x or in float32."""
+    if dtype is x.dtype:
+        return linear(x, weight_OI, bias_O=bias_O, add=add)
+    return plus(products(x, weight_OI), bias_O, add)
+
+
 def _of_few_rows(
     x: Tensor,
     weight_OI: Tensor,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.engine.ops.forms import Quantized, RowScaled
+from services.engine.ops.forms import Form, Quantized, rounds
 from services.engine.ops.quantize import quantize
 
 # Up to so many rows, torch's eight kernels for the norm cost more on a CPU than the work they do.
@@ -27,8 +27,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (size,), weight, eps)
 
 
-def rms_norm_quantized(x_NI: Tensor, weight: Tensor, eps: float, form: RowScaled) -> Quantized:
-    """`rms_norm`, and of what that gives `quantize`."""
+def rms_norm_as(x_NI: Tensor, weight: Tensor, eps: float, form: Form) -> Tensor | Quantized:
+    """`rms_norm`, and of what that gives `quantize` where rows are wanted so."""
+    if not rounds(form, len(x_NI)):
+        return rms_norm(x_NI, weight, eps)
     if x_NI.is_cuda:
         from services.engine.ops.kernels import norm
 

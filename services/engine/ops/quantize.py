@@ -1,14 +1,17 @@
-"""Activations in eight bits, each row with a scale of its own.
+"""Activations in eight bits, each row with a scale of its own, or all with one.
 
-Shapes: N rows, I features.
+Shapes: N rows, I features, G groups of them.
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from services.engine.ops.forms import Quantized, RowScaled
+from services.engine.ops.forms import FINER, Quantized, RowScaled
 
 SMALLEST = 2.0**-100
 """The least that counts as a row's largest value, so that a row of zeros can be divided by it."""
@@ -25,20 +28,56 @@ def quantize(x_NI: Tensor, form: RowScaled) -> Quantized:
 
 def by_torch(x_NI: Tensor, form: RowScaled) -> Quantized:
     """`quantize` on any device and in any thread, where a kernel of ours wants the thread's device to be that of x."""
+    if form.share is not None:
+        return _by_groups(x_NI, form, form.share)
     peaks_N = x_NI.abs().amax(-1).float().clamp_(min=SMALLEST)
-    if not form.dtype.is_floating_point:
-        scales_N = peaks_N.mul_(1 / form.largest)
-        return Quantized((x_NI / scales_N[:, None]).round_().to(form.dtype), scales_N)
-    # As a tensor: where one of the two is a number torch multiplies with a reciprocal, and rounds twice.
-    largest_N = torch.full_like(peaks_N, form.largest)
-    values_NI = (x_NI * (largest_N / peaks_N)[:, None]).to(form.dtype)
-    return Quantized(values_NI, peaks_N / largest_N)
+    if form.by is None:
+        largest = _as_tensor(form.largest, x_NI.device)
+        scales_N, factors_N = peaks_N / largest, largest / peaks_N
+    else:
+        scales_N = form.by + peaks_N.mul_(0)
+        factors_N = scales_N.reciprocal()
+    steps_NI = x_NI * factors_N[:, None]
+    sums_GN = None if form.group is None else steps_NI.view(len(x_NI), -1, form.group).sum(-1).t().contiguous()
+    return Quantized(_rounded(steps_NI, form), scales_N, sums_GN)
 
 
-def quantize_by(x_NI: Tensor, scale: Tensor, dtype: torch.dtype) -> Quantized:
-    """The rows of x as whole numbers, all by one scale; what is beyond them as the last of them. A row that holds a value which is
-    not finite has a scale that is not."""
-    lost_N = (x_NI * 0).sum(-1, dtype=torch.float32)
-    ends = torch.iinfo(dtype)
-    values_NI = (x_NI / scale).round_().clamp_(ends.min, ends.max)
-    return Quantized(values_NI.to(dtype), scale + lost_N)
+def plain(x: Quantized, form: RowScaled) -> Tensor:
+    """What rows in this form stand for, [N, I] in float32."""
+    values_NI = x.values_NI.float()
+    if form.share is not None:
+        return values_NI * x.scales_N.t().repeat_interleave(form.share, 1)[:, : values_NI.shape[1]]
+    if form.parts == 2:
+        coarse_NI, fine_NI = values_NI.chunk(2)
+        values_NI = coarse_NI + fine_NI / FINER
+    return values_NI * x.scales_N[:, None]
+
+
+def _by_groups(x_NI: Tensor, form: RowScaled, share: int) -> Quantized:
+    """Each group as if it were a row."""
+    num_rows, size = x_NI.shape
+    groups = F.pad(x_NI, (0, -size % share)).view(-1, share)
+    values, scales, _ = by_torch(groups, RowScaled(form.dtype))
+    values_NI = values.view(num_rows, -1)[:, :size].contiguous()
+    return Quantized(values_NI, scales.view(num_rows, -1).t().contiguous())
+
+
+@cache
+def _as_tensor(value: float, device: torch.device) -> Tensor:
+    """By a number torch divides by multiplying with its reciprocal, and rounds twice."""
+    with torch.inference_mode(False):
+        return torch.full((1,), value, device=device)
+
+
+def _rounded(steps_NI: Tensor, form: RowScaled) -> Tensor:
+    """As `Quantized.values_NI`. Overwrites the steps."""
+    if form.dtype.is_floating_point:
+        return steps_NI.to(form.dtype)
+    if form.parts == 2:
+        coarse_NI = torch.round(steps_NI)
+        return torch.cat((coarse_NI, steps_NI.sub_(coarse_NI).mul_(FINER).round_())).to(form.dtype)
+    steps_NI.round_()
+    if form.by is not None:
+        ends = torch.iinfo(form.dtype)
+        steps_NI.clamp_(ends.min, ends.max)
+    return steps_NI.to(form.dtype)

@@ -5,6 +5,7 @@ Shapes: O outputs, I inputs, N rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import TypeGuard
 
@@ -15,7 +16,7 @@ from services.engine.ops import linear
 from services.engine.ops.forms import Activations, Quantized, Unnormed
 
 ROWS, COLUMNS = 64, 64
-"""A matrix must fall into tiles of that to be multiplied on a GPU."""
+"""A matrix in fp8 must fall into tiles of that to be multiplied on a GPU."""
 
 
 def packed(values_OI: Tensor, *, dtype: torch.dtype) -> Tensor:
@@ -37,7 +38,8 @@ def scaled_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     """(x.values @ weight.T) * x.scales * scales + bias + add, in `dtype`: the weight as `packed` returned it, the counters
-    as `linear.counters_for` did. The result may take the place of `add`.
+    as `linear.counters_for` did. On a GPU also with scales of blocks, as `blocks` gives them, and x in groups. The result may take the
+    place of `add`.
 
     Sums are taken in float32, and rounded once; but to bfloat16 before they are scaled on a CPU that multiplies in it, and
     before bias and `add` where torch's own kernel takes the many rows of a GPU.
@@ -51,13 +53,32 @@ def scaled_linear(
     return linear.plus(out_NO.mul_(x.scales_N[:, None]), bias_O, add).to(dtype)
 
 
-def takes_row(x: Activations, weight_OI: Tensor) -> TypeGuard[Tensor | Unnormed]:
-    """Whether `row_linear` multiplies these activations: a single row on a GPU that is not in eight bits."""
-    if isinstance(x, Quantized) or not weight_OI.is_cuda or (x.x_1I if isinstance(x, Unnormed) else x).shape[0] > 1:
+def blocks(scales_TU: Tensor, tile: tuple[int, int], shape: Sequence[int]) -> Tensor:
+    """The scales of a matrix of this shape in such tiles as a GPU wants them: of each block of 64 x 128, [I / 128, O / 64]. Raises
+    ValueError where a block lies in several tiles."""
+    from services.engine.ops.kernels.skinny import BLOCK
+
+    places = []
+    for size, step, block in zip(shape, tile, BLOCK, strict=True):
+        if step < size and step % block:
+            raise ValueError(
+                f"a GPU multiplies blocks of {BLOCK[0]} x {BLOCK[1]} weights with a scale, and it comes in {tile}"
+            )
+        places.append(torch.arange(0, size, block, device=scales_TU.device) // step)
+    return scales_TU[places[0]][:, places[1]].t().contiguous()
+
+
+def takes_row(x: Activations, weight: Tensor) -> TypeGuard[Tensor | Unnormed]:
+    """Whether `row_linear` multiplies these activations: a single row on a GPU that is not in eight bits. The matrix may hold two inputs
+    in a byte, but not fewer than it has room for."""
+    if isinstance(x, Quantized) or not weight.is_cuda:
+        return False
+    num_rows, inputs = (x.x_1I if isinstance(x, Unnormed) else x).shape
+    if num_rows > 1 or inputs % weight.shape[1]:
         return False
     from services.engine.ops.kernels import gemv
 
-    return gemv.is_supported(weight_OI)
+    return gemv.is_supported(weight)
 
 
 def row_linear(
@@ -73,7 +94,7 @@ def row_linear(
     """(x @ weight.T) * scales + bias + add, [1, O], in `dtype`; gated, silu of the first half of that times the second. Rounded once."""
     from services.engine.ops.kernels import gemv
 
-    return gemv.gemv(x, weight_OI, scales_O=scales_O, bias_O=bias_O, add=add, dtype=dtype, gated=gated)
+    return gemv.gemv(x, weight_OI, scales=scales_O, bias_O=bias_O, add=add, dtype=dtype, gated=gated)
 
 
 def whole_products(values_NI: Tensor, weight_OI: Tensor) -> Tensor:
@@ -108,7 +129,8 @@ def _on_gpu(
 ) -> Tensor:
     from services.engine.ops.kernels import scaled
 
-    if x.values_NI.shape[0] <= scaled.most_rows(weight_OI.shape[0]):
+    of_torch = x.values_NI.dtype is not torch.int8 and scales_O.dim() == 1
+    if not of_torch or x.values_NI.shape[0] <= scaled.most_rows(weight_OI.shape[0]):
         return scaled.matmul(x, weight_OI, scales_O, counters, bias_O=bias_O, add=add, dtype=dtype)
     out_NO = torch._scaled_mm(
         x.values_NI,

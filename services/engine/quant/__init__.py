@@ -6,7 +6,7 @@ them by name, and says which matrix is kept in which. What comes in few bits alr
 a `QuantizedMatrix`, which formats pack as it is.
 
 A format may take activations in a form of its own. It makes them so itself, but the kernel that wrote them does so
-for nothing: so a format says what it `takes`, and what stands before a `Linear` may hand over just that.
+for nothing: so a format says in what `form` it takes them, and what stands before a `Linear` may hand over just that.
 
 Shapes: O outputs, I inputs, N rows.
 """
@@ -36,7 +36,8 @@ class Format(Protocol):
 
     @property
     def takes(self) -> Form:
-        """What it takes beside plain activations; of rows in eight bits it makes them itself where they are not."""
+        """What it takes beside plain activations, of all buffers and on every device; of rows in eight bits it makes them itself where
+        they are not."""
         ...
 
     @property
@@ -51,7 +52,7 @@ class Format(Protocol):
 
     @property
     def rounds_products(self) -> bool:
-        """Whether `apply` rounds to the dtype that `pack` was told, whatever dtype is wanted. Then it keeps a table."""
+        """Whether `apply` on a CPU rounds to the dtype that `pack` was told, whatever dtype is wanted. Then it keeps a table."""
         ...
 
     @property
@@ -62,6 +63,10 @@ class Format(Protocol):
     def pack(self, weight_OI: Weight, *, dtype: torch.dtype, input_scale: Tensor | None = None) -> Buffers:
         """The matrix as this format keeps it, on the matrix's device, for activations in `dtype`: a plain one is rounded to the
         nearest. Raises ValueError, with what would be right, if it cannot keep this one or that device cannot multiply it."""
+        ...
+
+    def form(self, buffers: Buffers) -> Form:
+        """What it `takes` of these buffers, which may say more."""
         ...
 
     def apply(

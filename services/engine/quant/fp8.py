@@ -1,7 +1,7 @@
 """Weights and activations in eight-bit floating point, e4m3 (Micikevicius et al. 2022, "FP8 Formats for Deep Learning").
 
 Each output of the matrix has a scale, found once, or all of them one; each row of activations has one, found in every step. Nothing is
-calibrated. A single row on a GPU keeps its 16 bits: to round it would take kernels and save none of the bytes of the matrix.
+calibrated.
 
 Or blocks of the matrix have scales, and of a row of activations each 128 inputs (DeepSeek-AI 2024, "DeepSeek-V3", section 3.3.2).
 """
@@ -9,16 +9,13 @@ Or blocks of the matrix have scales, and of a row of activations each 128 inputs
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from services.engine.ops import linear
-from services.engine.ops.activation import silu_mul, silu_mul_quantized
-from services.engine.ops.forms import Activations, Form, Quantized, RowScaled, Unnormed
+from services.engine.ops.forms import Quantized, RowScaled
 from services.engine.ops.linear import counters_for
-from services.engine.ops.norm import rms_norm_quantized
-from services.engine.ops.quantize import by_torch, quantize
-from services.engine.ops.scaled import COLUMNS, ROWS, packed, row_linear, scaled_linear, takes_row
+from services.engine.ops.quantize import plain, quantize
+from services.engine.ops.scaled import COLUMNS, ROWS, blocks, packed, scaled_linear
 from services.engine.quant import Buffers
 from services.engine.quant.matrix import QuantizedMatrix, Scheme
 from services.engine.quant.rounding import Rounding
@@ -33,7 +30,6 @@ class Fp8(Rounding):
     name = "fp8"
     scheme = Scheme(is_float=True)
     takes = RowScaled(torch.float8_e4m3fn)
-    has_gpu_kernels = True
 
     def _packed(self, matrix: QuantizedMatrix, *, dtype: torch.dtype, input_scale: Tensor | None) -> Buffers:
         self._require(matrix, is_float=True, bits=8)
@@ -51,25 +47,17 @@ class Fp8(Rounding):
         values_OI = matrix.values_OI.contiguous()
         return packed(values_OI, dtype=dtype), matrix.scales_TU.view(outputs), *counters_for(values_OI)
 
-    def apply(
-        self, x: Activations, buffers: Buffers, *, bias_O: Tensor | None, add: Tensor | None, dtype: torch.dtype
+    def _products(
+        self,
+        x: Tensor | Quantized,
+        buffers: Buffers,
+        *,
+        bias_O: Tensor | None,
+        add: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        if takes_row(x, buffers[0]):
-            return row_linear(x, *buffers[:2], bias_O=bias_O, add=add, dtype=dtype)
-        return scaled_linear(self._in_eight_bits(x), *buffers, bias_O=bias_O, add=add, dtype=dtype)
-
-    def gated(
-        self, x: Activations, buffers: Buffers, *, bias_O: Tensor | None, dtype: torch.dtype, form: Form
-    ) -> Activations:
-        if takes_row(x, buffers[0]):
-            return row_linear(x, *buffers[:2], bias_O=bias_O, dtype=dtype, gated=True)
-        gate_up = self.apply(x, buffers, bias_O=bias_O, add=None, dtype=dtype)
-        return silu_mul_quantized(gate_up, form) if isinstance(form, RowScaled) else silu_mul(gate_up)
-
-    def _in_eight_bits(self, x: Activations) -> Quantized:
-        if isinstance(x, Unnormed):
-            return rms_norm_quantized(*x, self.takes)
-        return x if isinstance(x, Quantized) else quantize(x, self.takes)
+        rows = x if isinstance(x, Quantized) else quantize(x, self.takes)
+        return scaled_linear(rows, *buffers, bias_O=bias_O, add=add, dtype=dtype)
 
 
 class Fp8Tensor(Fp8):
@@ -85,22 +73,27 @@ class Fp8Block(Rounding):
 
     name = "fp8-block"
     scheme = Scheme(is_float=True, tile=(_BLOCK, _BLOCK))
+    takes = RowScaled(torch.float8_e4m3fn, share=_BLOCK)
 
     def _packed(self, matrix: QuantizedMatrix, *, dtype: torch.dtype, input_scale: Tensor | None) -> Buffers:
         self._require(matrix, is_float=True, bits=8)
-        return (linear.packed(matrix.dequant().to(dtype)),)
+        if not matrix.values_OI.is_cuda:
+            return (linear.packed(matrix.dequant().to(dtype)),)
+        values_OI = matrix.values_OI.contiguous()
+        return values_OI, blocks(matrix.scales_TU, matrix.tile, matrix.shape), *counters_for(values_OI)
 
-    def apply(
-        self, x: Activations, buffers: Buffers, *, bias_O: Tensor | None, add: Tensor | None, dtype: torch.dtype
+    def _products(
+        self,
+        x: Tensor | Quantized,
+        buffers: Buffers,
+        *,
+        bias_O: Tensor | None,
+        add: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        assert isinstance(x, Tensor)
-        out_NO = linear.linear(_rounded(x).to(buffers[0].dtype), buffers[0]).float()
+        rows = x if isinstance(x, Quantized) else quantize(x, self.takes)
+        weight_OI = buffers[0]
+        if weight_OI.is_cuda:
+            return scaled_linear(rows, *buffers, bias_O=bias_O, add=add, dtype=dtype)
+        out_NO = linear.linear(plain(rows, self.takes).to(weight_OI.dtype), weight_OI).float()
         return linear.plus(out_NO, bias_O, add).to(dtype)
-
-
-def _rounded(x_NI: Tensor) -> Tensor:
-    """Each 128 values as e4m3 by their own scale, in float32."""
-    num_rows, inputs = x_NI.shape
-    pieces = F.pad(x_NI, (0, -inputs % _BLOCK)).view(-1, _BLOCK)
-    values, scales = by_torch(pieces, Fp8.takes)
-    return (values.float() * scales[:, None]).view(num_rows, -1)[:, :inputs]

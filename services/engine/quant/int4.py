@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from services.engine.ops import int4
-from services.engine.ops.forms import Activations
+from services.engine.ops.forms import Form, Quantized, Unnormed
 from services.engine.quant import Buffers, Format
 from services.engine.quant.matrix import QuantizedMatrix, Scheme, nearest
 from services.engine.quant.rounding import Rounding
@@ -36,30 +36,56 @@ class Int4(Rounding):
     def _packed(self, matrix: QuantizedMatrix, *, dtype: torch.dtype, input_scale: Tensor | None) -> Buffers:
         if matrix.is_float or matrix.bits > 4:
             raise ValueError(f"{self.name} cannot keep values of {matrix.bits} bits; its own have four")
-        outputs, inputs = matrix.shape
+        inputs, groups = matrix.shape[1], int4.groups_for(matrix.values_OI)
         width = min(matrix.tile[1], inputs)
-        size = next((size for size in int4.GROUPS if width % size == 0), None)
+        size = next((size for size in groups if width % size == 0), None)
         if size is None or inputs % size:
-            sizes = ", ".join(map(str, reversed(int4.GROUPS)))
+            device, sizes = "GPU" if matrix.values_OI.is_cuda else "CPU", ", ".join(map(str, reversed(groups)))
             raise ValueError(
-                f"a CPU multiplies four bits in groups of {sizes} inputs, and its {inputs} inputs come in groups of {width}"
+                f"a {device} multiplies four bits in groups of {sizes} inputs, and its {inputs} inputs come in groups of {width}"
             )
         matrix = matrix.in_tiles(1, size)
-        weight, terms_GO2 = int4.packed(matrix.values_OI, matrix.scales_TU, matrix.offsets_TU, dtype=dtype)
-        return weight, terms_GO2, outputs, matrix.order_I
+        offsets_TU = None if matrix.is_symmetric else matrix.offsets_TU
+        return *int4.packed(matrix.values_OI, matrix.scales_TU, offsets_TU, dtype=dtype), matrix.order_I
 
-    def apply(
-        self, x: Activations, buffers: Buffers, *, bias_O: Tensor | None, add: Tensor | None, dtype: torch.dtype
+    def form(self, buffers: Buffers) -> Form:
+        *matrix, order_I = buffers
+        return int4.form_for(tuple(matrix)) if order_I is None else None
+
+    def _products(
+        self,
+        x: Tensor | Quantized,
+        buffers: Buffers,
+        *,
+        bias_O: Tensor | None,
+        add: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        assert isinstance(x, Tensor)
-        weight, terms_GO2, outputs, order_I = buffers
+        *matrix, order_I = buffers
         if order_I is not None:
+            assert isinstance(x, Tensor)
             x = x.index_select(1, order_I)
-        return int4.linear(x, weight, terms_GO2, outputs=outputs, bias_O=bias_O, add=add, dtype=dtype)
+        return int4.linear(x, tuple(matrix), bias_O=bias_O, add=add, dtype=dtype)
+
+    def _row(
+        self,
+        x: Tensor | Unnormed,
+        buffers: Buffers,
+        *,
+        bias_O: Tensor | None,
+        add: Tensor | None = None,
+        dtype: torch.dtype,
+        gated: bool = False,
+    ) -> Tensor:
+        *matrix, order_I = buffers
+        if order_I is not None:
+            assert isinstance(x, Tensor)
+            x = x.index_select(1, order_I)
+        return int4.row_linear(x, tuple(matrix), bias_O=bias_O, add=add, dtype=dtype, gated=gated)
 
     def rows(self, buffers: Buffers, indices: Tensor, *, dtype: torch.dtype) -> Tensor:
-        weight, terms_GO2, _, order_I = buffers
-        rows = int4.rows(weight, terms_GO2, indices).to(dtype)
+        *matrix, order_I = buffers
+        rows = int4.rows(tuple(matrix), indices).to(dtype)
         return rows if order_I is None else torch.empty_like(rows).index_copy_(-1, order_I, rows)
 
 

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from services.engine.ops import int8, scaled
-from services.engine.ops.forms import Activations, Form, Quantized, RowScaled, Unnormed
-from services.engine.ops.quantize import quantize, quantize_by
+from services.engine.ops.forms import Form, Quantized, RowScaled
+from services.engine.ops.linear import counters_for
+from services.engine.ops.quantize import quantize
 from services.engine.quant import Buffers, TableFormat
 from services.engine.quant.matrix import QuantizedMatrix, Scheme
 from services.engine.quant.rounding import Rounding
-
-_ROWS = RowScaled(torch.int8)
 
 
 class Int8(Rounding):
@@ -25,7 +24,7 @@ class Int8(Rounding):
 
     name = "int8"
     scheme = Scheme()
-    takes: Form = _ROWS
+    takes: Form = RowScaled(torch.int8)
 
     @property
     def table(self) -> TableFormat:  # type: ignore[override]
@@ -38,18 +37,27 @@ class Int8(Rounding):
             has = "zero points" if not matrix.is_symmetric else f"a scale for each {matrix.tile[1]} of {inputs} inputs"
             raise ValueError(f"{self.name} keeps a scale for each output and no zero point, and it comes with {has}")
         matrix = matrix.in_tiles(1, inputs)
-        return matrix.values_OI.contiguous(), matrix.scales_TU.view(outputs)
+        values_OI = matrix.values_OI.contiguous()
+        return values_OI, matrix.scales_TU.view(outputs), *counters_for(values_OI)
 
-    def apply(
-        self, x: Activations, buffers: Buffers, *, bias_O: Tensor | None, add: Tensor | None, dtype: torch.dtype
+    def _products(
+        self,
+        x: Tensor | Quantized,
+        buffers: Buffers,
+        *,
+        bias_O: Tensor | None,
+        add: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        assert not isinstance(x, Unnormed)
-        rows = x if isinstance(x, Quantized) else quantize(x, _ROWS)
-        return scaled.scaled_linear(rows, *buffers, bias_O=bias_O, add=add, dtype=dtype)
+        if isinstance(x, Tensor):
+            form = self.form(buffers)
+            assert isinstance(form, RowScaled)
+            x = quantize(x, form)
+        return scaled.scaled_linear(x, *buffers, bias_O=bias_O, add=add, dtype=dtype)
 
     def rows(self, buffers: Buffers, indices: Tensor, *, dtype: torch.dtype) -> Tensor:
         """These rows of the weights."""
-        values_OI, scales_O = buffers
+        values_OI, scales_O = buffers[:2]
         rows: Tensor = values_OI[indices] * scales_O[indices][..., None]
         return rows.to(dtype)
 
@@ -60,10 +68,18 @@ class Int8Weight(Int8):
     name = "int8-weight"
     takes: Form = None
 
-    def apply(
-        self, x: Activations, buffers: Buffers, *, bias_O: Tensor | None, add: Tensor | None, dtype: torch.dtype
+    def form(self, buffers: Buffers) -> Form:
+        return int8.form_for(buffers[0])
+
+    def _products(
+        self,
+        x: Tensor | Quantized,
+        buffers: Buffers,
+        *,
+        bias_O: Tensor | None,
+        add: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        assert isinstance(x, Tensor)
         return int8.linear(x, *buffers, bias_O=bias_O, add=add, dtype=dtype)
 
 
@@ -79,21 +95,27 @@ class Int8Static(Int8):
     def table(self) -> TableFormat:  # type: ignore[override]
         return Int8()
 
+    def form(self, buffers: Buffers) -> Form:
+        return RowScaled(torch.int8, by=buffers[-1])
+
     def _packed(self, matrix: QuantizedMatrix, *, dtype: torch.dtype, input_scale: Tensor | None) -> Buffers:
         assert input_scale is not None
         if not (input_scale.isfinite() & (input_scale > 0)).all():
             raise ValueError(f"{self.name} needs an input_scale above zero, and this is {input_scale.item()}")
-        values_OI, scales_O = super()._packed(matrix, dtype=dtype, input_scale=None)
-        return values_OI, scales_O, input_scale.float().view(1)
+        return *super()._packed(matrix, dtype=dtype, input_scale=None), input_scale.float().view(1)
 
-    def apply(
-        self, x: Activations, buffers: Buffers, *, bias_O: Tensor | None, add: Tensor | None, dtype: torch.dtype
+    def _products(
+        self,
+        x: Tensor | Quantized,
+        buffers: Buffers,
+        *,
+        bias_O: Tensor | None,
+        add: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        assert isinstance(x, Tensor)
-        values_OI, scales_O, input_scale = buffers
-        rows = quantize_by(x, input_scale, torch.int8)
-        return scaled.scaled_linear(rows, values_OI, scales_O, bias_O=bias_O, add=add, dtype=dtype)
+        rows = x if isinstance(x, Quantized) else quantize(x, RowScaled(torch.int8, by=buffers[-1]))
+        return scaled.scaled_linear(rows, *buffers[:-1], bias_O=bias_O, add=add, dtype=dtype)
 
     def dequant(self, buffers: Buffers, *, inputs: int) -> Tensor:
-        values_OI, scales_O, _ = buffers
-        return super().dequant((values_OI, scales_O, scales_O.new_ones(1)), inputs=inputs)
+        *matrix, scale = buffers
+        return super().dequant((*matrix, torch.ones_like(scale)), inputs=inputs)

@@ -15,8 +15,6 @@ from services.engine.quant.unquantized import Unrounded
 class Invariant(Unrounded):
     """One kernel for any number of rows, slower than those that suit each number."""
 
-    takes: Form = None
-
     def pack(self, weight_OI: Weight, *, dtype: torch.dtype, input_scale: Tensor | None = None) -> Buffers:
         plain_OI = plain(weight_OI, dtype)
         return (plain_OI.contiguous(),)

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from holdfast.errors import ConfigurationError
 from services.engine.ops.forms import RowScaled
-from services.engine.ops.quantize import by_torch
+from services.engine.ops.quantize import by_torch, plain
 from services.engine.quant import Format
 from services.engine.quant.rules import Rules
 
@@ -79,8 +79,8 @@ class _Rows:
     def __call__(self, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *rest = inputs
         with torch.no_grad():
-            values, scales = by_torch(x.reshape(-1, x.shape[-1]), self.form)
-            change = (values.float() * scales[:, None]).view(x.shape).to(x.dtype) - x
+            rows = by_torch(x.reshape(-1, x.shape[-1]), self.form)
+            change = plain(rows, self.form).view(x.shape).to(x.dtype) - x
         return x + change, *rest
 
 

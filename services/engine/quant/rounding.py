@@ -10,14 +10,20 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from services.engine.ops.activation import silu_mul, silu_mul_quantized
-from services.engine.ops.forms import Activations, Form, RowScaled
+from services.engine.ops.activation import silu_mul_as
+from services.engine.ops.forms import Activations, Form, Quantized, Unnormed
+from services.engine.ops.norm import rms_norm_as
+from services.engine.ops.scaled import row_linear, takes_row
 from services.engine.quant import Buffers, TableFormat, Weight
 from services.engine.quant.matrix import QuantizedMatrix, Scheme, nearest
 
 
 class Rounding(ABC):
-    """A format that keeps weights in few bits. What it can keep, and how, each of them says."""
+    """A format that keeps weights in few bits. What it can keep, and how, each of them says.
+
+    A single row on a GPU keeps its 16 bits, whatever others are rounded to: to round it would take kernels and save none of the
+    bytes of the matrix. The first of the buffers is the matrix.
+    """
 
     name: str
     """As rules name it."""
@@ -26,11 +32,8 @@ class Rounding(ABC):
     table: TableFormat | None = None
     rounds_products = False
     needs_input_scale = False
-    has_gpu_kernels = False
 
     def pack(self, weight_OI: Weight, *, dtype: torch.dtype, input_scale: Tensor | None = None) -> Buffers:
-        if weight_OI.device.type == "cuda" and not self.has_gpu_kernels:
-            raise ValueError(f"{self.name} is multiplied on a CPU only so far; on a GPU, say fp8 or `*=none`")
         assert (input_scale is not None) == self.needs_input_scale
         matrix = weight_OI if isinstance(weight_OI, QuantizedMatrix) else self.rounded(weight_OI, dtype=dtype)
         return self._packed(matrix, dtype=dtype, input_scale=input_scale)
@@ -43,17 +46,50 @@ class Rounding(ABC):
     def _packed(self, matrix: QuantizedMatrix, *, dtype: torch.dtype, input_scale: Tensor | None) -> Buffers:
         """`pack` of what is rounded."""
 
-    @abstractmethod
+    def form(self, buffers: Buffers) -> Form:
+        return self.takes
+
     def apply(
         self, x: Activations, buffers: Buffers, *, bias_O: Tensor | None, add: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        """As `Format` says."""
+        if takes_row(x, buffers[0]):
+            return self._row(x, buffers, bias_O=bias_O, add=add, dtype=dtype)
+        if isinstance(x, Unnormed):
+            x = rms_norm_as(*x, self.form(buffers))
+        return self._products(x, buffers, bias_O=bias_O, add=add, dtype=dtype)
 
     def gated(
         self, x: Activations, buffers: Buffers, *, bias_O: Tensor | None, dtype: torch.dtype, form: Form
     ) -> Activations:
-        gate_up = self.apply(x, buffers, bias_O=bias_O, add=None, dtype=dtype)
-        return silu_mul_quantized(gate_up, form) if isinstance(form, RowScaled) else silu_mul(gate_up)
+        if takes_row(x, buffers[0]):
+            return self._row(x, buffers, bias_O=bias_O, dtype=dtype, gated=True)
+        return silu_mul_as(self.apply(x, buffers, bias_O=bias_O, add=None, dtype=dtype), form)
+
+    @abstractmethod
+    def _products(
+        self,
+        x: Tensor | Quantized,
+        buffers: Buffers,
+        *,
+        bias_O: Tensor | None,
+        add: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """`apply` of rows that are normed."""
+
+    def _row(
+        self,
+        x: Tensor | Unnormed,
+        buffers: Buffers,
+        *,
+        bias_O: Tensor | None,
+        add: Tensor | None = None,
+        dtype: torch.dtype,
+        gated: bool = False,
+    ) -> Tensor:
+        """`apply` or `gated` of a single row on a GPU."""
+        weight_OI, scales_O = buffers[:2]
+        return row_linear(x, weight_OI, scales_O, bias_O=bias_O, add=add, dtype=dtype, gated=gated)
 
     def dequant(self, buffers: Buffers, *, inputs: int) -> Tensor:
         """Read out by the unit matrix, since only the kernel knows how the buffers lie; eight bits hold its ones exactly."""

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from services.engine.ops.activation import silu_mul_quantized
+from services.engine.ops.activation import silu_mul_as
 from services.engine.ops.forms import Activations, Form, Quantized, RowScaled, Unnormed
 from services.engine.ops.linear import counters_for, gated_linear, linear, packed
 from services.engine.quant import Buffers, Weight
@@ -18,10 +18,14 @@ class Unrounded(ABC):
     """What formats have in common that keep the values as they are."""
 
     name = "none"
+    takes: Form = None
     scheme = None
     table = None
     rounds_products = False
     needs_input_scale = False
+
+    def form(self, buffers: Buffers) -> Form:
+        return self.takes
 
     @abstractmethod
     def apply(
@@ -58,4 +62,4 @@ class Unquantized(Unrounded):
         assert not isinstance(x, Quantized)
         if not isinstance(form, RowScaled):
             return gated_linear(x, *buffers, bias_O=bias_O)
-        return silu_mul_quantized(linear(x, *buffers, bias_O=bias_O), form)
+        return silu_mul_as(linear(x, *buffers, bias_O=bias_O), form)

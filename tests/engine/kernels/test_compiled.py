@@ -18,6 +18,7 @@ from services.engine.ops.kernels import (
     gemv,
     grouped,
     grouping,
+    int4,
     invariant,
     moe,
     norm,
@@ -31,6 +32,7 @@ from services.engine.ops.kernels import (
     scaled,
     skinny,
     step,
+    widen,
 )
 from services.engine.ops.moe import Experts
 from services.engine.ops.rotary import Angles
@@ -220,6 +222,85 @@ def test_rows_are_rounded_by_the_conversion_instruction(quantized: list[Compiled
     for each in rounded:
         assert "cvt.rn.satfinite.e4m3x2.f32" in each.ptx and "max.NaN.f32" in each.ptx
         assert "ld.global.v4.b32" in each.ptx and "st.global.b8" not in each.ptx
+
+
+INT8, PARTS = RowScaled(torch.int8), RowScaled(torch.int8, parts=2)
+
+
+@pytest.mark.timeout(300)
+def test_whole_numbers_go_to_the_matrix_units_as_they_are() -> None:
+    """Of a few rows, of many, and of rows in two parts: int8 by wgmma, loaded sixteen bytes at a time, without a spill and within the
+    shared memory that there is."""
+    cases = [(6144, 4096, rows, INT8) for rows in (16, 128, 256, 1024)] + [(576, 576, 32, INT8)]
+    cases += [(6144, 4096, rows, PARTS) for rows in (8, 64, 256)]
+    with offline() as kernels:
+        for outputs, inputs, num_rows, form in cases:
+            x = quantize.empty(num_rows, inputs, form, device=torch.device("cpu"))
+            weight = torch.zeros(outputs, inputs, dtype=torch.int8)
+            add = torch.zeros(num_rows, outputs, dtype=torch.bfloat16)
+            scaled.matmul(x, weight, torch.zeros(outputs), skinny.counters_of(weight), add=add, dtype=torch.bfloat16)
+    for kernel in kernels:
+        each = described(kernel)
+        assert re.search(r"wgmma\.mma_async\S+\.m64n(\d+)k32\.s32\.s8\.s8", each.ptx)
+        assert "cp.async.cg.shared.global [ " in each.ptx and ", 0x10, " in each.ptx
+        assert each.shared_bytes <= 227 << 10 and not each.spilled_bytes
+
+
+@pytest.mark.timeout(300)
+def test_rows_become_whole_numbers_without_a_conversion() -> None:
+    """Which would take four times as long; two parts of them and sums of groups too, in wide accesses."""
+    half = torch.bfloat16
+    with offline() as kernels:
+        for form in (INT8, RowScaled(torch.int8, by=torch.ones(1)), RowScaled(torch.int8, parts=2, group=128)):
+            norm.rms_norm_quantized(torch.zeros(ROWS, 4096, dtype=half), torch.zeros(4096, dtype=half), 1e-5, form)
+            quantize.quantize(torch.zeros(ROWS, 28672, dtype=half), form)
+            activation.silu_mul_quantized(torch.zeros(ROWS, 2 * 14336, dtype=half), form)
+    for kernel in kernels:
+        each = described(kernel)
+        assert not re.search(r"cvt\.rz?n?i\.\w+\.f32", each.ptx) and not each.spilled_bytes
+        assert "max.NaN.f32" in each.ptx
+        assert "ld.global.v4.b32" in each.ptx and "st.global.b8" not in each.ptx
+
+
+def four_bits(outputs: int, inputs: int, group: int, *, symmetric: bool) -> int4.Packed:
+    """A matrix of zeros."""
+    scales = torch.zeros(outputs, inputs // group)
+    values = torch.zeros(outputs, inputs, dtype=torch.int8)
+    return int4.packed(values, scales, None if symmetric else scales, dtype=torch.bfloat16)
+
+
+@pytest.mark.timeout(300)
+def test_four_bits_are_widened_four_at_a_time_for_the_matrix_units() -> None:
+    """In registers, from loads of sixteen bytes, without a spill; and by no conversion of each."""
+    with offline() as kernels:
+        for group, symmetric, num_rows in ((128, 1, 4), (128, 1, 32), (128, 0, 256), (64, 1, 16), (32, 0, 16)):
+            form = RowScaled(torch.int8, parts=2, group=None if symmetric else group)
+            x = quantize.empty(num_rows, 4096, form, device=torch.device("cpu"))
+            int4.matmul(x, four_bits(6144, 4096, group, symmetric=bool(symmetric)), dtype=torch.bfloat16)
+    for kernel in kernels:
+        each = described(kernel)
+        assert re.search(r"wgmma\.mma_async\S+\.m64n(\d+)k32\.s32\.s8\.s8", each.ptx)
+        assert "0xf0f0f0f0" in each.ptx and not re.search(r"ld\.global(\.\w+)*\.[bsu]8\b", each.ptx)
+        assert each.shared_bytes <= 227 << 10 and not each.spilled_bytes
+
+
+@pytest.mark.timeout(300)
+def test_one_row_meets_whole_numbers_that_are_widened_by_permutes() -> None:
+    """Normed and gated on the way, without a spill; a matrix is widened to 16 bits without one too."""
+    x, values = torch.zeros(1, 4096, dtype=torch.bfloat16), torch.zeros(28672, 4096, dtype=torch.int8)
+    row, scales = Unnormed(x, x[0], 1e-5), torch.zeros(28672)
+    four, offset = four_bits(28672, 4096, 128, symmetric=True), four_bits(28672, 4096, 32, symmetric=False)
+    with offline() as kernels:
+        gemv.gemv(row, values, scales=scales, dtype=torch.bfloat16, gated=True)
+        gemv.gemv(row, four, dtype=torch.bfloat16, gated=True)
+        gemv.gemv(x, offset, dtype=torch.bfloat16)
+        widen.int8(values, scales, dtype=torch.bfloat16)
+        widen.int4(offset, dtype=torch.bfloat16)
+    found = [described(kernel) for kernel in kernels]
+    assert [each.spilled_bytes for each in found] == [0] * 5
+    for each in found[:3]:
+        assert "prmt.b32" in each.ptx and "cvt.rn.f32.s" not in each.ptx
+        assert not re.search(r"ld\.global(\.\w+)*\.[bsu]8\b", each.ptx)
 
 
 @pytest.fixture(scope="module", params=[LLAMA_8B, SMOLLM], ids=["llama-8b", "smollm2-135m"])

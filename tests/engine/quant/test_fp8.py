@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from services.engine.layers.linear import Linear
-from services.engine.ops.activation import silu_mul, silu_mul_quantized
+from services.engine.ops.activation import silu_mul, silu_mul_as
 from services.engine.ops.forms import Quantized
-from services.engine.ops.norm import rms_norm, rms_norm_quantized
+from services.engine.ops.norm import rms_norm, rms_norm_as
 from services.engine.ops.quantize import quantize
 from services.engine.quant.fp8 import Fp8
 from services.engine.quant.matrix import nearest
@@ -88,9 +88,9 @@ def test_rows_that_come_rounded_are_multiplied_as_they_are() -> None:
     x, weight = drawn(5, 64, outliers=True, dtype=torch.bfloat16), drawn(64, dtype=torch.bfloat16, outliers=False)
     linear = Linear(drawn(32, 64, outliers=False, dtype=torch.bfloat16), format=Fp8())
     assert linear.takes == FORM
-    assert torch.equal(linear(rms_norm_quantized(x, weight, 1e-5, FORM)), linear(rms_norm(x, weight, 1e-5)))
+    assert torch.equal(linear(rms_norm_as(x, weight, 1e-5, FORM)), linear(rms_norm(x, weight, 1e-5)))
     gate_up = drawn(5, 128, outliers=True, dtype=torch.bfloat16)
-    assert torch.equal(linear(silu_mul_quantized(gate_up, FORM)), linear(silu_mul(gate_up)))
+    assert torch.equal(linear(silu_mul_as(gate_up, FORM)), linear(silu_mul(gate_up)))
 
 
 def test_a_row_counts_for_itself_alone() -> None:

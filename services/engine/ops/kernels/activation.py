@@ -36,7 +36,7 @@ def silu_mul_quantized(gate_up: Tensor, form: RowScaled) -> Quantized:
     _silu_mul_quantized[(num_rows,)](
         gate_up,
         *out,
-        form.largest,
+        *quantize.rounding(form, block),
         SIZE=size,
         WIDTH=block,
         num_warps=quantize.warps_for(block),
@@ -56,13 +56,16 @@ def _silu_mul(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl
 
 
 @triton.jit
-def _silu_mul_quantized(gate_up, out, scales, largest, SIZE: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr):
+def _silu_mul_quantized(
+    gate_up, out, scales, sums, largest, by, PARTS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     wait(OVERLAP)
     gate, up = _halves(gate_up + row * 2 * SIZE, column, column < SIZE, SIZE)
     rounded = (gate * tl.sigmoid(gate) * up).to(gate_up.dtype.element_ty).to(tl.float32)
-    quantize.store_quantized(rounded, row, out, scales, largest, SIZE, WIDTH)
+    quantize.store_quantized(rounded, row, out, scales, sums, largest, by, PARTS, GROUP, SHARE, SIZE, WIDTH)
 
 
 @triton.jit

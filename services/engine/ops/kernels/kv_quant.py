@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from services.engine.ops.kernels import softmax
+from services.engine.ops.kernels.bits import widened
 from services.engine.ops.kv_quant import SMALLEST
 
 _SMALLEST = tl.constexpr(SMALLEST)
@@ -44,30 +45,6 @@ def normed(queries):
     queries = queries.to(tl.float32)
     largest = tl.maximum(tl.max(tl.abs(queries), 1), _SMALLEST)
     return (queries / largest[:, None]).to(WIDE), largest
-
-
-@triton.jit
-def widened(x, DTYPE: tl.constexpr):
-    """8-bit numbers in what they are multiplied in, exactly."""
-    if x.dtype == tl.int8 and DTYPE == tl.float16 and _IS_COMPILED:
-        # Converted one by one they would take longer than to read. Four at a time: 0x6400 is 1024 in float16, whose last
-        # eight places count ones; the byte less its sign bit's place, and 1152 = 1024 + 128 taken away, it is the number.
-        return tl.inline_asm_elementwise(
-            """{ .reg .b32 biased, of_1024, of_1152;
-            xor.b32 biased, $2, 0x80808080;
-            mov.b32 of_1024, 0x64646464;
-            mov.b32 of_1152, 0x64806480;
-            prmt.b32 $0, biased, of_1024, 0x4140;
-            prmt.b32 $1, biased, of_1024, 0x4342;
-            sub.rn.f16x2 $0, $0, of_1152;
-            sub.rn.f16x2 $1, $1, of_1152; }""",
-            "=r,=r,r",
-            [x],
-            dtype=tl.float16,
-            is_pure=True,
-            pack=4,
-        )
-    return x.to(DTYPE)
 
 
 @triton.jit

@@ -106,12 +106,13 @@ def test_one_row_times_a_matrix() -> None:
     torch.testing.assert_close(gemv.gemv(x, weight, bias_O=bias, add=add), (expected + bias + add).bfloat16())
 
 
-def test_one_row_times_a_matrix_in_8_bits() -> None:
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int8])
+def test_one_row_times_a_matrix_in_8_bits(kind: torch.dtype) -> None:
     """The row as it is, normed and gated on the way or not; the matrix by a scale for each of its rows."""
     x, norm_weight, bias, add = (torch.randn(*shape).half() for shape in ((1, 1536), (1536,), (8,), (1, 8)))
-    matrix = quantize.by_torch(torch.randn(8, 1536) * 0.05, RowScaled(torch.float8_e4m3fn))
+    matrix = quantize.by_torch(torch.randn(8, 1536) * 0.05, RowScaled(kind))
     plain = matrix.values_NI.double() * matrix.scales_N[:, None]
-    same = {"scales_O": matrix.scales_N, "bias_O": bias, "dtype": torch.float32}
+    same = {"scales": matrix.scales_N, "bias_O": bias, "dtype": torch.float32}
     got = gemv.gemv(x, matrix.values_NI, add=add, **same)
     torch.testing.assert_close(got.double(), x.double() @ plain.T + bias + add, atol=1e-4, rtol=1e-4)
     normed = F.rms_norm(x.double(), (1536,), norm_weight.double(), 1e-5)

@@ -19,7 +19,7 @@ from services.engine.batch import Step, Work
 from services.engine.graphs import CAPTURED_WANTS, Graphs, Replay, captured_counts
 from services.engine.model_runner import Eager, ModelRunner
 from services.engine.models.decoder import Decoder
-from services.engine.ops.kernels import activation, gemv, norm, overlap, quantize, scaled
+from services.engine.ops.kernels import activation, gemv, int4, norm, overlap, quantize, scaled
 from services.engine.packets import Decodes, Tokens, decode_sizes, token_counts
 from services.engine.sampler import RowByRow, Sampled, Sampler
 from services.engine.sequence import SamplingParams, Sequence, StopRules
@@ -226,11 +226,16 @@ def mixture() -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
 
 
-def test_replayed_steps_multiply_in_fp8(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+MIXED = "*.o_proj=int8-weight,*.self_attn.*=int8-static,*.down_proj=fp8-block,*=int4-g32-asym"
+
+
+@pytest.mark.parametrize("rules", ["lm_head=fp8,fp8", "*=int8", MIXED], ids=["fp8", "int8", "mixed"])
+def test_replayed_steps_multiply_in_few_bits(rules: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Norms and gates round what they write, the head gives float32, and every token is that of the reference."""
     (tmp_path / "config.json").write_text(json.dumps(TILED))
-    save_file(tiled(), tmp_path / "model.safetensors")
-    options = {"lookahead": 2, "max_step_tokens": 20, "num_blocks": 30, "quantization": "lm_head=fp8,fp8"}
+    scales = {f"model.layers.0.self_attn.{name}_proj.input_scale": torch.tensor([0.05]) for name in "qkv"}
+    save_file(tiled() | (scales if "static" in rules else {}), tmp_path / "model.safetensors")
+    options = {"lookahead": 2, "max_step_tokens": 20, "num_blocks": 30, "quantization": rules}
 
     def requests() -> list[Sequence]:
         return [asked([3, 9, 4], 4), asked([5], 6), asked([60, 2], 3)]
@@ -327,6 +332,7 @@ def noted_launches(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         (activation, "silu_mul_quantized"),
         (quantize, "quantize"),
         (scaled, "matmul"),
+        (int4, "matmul"),
     )
     for module, name in launches:
         monkeypatch.setattr(module, name, _noting(getattr(module, name), name, names))
