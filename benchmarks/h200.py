@@ -1,7 +1,7 @@
 """The engine beside vLLM on one GPU, in one sitting: both compute the same workloads of `offline` on the same shapes.
 
     python -m benchmarks.h200 configs/Meta-Llama-3.1-8B configs/Qwen3-0.6B --vllm vllm_bench.py --out results/h200.json
-    python -m benchmarks.h200 configs/Meta-Llama-3.1-8B --schemes fp8 --vllm vllm_bench.py --out results/h200-fp8.json
+    python -m benchmarks.h200 configs/Meta-Llama-3.1-8B --schemes fp8,int8,int4 --vllm vllm_bench.py --out results/h200-few-bits.json
 
 A shape is a folder with a config.json; weights are random. `--vllm` is a script that runs vLLM on a folder and prints its
 figures; without it only ours are measured. Each engine has the GPU to itself, in a process of its own, one after the
@@ -39,20 +39,29 @@ class Scheme:
     name: str
     ours: tuple[str, ...] = ()
     """Settings."""
-    theirs: tuple[str, ...] = ()
-    """Options of the script."""
-    matrix_bytes: float = 2
-    """Of a value of a layer's matrices. Experts and the head have 2."""
+    theirs: tuple[str, ...] | None = ()
+    """Options of the script; None if it has none for this."""
+    attention_bytes: float = 2
+    """Of a value of the matrices of attention."""
+    mlp_bytes: float = 2
+    """Of those of an MLP. Experts and the head have 2."""
     kv_bytes: float = 2
     """Of a value, scales apart."""
 
+
+_KV = "kv_cache_dtype=fp8_e4m3"
+_FOUR_BITS = 0.5 + 2 / 128
+"""Bytes of a value, with a scale for each group of 128."""
 
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
         Scheme("bf16"),
-        Scheme("fp8", ("quantization=fp8", "kv_cache_dtype=fp8_e4m3"), ("--quant", "fp8", "--kv", "fp8"), 1, 1),
-        Scheme("fp8-weights", ("quantization=fp8",), ("--quant", "fp8"), matrix_bytes=1),
+        Scheme("fp8", ("quantization=fp8", _KV), ("--quant", "fp8", "--kv", "fp8"), 1, 1, 1),
+        Scheme("fp8-weights", ("quantization=fp8",), ("--quant", "fp8"), 1, 1),
+        Scheme("int8", ("quantization=int8", _KV), ("--quant", "w8a8", "--kv", "fp8"), 1, 1, 1),
+        Scheme("int4", ("quantization=int4-g128", _KV), ("--quant", "w4a16", "--kv", "fp8"), _FOUR_BITS, _FOUR_BITS, 1),
+        Scheme("int8-int4", ("quantization=*.self_attn.*=int8,*.mlp.*=int4-g128", _KV), None, 1, _FOUR_BITS, 1),
     )
 }
 
@@ -98,6 +107,7 @@ def attribution(folder: Path, scheme: Scheme, *, batches: str) -> list[dict[str,
 
 def theirs(script: Path, folder: Path, scheme: Scheme, *, work: str, batches: str) -> Figures:
     """Of vLLM. What it does not print is not there. Raises CalledProcessError where the script fails."""
+    assert scheme.theirs is not None
     command = [sys.executable, str(script), str(folder), *scheme.theirs, "--work", work, "--batches", batches]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -122,12 +132,13 @@ def floor(folder: Path, batch: int, scheme: Scheme = SCHEMES["bf16"], *, bandwid
     spec = ModelSpec.from_config(read_config(folder))
     attention = spec.layers * spec.hidden * spec.head_dim * (2 * spec.heads + 2 * spec.kv_heads)
     mixtures = len(spec.moe.layers) if spec.moe is not None else 0
-    matrices = attention + (spec.layers - mixtures) * 3 * spec.hidden * spec.intermediate
+    mlps = (spec.layers - mixtures) * 3 * spec.hidden * spec.intermediate
     others: float = spec.vocab_size * spec.hidden
     if (moe := spec.moe) is not None:
         others += mixtures * spec.hidden * (moe.num_experts + 3 * moe.intermediate * wanted_experts(moe, batch))
     cached = batch * (CONTEXT + OUTPUT // 2) * spec.layers * 2 * spec.kv_heads * spec.head_dim
-    return (scheme.matrix_bytes * matrices + 2 * others + scheme.kv_bytes * cached) / bandwidth * 1e3
+    matrices = scheme.attention_bytes * attention + scheme.mlp_bytes * mlps
+    return (matrices + 2 * others + scheme.kv_bytes * cached) / bandwidth * 1e3
 
 
 def wanted_experts(moe: MoESpec, batch: int) -> float:
@@ -156,7 +167,7 @@ def measure(report: Report, folder: Path, scheme: Scheme, options: argparse.Name
     mine = ours(folder, scheme, work=options.work, batches=sizes)
     other: Figures = {}
     try:
-        if options.vllm is not None:
+        if options.vllm is not None and scheme.theirs is not None:
             other = theirs(options.vllm, folder, scheme, work=options.work, batches=sizes)
     finally:
         compare(report, folder, scheme, mine, other, bandwidth=options.bandwidth)

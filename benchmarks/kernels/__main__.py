@@ -18,6 +18,7 @@ Counted is what must move and be computed at least, from the shapes alone:
 
 The ceiling of a kernel is the longer of moving its bytes and computing its FLOPs at the rates measured in the same run: of a copy
 or a read of a gigabyte, and of a product of two large matrices. A CPU widens fp8 weights, and so reads more than is counted.
+`w8a8` is the format `int8`, `w4a16` is `int4-g128`, left out where a matrix does not fall into its groups.
 Products have no bias here. Sums over a step leave out what comes once a step and is small: the embedding, angles, the lists of
 attention's work.
 """
@@ -40,6 +41,8 @@ from services.engine.models.spec import ModelSpec, read_config
 SUMS = {
     "bf16": {"", "bf16", "auto", "likeliest"},
     "fp8, keys and values int8": {"", "fp8", "int8", "likeliest"},
+    "w8a8, keys and values fp8": {"", "w8a8", "fp8_e4m3", "likeliest"},
+    "w4a16, keys and values fp8": {"", "w4a16", "fp8_e4m3", "likeliest"},
 }
 """Which forms make a whole step."""
 
@@ -67,7 +70,9 @@ def row_of(load: Load, kernel: Kernel, cost: Cost, seconds: float, ceilings: Cei
 def measure(shape: Shape, loads: Sequence[Load], ceilings: Ceilings, report: Report, name: str) -> None:
     """Adds the tables of one shape; every figure is printed as soon as it is there."""
     rows: list[tuple[Load, list[Cell]]] = []
-    sums = {(load, form): [0.0, 0.0] for load in loads for form in SUMS}
+    sums = {
+        (load, form): [0.0, 0.0] for load in loads for form, forms in SUMS.items() if forms.intersection(shape.formats)
+    }
     kernels = [kernel for kernel in shape.kernels() if kernel.among(loads)]
     if shape.device.type == "cuda":
         with compiled_ahead():
@@ -88,7 +93,7 @@ def measure(shape: Shape, loads: Sequence[Load], ceilings: Ceilings, report: Rep
                 flush=True,
             )
             for form, forms in SUMS.items():
-                if kernel.form in forms:
+                if kernel.form in forms and (load, form) in sums:
                     sums[load, form][0] += kernel.times(load) * seconds
                     sums[load, form][1] += kernel.times(load) * seconds * float(row[8] or 0) / 100
             del calls

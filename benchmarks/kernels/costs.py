@@ -59,13 +59,20 @@ class Cost:
 
 
 def rows_bytes(rows: int, width: int, form: str) -> int:
-    """Of activations in this form, with their scales."""
-    return rows * (width + 4) if form == "fp8" else 2 * rows * width
+    """Of activations in this form, with their scales; two parts of eight bits are as many as one of sixteen."""
+    return rows * (width + 4) if form in ("fp8", "w8a8") else 2 * rows * width
+
+
+def matrix_bytes(outputs: int, inputs: int, form: str) -> float:
+    """With its scales, of four bits one of 16 bits for each group of 128."""
+    if form == "w4a16":
+        return outputs * inputs * (0.5 + 2 / 128)
+    return outputs * (inputs + 4) if form in ("fp8", "w8a8") else 2 * outputs * inputs
 
 
 def product_cost(rows: int, outputs: int, inputs: int, *, form: str, adds: bool = False, out: int = 2) -> Cost:
     """`out`: bytes of a number of the result."""
-    matrix = outputs * (inputs + 4) if form == "fp8" else 2 * outputs * inputs
+    matrix = matrix_bytes(outputs, inputs, form)
     moved = rows_bytes(rows, inputs, form) + rows * outputs * (out + (2 if adds else 0))
     return Cost(matrix + moved, 2.0 * rows * outputs * inputs, form)
 

@@ -26,10 +26,13 @@ from services.engine.layers.head import Head
 from services.engine.layers.linear import Linear
 from services.engine.models.spec import ModelSpec, MoESpec
 from services.engine.ops import activation, attention, moe, norm, qkv, quantize, sampling
-from services.engine.ops.forms import Activations, RowScaled, Unnormed
+from services.engine.ops.forms import Activations, Form, RowScaled, Unnormed, rounds
+from services.engine.ops.int4 import MOST_ROWS
 from services.engine.ops.rotary import angles
 from services.engine.quant import Format
 from services.engine.quant.fp8 import Fp8
+from services.engine.quant.int4 import Int4
+from services.engine.quant.int8 import Int8
 from services.engine.quant.unquantized import Unquantized
 from services.engine.shard import ALONE
 from services.engine.state import Batch, SamplingState, Selection
@@ -37,7 +40,7 @@ from services.engine.state import Batch, SamplingState, Selection
 LONGEST = 4096
 """Tokens that block tables have room for, as in `offline`."""
 BLOCK = 64
-FORMATS: dict[str, Format] = {"bf16": Unquantized(), "fp8": Fp8()}
+FORMATS: dict[str, Format] = {"bf16": Unquantized(), "fp8": Fp8(), "w8a8": Int8(), "w4a16": Int4(128)}
 
 Timed = tuple[Cost, list[Call]]
 Made = Callable[[Load], Timed]
@@ -72,17 +75,31 @@ class Shape:
         self.spec = spec
         self.device = device
 
+    @property
+    def formats(self) -> dict[str, Format]:
+        """Those that can keep all matrices."""
+        inputs = {inputs for _, _, inputs in self.matrices()}
+        return {
+            name: format
+            for name, format in FORMATS.items()
+            if format.scheme is None or all(map(format.scheme.groups, inputs))
+        }
+
     def kernels(self) -> Iterator[Kernel]:
         """What a step is made of, in its order."""
         spec = self.spec
         mixtures = 0 if spec.moe is None else len(spec.moe.layers)
         dense = spec.layers - mixtures
 
-        def norms(form: str, load: Load) -> int:
-            return 1 + mixtures if self.fuses(form, load) else 1 + 2 * spec.layers
+        def norms(load: Load) -> int:
+            return 1 + mixtures if self.fuses(load) else 1 + 2 * spec.layers
 
-        def gates(form: str, load: Load) -> int:
-            return 0 if self.fuses(form, load) else dense
+        def gates(load: Load) -> int:
+            return 0 if self.fuses(load) else dense
+
+        def roundings(form: str, load: Load) -> int:
+            most = MOST_ROWS if form == "w4a16" else load.tokens
+            return 0 if self.fuses(load) or load.tokens > most else spec.layers
 
         def every(layers: int) -> Callable[[Load], int]:
             return lambda _: layers
@@ -90,18 +107,20 @@ class Shape:
         def once(load: Load) -> int:
             return int(load.is_decode)
 
-        for form in FORMATS:
-            yield Kernel("norm", form, partial(norms, form), always(partial(self._norm, form)))
+        for form in self.formats:
+            yield Kernel("norm", form, norms, always(partial(self._norm, form)))
         for name, outputs, inputs in self.matrices():
             times = dense if name in ("gate_up", "down") else spec.layers
-            for form in FORMATS:
+            for form in self.formats:
                 yield Kernel(name, form, every(times), partial(self._product, name, outputs, inputs, form))
         for format in KVFormat:
             yield Kernel("qkv prepare", format, every(spec.layers), always(partial(self._prepare, format)))
             yield Kernel("attention", format, every(spec.layers), always(partial(self._attention, format)))
-        yield Kernel("quantize", "fp8", every(spec.layers), always(self._quantize))
-        for form in FORMATS:
-            yield Kernel("gate", form, partial(gates, form), always(partial(self._gate, form)))
+        for form in self.formats:
+            if form in ("fp8", "w8a8") or (form == "w4a16" and self.device.type == "cuda"):
+                yield Kernel("quantize", form, partial(roundings, form), always(partial(self._quantize, form)))
+        for form in self.formats:
+            yield Kernel("gate", form, gates, always(partial(self._gate, form)))
         if (moe := spec.moe) is not None:
             router = partial(self._product, "router", moe.num_experts, spec.hidden, "bf16")
             yield Kernel("router", "", every(mixtures), router)
@@ -110,9 +129,9 @@ class Shape:
         yield Kernel("sample", "likeliest", once, always(partial(self._sample, 0.0)))
         yield Kernel("sample", "drawn", once, always(partial(self._sample, 1.0)))
 
-    def fuses(self, form: str, load: Load) -> bool:
+    def fuses(self, load: Load) -> bool:
         """Whether the products of a layer norm and gate what they multiply: a single row on a GPU."""
-        return form == "bf16" and load.tokens == 1 and self.device.type == "cuda"
+        return load.tokens == 1 and self.device.type == "cuda"
 
     def matrices(self) -> list[tuple[str, int, int]]:
         """Name, outputs, inputs of the products of a layer."""
@@ -138,12 +157,12 @@ class Shape:
         linears, adds = self.linears(outputs, inputs, form), name in ("o", "down")
 
         def timed(load: Load) -> Timed:
-            fuses, gates = self.fuses(form, load), self.fuses(form, load) and name == "gate_up"
+            fuses, gates = self.fuses(load), self.fuses(load) and name == "gate_up"
             x: Activations = (rows := self.noise(load.tokens, inputs))
-            if isinstance(takes := linears[0].takes, RowScaled):
-                x = quantize.quantize(rows, takes)
-            elif fuses and name in ("qkv", "gate_up"):
+            if fuses and name in ("qkv", "gate_up"):
                 x = Unnormed(rows, self.noise(inputs), self.spec.norm_eps)
+            elif not fuses and rounds(takes := linears[0].takes, load.tokens):
+                x = quantize.quantize(rows, takes)
             add = self.noise(load.tokens, outputs) if adds else None
             # Gated, half as many come out.
             cost = product_cost(load.tokens, outputs, inputs, form=form, adds=adds, out=1 if gates else 2)
@@ -165,28 +184,29 @@ class Shape:
 
         return timed
 
+    def takes(self, form: str, inputs: int) -> Form:
+        """In what matrices with so many inputs take activations."""
+        return Linear(self.noise(64, inputs), format=FORMATS[form]).takes
+
     def _norm(self, form: str, load: Load) -> Timed:
-        hidden, eps, takes = self.spec.hidden, self.spec.norm_eps, FORMATS[form].takes
+        hidden, eps, takes = self.spec.hidden, self.spec.norm_eps, self.takes(form, self.spec.hidden)
         x, weight = self.noise(load.tokens, hidden), self.noise(hidden)
         cost = Cost(2 * load.tokens * hidden + 2 * hidden + rows_bytes(load.tokens, hidden, form))
-        if isinstance(takes, RowScaled):
-            return cost, [lambda: norm.rms_norm_quantized(x, weight, eps, takes)]
-        return cost, [lambda: norm.rms_norm(x, weight, eps)]
+        return cost, [lambda: norm.rms_norm_as(x, weight, eps, takes)]
 
     def _gate(self, form: str, load: Load) -> Timed:
-        size, takes = self.spec.intermediate, FORMATS[form].takes
+        size, takes = self.spec.intermediate, self.takes(form, self.spec.intermediate)
         gate_up = self.noise(load.tokens, 2 * size)
         cost = Cost(4 * load.tokens * size + rows_bytes(load.tokens, size, form))
-        if isinstance(takes, RowScaled):
-            return cost, [lambda: activation.silu_mul_quantized(gate_up, takes)]
-        return cost, [lambda: activation.silu_mul(gate_up)]
+        return cost, [lambda: activation.silu_mul_as(gate_up, takes)]
 
-    def _quantize(self, load: Load) -> Timed:
+    def _quantize(self, form: str, load: Load) -> Timed:
         """What attention gives, for the product behind it."""
         width = self.spec.heads * self.spec.head_dim
-        x = self.noise(load.tokens, width)
-        cost = Cost(2 * load.tokens * width + rows_bytes(load.tokens, width, "fp8"))
-        return cost, [lambda: quantize.quantize(x, Fp8.takes)]
+        x, takes = self.noise(load.tokens, width), self.takes(form, width)
+        assert isinstance(takes, RowScaled)
+        cost = Cost(2 * load.tokens * width + rows_bytes(load.tokens, width, form))
+        return cost, [lambda: quantize.quantize(x, takes)]
 
     def _prepare(self, format: KVFormat, load: Load) -> Timed:
         spec = self.spec

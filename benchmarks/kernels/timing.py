@@ -118,8 +118,9 @@ class Ceilings:
 
 
 def measured_ceilings(device: torch.device) -> Ceilings:
-    """The faster of copying and reading; products of large square matrices in bfloat16, and in fp8 with scales of
-    rows as the engine has them. A CPU widens fp8, so that its ceiling is bfloat16's."""
+    """The faster of copying and reading; products of large square matrices in bfloat16, in fp8 with scales of rows as the engine has
+    them, and in int8 by `_int_mm`, which is no ceiling for other kernels. What is widened to bfloat16, as a CPU does with fp8, and what takes
+    two parts of eight bits has bfloat16's."""
     on_gpu = device.type == "cuda"
     size = (1 << 30) if on_gpu else (64 << 20)
     source = torch.zeros(size // 4, dtype=torch.int32, device=device)
@@ -129,7 +130,11 @@ def measured_ceilings(device: torch.device) -> Ceilings:
     side = 8192 if on_gpu else 768
     x, y = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
     flops = {"bf16": 2 * side**3 / seconds_a_call([lambda: x @ y.t()], device)}
-    flops["fp8"] = 2 * side**3 / seconds_a_call([_fp8_product(x, y)], device) if on_gpu else flops["bf16"]
+    flops |= dict.fromkeys(("fp8", "w8a8", "w4a16"), flops["bf16"])
+    if on_gpu:
+        flops["fp8"] = 2 * side**3 / seconds_a_call([_fp8_product(x, y)], device)
+        values, others = x.to(torch.int8), y.to(torch.int8)
+        flops["w8a8"] = 2 * side**3 / seconds_a_call([lambda: torch._int_mm(values, others.t())], device)
     return Ceilings(max(copying, reading), flops)
 
 

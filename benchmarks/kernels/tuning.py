@@ -31,11 +31,13 @@ from benchmarks.report import Cell, Report
 from services.engine.kv_format import KVFormat
 from services.engine.models.spec import MoESpec
 from services.engine.ops import attention, moe
-from services.engine.ops.forms import Quantized
-from services.engine.ops.kernels import decode_attention, grouped, prefill_attention, scaled, skinny
+from services.engine.ops.forms import Quantized, RowScaled
+from services.engine.ops.int4 import MOST_ROWS
+from services.engine.ops.kernels import decode_attention, gemv, grouped, int4, prefill_attention, scaled, skinny, widen
 from services.engine.ops.kernels import moe as moe_kernels
-from services.engine.ops.quantize import by_torch
-from services.engine.quant.fp8 import Fp8
+from services.engine.ops.linear import in_dtype
+from services.engine.ops.quantize import by_torch, plain
+from services.engine.quant.matrix import Scheme, nearest
 
 Setting = Mapping[str, Any]
 """Whole numbers by name."""
@@ -158,10 +160,10 @@ def searches(shape: Shape, loads: Sequence[Load]) -> Iterator[Search]:
     for format in KVFormat:
         yield from (decode_search(shape, load, format) for load in decodes)
     dense = shape.spec.moe is None or len(shape.spec.moe.layers) < shape.spec.layers
-    for form in ("bf16", "fp8"):
+    for form in shape.formats:
         for name, outputs, inputs in shape.matrices():
             if dense or name in ("qkv", "o"):
-                yield from product_searches(shape, decodes, name, outputs, inputs, form)
+                yield from product_searches(shape, loads, name, outputs, inputs, form)
     if shape.spec.moe is not None:
         yield from experts_searches(shape, loads, shape.spec.moe)
     for format in (KVFormat.AUTO, KVFormat.INT8):
@@ -229,53 +231,123 @@ def _attention(
 def product_searches(
     shape: Shape, loads: Sequence[Load], name: str, outputs: int, inputs: int, form: str
 ) -> Iterator[Search]:
-    """Products of up to 256 rows by `skinny`, beside cuBLAS: in bfloat16 that serves from 33 rows on."""
-    width = 1 if form == "fp8" else 2
+    """Products of a matrix by the kernels of ours, beside what torch has: in bfloat16 that serves from 33 rows on, of fp8 above 256."""
     count = min(FEW_COPIES, copies(product_cost(0, outputs, inputs, form=form).bytes_, shape.device))
     plain = [shape.noise(outputs, inputs, size=0.02) for _ in range(count)]
-    counters = [skinny.counters_of(weight) for weight in plain]
-    packed = [by_torch(weight, Fp8.takes) for weight in plain] if form == "fp8" else []
+    matrices = Matrices(plain, [skinny.counters_of(weight) for weight in plain], form)
     for load in loads:
-        if not (1 if form == "bf16" else 0) < load.tokens <= scaled.MOST_ROWS:
-            continue
-        padded = max(16, 1 << (load.tokens - 1).bit_length())
-        x = shape.noise(load.tokens, inputs)
-        if form == "fp8":
-            x8, cut = by_torch(x, Fp8.takes), scaled.tiling(outputs, inputs, padded)
-            start = {"rows": 64, **cut._asdict()}
-            serving = label(start) if load.tokens <= scaled.most_rows(outputs) else "cuBLAS"
-            calls = partial(_skinny8, x8, packed, counters)
-            others = {"cuBLAS": [partial(_cublas8, x8, weight) for weight in packed]}
-            expected = partial(_product, x8.values_NI.float() * x8.scales_N[:, None], _plain(packed[0]))
-        else:
-            split = skinny.split_of(plain[0])
-            start = {"rows": 64, "columns": 128 if padded <= 64 else 64, "split": split or 1, "warps": 4, "stages": 4}
-            serving = label(start) if split and load.tokens <= skinny.MOST_ROWS else "cuBLAS"
-            calls = partial(_skinny16, x, plain, counters)
-            others = {"cuBLAS": [partial(F.linear, x, weight) for weight in plain]}
-            expected = partial(_product, x, plain[0])
-        yield Search(
-            f"{name} {form}",
-            load,
-            serving,
-            start,
-            [
-                # Taller tiles read x less often and want more programs for each: one is of no use without the other.
-                {"rows": (64, 128), "split": (1, 2, 4), "warps": (4, 8)},
-                {"columns": (64, 128) if form == "bf16" else (128, 256)},
-                {"stages": (3, 4, 6)},
-            ],
-            calls,
-            expected,
-            fits=partial(_product_fits, outputs, inputs, padded, width),
-            others=others,
+        most = {"w8a8": sys.maxsize, "w4a16": MOST_ROWS}.get(form, scaled.MOST_ROWS)
+        if load.tokens == 1 and form != "bf16" and gemv.is_supported(matrices.kept(0)):
+            yield _row_search(shape, load, name, matrices)
+        elif 1 < load.tokens <= most:
+            yield _rows_search(shape, load, name, matrices)
+
+
+class Matrices:
+    """Of one shape, in one form."""
+
+    def __init__(self, plain: Sequence[Tensor], counters: Sequence[Tensor], form: str) -> None:
+        self.plain, self.counters, self.form = plain, counters, form
+        self.eight = [by_torch(each, ROUNDED[form]) for each in plain] if form in ROUNDED else []
+        self.four = [_four_bits(each) for each in plain] if form == "w4a16" else []
+
+    def kept(self, index: int) -> Tensor:
+        """As it lies."""
+        return (
+            self.four[index].weight_OB
+            if self.four
+            else self.eight[index].values_NI
+            if self.eight
+            else self.plain[index]
         )
 
+    def exact(self) -> Tensor:
+        """What the first stands for."""
+        if self.four:
+            return widen.int4(self.four[0], dtype=torch.float32)
+        return plain(self.eight[0], ROUNDED[self.form]) if self.eight else self.plain[0]
 
-def _product_fits(outputs: int, inputs: int, padded: int, width: int, each: Setting) -> bool:
+
+ROUNDED = {"fp8": RowScaled(torch.float8_e4m3fn), "w8a8": RowScaled(torch.int8)}
+"""Forms of eight bits, on both sides."""
+TWO_PARTS = RowScaled(torch.int8, parts=2)
+
+
+def _four_bits(weight: Tensor) -> int4.Packed:
+    matrix = nearest(weight, Scheme(4, tile=(1, 128)))
+    return int4.packed(matrix.values_OI, matrix.scales_TU, None, dtype=torch.bfloat16)
+
+
+def _row_search(shape: Shape, load: Load, name: str, matrices: Matrices) -> Search:
+    """A single row, which keeps its 16 bits."""
+    x, (outputs, columns) = shape.noise(1, matrices.plain[0].shape[1]), matrices.kept(0).shape
+    start = gemv.tile_of(matrices.kept(0))._asdict()
+    if matrices.four:
+        calls = [partial(gemv.gemv, x, four) for four in matrices.four]
+    else:
+        calls = [partial(gemv.gemv, x, eight.values_NI, scales=eight.scales_N) for eight in matrices.eight]
+    return Search(
+        f"{name} {matrices.form}",
+        load,
+        label(start),
+        start,
+        [{"rows": (2, 4, 8, 16), "columns": (512, 1024, 2048, 4096)}, {"side": (8, 16)}, {"warps": (4, 8), "stages": (2, 3, 4)}],
+        partial(_always, calls),
+        partial(_product, x, matrices.exact()),
+        under=lambda each: replaced(gemv, EIGHT_BITS=gemv.Tile(**each)),
+        fits=lambda each: outputs % each["rows"] == 0 and columns % each["columns"] == 0,
+    )  # fmt: skip
+
+
+def _rows_search(shape: Shape, load: Load, name: str, matrices: Matrices) -> Search:
+    (outputs, inputs), form = matrices.plain[0].shape, matrices.form
+    x = shape.noise(load.tokens, inputs)
+    lines = skinny.padded(load.tokens * (2 if form == "w4a16" else 1))
+    axes: list[Mapping[str, Sequence[int]]] = [
+        # Taller tiles read x less often and want more programs for each: one is of no use without the other.
+        {"rows": (64, 128), "split": (1, 2, 4), "warps": (4, 8)},
+        {"columns": (64, 128) if form == "bf16" else (128, 256)},
+        {"stages": (3, 4, 6)},
+    ]
+    if form == "w4a16":
+        x8, spans = by_torch(x, TWO_PARTS), inputs // 128
+        start = int4.tiling_of(outputs, spans, lines)._asdict()
+        serving = label(start)
+        axes[1] = {"spans": (1, 2, 4), "block": tuple(min(lines, size) for size in (64, 128, 256))}
+        calls = partial(_skinny4, x8, matrices)
+        others = {"cuBLAS": [partial(_widened4, x, four) for four in matrices.four]}
+        expected = partial(_product, plain(x8, TWO_PARTS), matrices.exact())
+    elif form in ROUNDED:
+        x8, cut = by_torch(x, ROUNDED[form]), scaled.tiling(outputs, inputs, lines)
+        start = cut._asdict()
+        serving = label(start) if form == "w8a8" or load.tokens <= scaled.most_rows(outputs) else "cuBLAS"
+        if lines > scaled.MOST_ROWS:
+            axes[0] = {"rows": (64, 128, 256), "block": (64, 128, 256), "warps": (4, 8)}
+        calls = partial(_skinny8, x8, matrices)
+        others = {"cuBLAS": [partial(CUBLAS[form], x8, weight) for weight in matrices.eight]}
+        expected = partial(_product, plain(x8, ROUNDED[form]), matrices.exact())
+    else:
+        split = skinny.split_of(matrices.plain[0])
+        start = {"rows": 64, "columns": 128 if lines <= 64 else 64, "split": split or 1, "warps": 4, "stages": 4}
+        serving = label(start) if split and load.tokens <= skinny.MOST_ROWS else "cuBLAS"
+        calls = partial(_skinny16, x, matrices)
+        others = {"cuBLAS": [partial(F.linear, x, weight) for weight in matrices.plain]}
+        expected = partial(_product, x, matrices.exact())
+    return Search(
+        f"{name} {form}", load, serving, start, axes, calls, expected,
+        fits=partial(_product_fits, outputs, inputs, lines, 2 if form == "bf16" else 1), others=others,
+    )  # fmt: skip
+
+
+def _product_fits(outputs: int, inputs: int, lines: int, width: int, each: Setting) -> bool:
     """Whether the matrix falls into these tiles, and they into a multiprocessor."""
-    falls = outputs % each["rows"] == 0 and inputs % (each["columns"] * each["split"]) == 0
-    return falls and _tile_fits(each, beside=padded, width=width)
+    block = each.get("block", lines)
+    columns = each["spans"] * 128 if "spans" in each else each["columns"]
+    falls = outputs % each["rows"] == 0 and inputs % (columns * each["split"]) == 0
+    # Sums of a group stand beside those of all groups, and shares are those of one block.
+    held = block * 2 if "spans" in each else block
+    tile = {"rows": each["rows"], "columns": columns, "stages": each["stages"], "warps": each["warps"]}
+    return falls and (each["split"] == 1 or block >= lines) and _tile_fits(tile, beside=held, width=width)
 
 
 def _tile_fits(each: Setting, *, beside: int, width: int) -> bool:
@@ -285,28 +357,33 @@ def _tile_fits(each: Setting, *, beside: int, width: int) -> bool:
     return held <= SHARED_BYTES and sums <= MOST_SUMS * 32 * each["warps"]
 
 
-def _skinny16(
-    x: Tensor, weights: Sequence[Tensor], counters: Sequence[Tensor], each: Setting
-) -> list[Callable[[], Tensor]]:
+def _skinny16(x: Tensor, matrices: Matrices, each: Setting) -> list[Callable[[], Tensor]]:
     return [
         partial(skinny.matmul, x, weight, counters=counter, **each)
-        for weight, counter in zip(weights, counters, strict=True)
+        for weight, counter in zip(matrices.plain, matrices.counters, strict=True)
     ]
 
 
-def _skinny8(
-    x: Quantized, weights: Sequence[Quantized], counters: Sequence[Tensor], each: Setting
-) -> list[Callable[[], Tensor]]:
+def _skinny8(x: Quantized, matrices: Matrices, each: Setting) -> list[Callable[[], Tensor]]:
     return [
         partial(
             skinny.matmul, x.values_NI, weight.values_NI, counters=counter,
             dtype=torch.bfloat16, scales=(x.scales_N, weight.scales_N), **each,
         )
-        for weight, counter in zip(weights, counters, strict=True)
+        for weight, counter in zip(matrices.eight, matrices.counters, strict=True)
     ]  # fmt: skip
 
 
-def _cublas8(x: Quantized, weight: Quantized) -> Tensor:
+def _skinny4(x: Quantized, matrices: Matrices, each: Setting) -> list[Callable[[], Tensor]]:
+    tiling = int4.Tiling(**each)
+    return [partial(int4.matmul, x, four, dtype=torch.bfloat16, tiling=tiling) for four in matrices.four]
+
+
+def _widened4(x: Tensor, four: int4.Packed) -> Tensor:
+    return in_dtype(x, widen.int4(four, dtype=x.dtype), bias_O=None, add=None, dtype=x.dtype)
+
+
+def _cublas_fp8(x: Quantized, weight: Quantized) -> Tensor:
     return torch._scaled_mm(
         x.values_NI,
         weight.values_NI.t(),
@@ -317,8 +394,12 @@ def _cublas8(x: Quantized, weight: Quantized) -> Tensor:
     )
 
 
-def _plain(x: Quantized) -> Tensor:
-    return x.values_NI.float() * x.scales_N[:, None]
+def _cublas_int8(x: Quantized, weight: Quantized) -> Tensor:
+    sums = torch._int_mm(x.values_NI, weight.values_NI.t())
+    return (sums * x.scales_N[:, None] * weight.scales_N).bfloat16()
+
+
+CUBLAS = {"fp8": _cublas_fp8, "w8a8": _cublas_int8}
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:

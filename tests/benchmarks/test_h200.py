@@ -74,11 +74,37 @@ def test_eight_bits_halve_what_is_read_of_layers_and_of_the_cache(shared: Path) 
     assert half < weights < whole
 
 
+def test_four_bits_are_a_quarter_and_a_scale_for_each_group(shared: Path) -> None:
+    """As the roofline of the 8B in int4 says: 1.12 ms for one sequence, with its head in 16 bits; attention in eight bits costs its
+    part of the difference."""
+    folder = shared / "data" / "configs" / "Meta-Llama-3.1-8B"
+    four, mixed, eight = (floor(folder, 1, SCHEMES[name], bandwidth=4.26e12) for name in ("int4", "int8-int4", "int8"))
+    assert four == pytest.approx(1.12, abs=0.04)
+    assert eight == floor(folder, 1, SCHEMES["fp8"], bandwidth=4.26e12)
+    attention = 4096 * 128 * (2 * 32 + 2 * 8)
+    assert (mixed - four) / (eight - four) == pytest.approx(attention / (attention + 3 * 4096 * 14336))
+
+
+def test_what_vllm_has_no_scheme_for_is_measured_alone(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script is not asked, and the table says nothing of it."""
+    script, out = tmp_path / "vllm.py", tmp_path / "report.json"
+    script.write_text("raise SystemExit(7)")
+    monkeypatch.setattr("benchmarks.h200.ours", lambda *_, **__: {"prefill": 400.0})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("benchmarks.report._accelerator", lambda: None)
+    shape = str(shared / "data" / "configs" / "Meta-Llama-3.1-8B")
+    main([shape, "--schemes", "int8-int4", "--vllm", str(script), "--work", "C", "--out", str(out)])
+    (table,) = json.loads(out.read_text())["tables"]
+    assert table["rows"][0][:3] == ["prefill, tok/s", 400.0, None]
+
+
 def test_an_unknown_scheme_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """By a message that has those there are."""
     with pytest.raises(SystemExit):
         main(["somewhere", "--schemes", "bf16,int3"])
-    assert "'int3' is none of bf16, fp8, fp8-weights" in capsys.readouterr().err
+    assert "'int3' is none of bf16, fp8, fp8-weights, int8, int4, int8-int4" in capsys.readouterr().err
 
 
 def test_a_script_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

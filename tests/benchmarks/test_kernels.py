@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 DENSE = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 256,
-    "hidden_size": 64,
+    "hidden_size": 128,
     "intermediate_size": 128,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -52,6 +52,10 @@ def spec_of(shared: Path, name: str) -> ModelSpec:
         (product_cost(32, 6144, 4096, form="bf16"), 50_331_648 + 262_144 + 393_216, 1_610_612_736),
         # A byte for each number, a scale for each of 4096 outputs and for the row, and what is added.
         (product_cost(1, 4096, 14336, form="fp8", adds=True), 58_736_640 + 14_340 + 8_192 + 8_192, 117_440_512),
+        # As many in int8.
+        (product_cost(1, 4096, 14336, form="w8a8", adds=True), 58_736_640 + 14_340 + 8_192 + 8_192, 117_440_512),
+        # Half a byte and a scale of two for each 128; two parts of a row are as many bytes as one of 16 bits.
+        (product_cost(1, 4096, 14336, form="w4a16", adds=True), 30_277_632 + 28_672 + 8_192 + 8_192, 117_440_512),
         # Logits of four bytes.
         (product_cost(2, 128256, 4096, form="bf16", out=4), 1_050_673_152 + 16_384 + 1_026_048, 2_101_346_304),
     ],
@@ -90,8 +94,8 @@ def test_a_window_is_all_that_is_counted(load: Load, window: int) -> None:
         if key > query - window
     ]
     cost = attention_cost(spec, load, KVFormat.AUTO)
-    assert cost.flops == 4 * 64 * load.sequences * len(pairs)
-    assert cost.bytes_ == load.sequences * 2 * 2 * 32 * len({key for _, key in pairs}) + 4 * 64 * load.tokens
+    assert cost.flops == 4 * 128 * load.sequences * len(pairs)
+    assert cost.bytes_ == load.sequences * 2 * 2 * 64 * len({key for _, key in pairs}) + 4 * 128 * load.tokens
 
 
 def test_experts_that_nobody_wants_are_not_read(shared: Path) -> None:
@@ -149,18 +153,18 @@ def test_every_kernel_has_a_row_of_positive_figures(config: dict[str, object], f
         assert micro > 0 and megabytes > 0 and bandwidth > 0 and share > 0
         assert (flops > 0) == (rate > 0)
         assert bound in ("memory", "arithmetic")
-    assert len(sums["rows"]) == 6
+    assert len(sums["rows"]) == 12
     assert all(took > 0 and least > 0 for _, _, took, least, _ in sums["rows"])
 
 
 def test_a_single_row_is_normed_and_gated_where_it_is_multiplied() -> None:
-    """On a GPU and in bfloat16, as the layers do it: what is left is the norm before the head."""
+    """On a GPU, as the layers do it: what is left is the norm before the head."""
     kernels = list(Shape(ModelSpec.from_config(DENSE), torch.device("cuda")).kernels())
     for batch, norms, gates in ((1, 1, 0), (2, 7, 3)):
         times = {(each.name, each.form): each.times(Load.decode(batch, 70)) for each in kernels}
-        assert times["norm", "bf16"] == norms
-        assert times["gate", "bf16"] == gates
-        assert (times["norm", "fp8"], times["gate", "fp8"]) == (7, 3)
+        for form in ("bf16", "fp8", "w8a8", "w4a16"):
+            assert (times["norm", form], times["gate", form]) == (norms, gates)
+        assert times["quantize", "fp8"] == times["quantize", "w4a16"] == gates
         assert times["head", ""] == 1
     assert {each.name for each in kernels if not each.times(Load.prefill(80))} == {"head", "sample"}
 

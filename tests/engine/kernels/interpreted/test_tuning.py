@@ -15,6 +15,9 @@ from services.engine.models.spec import ModelSpec
 # Triton's interpreter takes the number out of an array of one.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 
+LEFT_OUT = {f"{name} {form}" for name in ("qkv", "o", "gate_up") for form in ("w8a8", "w4a16")}
+"""What the like of `down` stands for."""
+
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "vocab_size": 64,
@@ -40,8 +43,9 @@ def test_every_tiling_that_is_tried_is_right(monkeypatch: pytest.MonkeyPatch) ->
     found = {
         (search.name, str(search.load)): tuning.explore(search, shape.device, until=time.monotonic() + 100)
         for search in tuning.searches(shape, [Load.decode(2, 20), Load.prefill(18)])
+        if search.name not in LEFT_OUT
     }
-    kinds = ("attention auto", "attention int8", "experts", "qkv bf16", "qkv fp8", "down bf16", "down fp8")
+    kinds = ("attention auto", "attention int8", "experts", "qkv bf16", "qkv fp8", "down w8a8", "down w4a16")
     assert {name for name, _ in found} >= set(kinds)
     for (name, _), each in found.items():
         assert len(each.seconds) >= 5, f"{name}: {each}"
