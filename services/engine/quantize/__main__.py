@@ -59,7 +59,9 @@ def made(arguments: argparse.Namespace, out: Path) -> Report:
         if judged is not None:
             say(f"judging by {len(judged.windows):,} windows of {judged.name}")
             progress = teller("windows", len(judged.windows))
-            quality = measured(job.model, folder, judged.windows, judged.name, progress=progress)
+            quality = measured(
+                job.model, folder, judged.windows, judged.name, unpacking=plan.unpacking(), progress=progress
+            )
         sizes = weight_bytes(job.model), weight_bytes(folder)
         report = Report(command, plan.summary(), num_weights(job.model), *sizes, quality, assignment)
         report.write(folder)

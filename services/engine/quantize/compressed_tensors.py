@@ -34,7 +34,7 @@ def tensors_of(
     assert torch.equal(scales_TU.float(), matrix.scales_TU), f"{name}: scales are finer than they are written"
     scales = scales_TU.view(1) if _strategy(format.scheme)["strategy"] == "tensor" else scales_TU
     found = {f"{name}.weight_scale": scales.contiguous()}
-    if _is_packed(format):
+    if is_packed(format):
         found[f"{name}.weight_packed"] = packed(matrix.values_OI, matrix.bits)
         found[f"{name}.weight_shape"] = torch.tensor(matrix.shape)
         if matrix.zeros_TU is not None:
@@ -96,7 +96,7 @@ def scheme_of(format: Format) -> dict[str, Any]:
             activations = _arguments(kind, 8, strategy="token", dynamic=True)
         case "static":
             activations = _arguments(kind, 8, strategy="tensor", dynamic=False)
-    layout = "pack-quantized" if _is_packed(format) else f"{kind}-quantized"
+    layout = "pack-quantized" if is_packed(format) else f"{kind}-quantized"
     return {"weights": weights, "input_activations": activations, "output_activations": None, "format": layout}
 
 
@@ -142,5 +142,6 @@ def _activations(format: Format) -> str | None:
     return None if scheme.bits < 8 or isinstance(format, Int8Weight) else "dynamic"
 
 
-def _is_packed(format: Format) -> bool:
+def is_packed(format: Format) -> bool:
+    """Whether activations stay as they are."""
     return _activations(format) is None

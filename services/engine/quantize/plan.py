@@ -15,6 +15,7 @@ from services.engine.quant import Format
 from services.engine.quant.int4 import require_groups
 from services.engine.quant.int8 import Int8
 from services.engine.quant.rules import FORMATS, Rules
+from services.engine.quantize.compressed_tensors import is_packed
 from services.engine.weight_format import Method, WeightFormat
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -60,6 +61,11 @@ class Plan:
             for choice in choices:
                 yield from ((f"model.layers.{index}.{name}", choice.format) for name in choice.sharing.names)
         yield HEAD, self.head.format
+
+    def unpacking(self) -> str:
+        """Rules by which the engine unpacks what multiplies activations as they are."""
+        names = (name for name, format in self.names() if format.scheme is not None and is_packed(format))
+        return ",".join(f"{name}=none" for name in names) or WeightFormat.NONE
 
     def summary(self) -> dict[str, int]:
         """How many matrices are kept how."""

@@ -250,7 +250,7 @@ def test_the_checkpoint_is_judged_beside_the_model(stories260k: Path, text: Path
         both = [Forced.of(name, load(each, dtype=torch.float32), longest=48) for each in (stories260k, folder)]
         before, after = (each.figures() for each in compare(both[0], both[1:], judged, chunk=48))
         assert found["before"]["perplexity"] == pytest.approx(before.perplexity)
-        assert found["after"]["mean_kl"] == pytest.approx(after.mean_kl, rel=1e-3)
+        assert found["after"]["mean_kl"] == pytest.approx(after.mean_kl, rel=0.02)
         assert 0 < after.mean_kl < 0.05
         assert "| mean KL, nats | |" in (folder / "quantization_report.md").read_text()
 
