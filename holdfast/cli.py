@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="print every dead letter as a line of JSON")
 
     verb = _verb(verbs, "pull", pull, "fetch a model, so that a later start finds it at once")
-    verb.add_argument("model", help="a name known here, or a hub id")
+    verb.add_argument("model", help="a name known here, a GGUF file, or a hub id")
     return parser
 
 

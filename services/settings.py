@@ -58,7 +58,7 @@ class MeshSettings(Settings, env_prefix="HOLDFAST_"):
     """All services in one process."""
 
     model: str = "smollm2-135m-instruct"
-    """What tokenizer and engine serve: a folder, a name known to `holdfast pull`, or a hub id."""
+    """What tokenizer and engine serve: a folder, a GGUF file, a name known to `holdfast pull`, or a hub id."""
     served_model_name: str = ""
     """The name that requests use; empty for the last part of `model`."""
     ask: str = ""

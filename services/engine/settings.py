@@ -43,7 +43,7 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     """One engine."""
 
     model: str = "smollm2-135m-instruct"
-    """What to serve: a folder, a name known to `holdfast pull`, or a hub id."""
+    """What to serve: a folder, a GGUF file, a name known to `holdfast pull`, or a hub id."""
     served_model_name: str = ""
     """The name that requests use; empty for the last part of `model`."""
     name: str = ""

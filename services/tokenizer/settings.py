@@ -13,7 +13,7 @@ class TokenizerSettings(Settings, env_prefix="HOLDFAST_TOKENIZER_"):
     """One tokenizer."""
 
     model: str = "smollm2-135m-instruct"
-    """Whose tokenizer: a folder, a name known to `holdfast pull`, or a hub id."""
+    """Whose tokenizer: a folder, a GGUF file, a name known to `holdfast pull`, or a hub id."""
     served_model_name: str = ""
     """The name that requests use; empty for the last part of `model`."""
     address: str = "127.0.0.1:50052"

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from services.engine.quant.readers.awq import AWQ
 from services.engine.quant.readers.compressed_tensors import CompressedTensors
+from services.engine.quant.readers.gptq import GPTQ
 from services.engine.quant.readers.hf_fp8 import HuggingFaceFp8
 from services.engine.quant.readers.source import Config, Reader, Source, refuse
 
 _METHODS: Mapping[str, Callable[[Config, Source], Reader]] = {
     "compressed-tensors": CompressedTensors,
+    "gptq": GPTQ,
+    "awq": AWQ,
     "fp8": HuggingFaceFp8,
     "fbgemm_fp8": HuggingFaceFp8,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,24 @@ def check_model(folder: Path, oracle: Mapping[str, Tensor], *, most: float) -> N
     expected = logits(write(folder / "plain", weights_of(oracle)))
     torch.testing.assert_close(logits(folder, quantization="*=none"), expected, rtol=0, atol=1e-4)
     assert relative_error(logits(folder), expected) < most
+
+
+WRITTEN = Path(__file__).parent / "written"
+"""Checkpoints that the packages wrote which define their formats, each with what its matrices are to them; `make.py` there says how."""
+
+
+def check_written(name: str, *, kept: str) -> None:
+    """We read a checkpoint of `WRITTEN` as its package does, bit for bit, and keep its matrices in this format; and nothing of it is left over."""
+    folder = WRITTEN / name
+    expected = json.loads((folder / "dequantized.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    sizes = {"gate_proj": (128, 64), "up_proj": (128, 64), "down_proj": (64, 128)}
+    assert len(expected) == 7 and config["hidden_size"] == 64
+    with opened(folder) as checkpoint:
+        for matrix, digest in expected.items():
+            found = checkpoint.matrix(matrix, *sizes.get(matrix.rpartition(".")[2], (64, 64)))
+            assert not isinstance(found, Tensor)
+            assert sha256(found.dequant().half().numpy().tobytes()).hexdigest() == digest, matrix
+            assert checkpoint.format(matrix).name == kept
+    unpacked = logits(folder, quantization="*=none")
+    assert relative_error(logits(folder), unpacked) < 1e-3

@@ -377,7 +377,7 @@ def test_a_tensor_that_contradicts_the_config_is_named(tensor: str, change: Any,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes'; there are readers for compressed-tensors"),
+        ({"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes'; there are readers for compressed-tensors, gptq"),
         ({"format": "marlin-24"}, r"config_groups\.group_0: the format is 'marlin-24'; there are pack-quantized"),
         ({"config_groups": {}}, "it names no config_groups"),
         ({"config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 16}}}}, r"config_groups\.a: weights are int of 16 bits"),
