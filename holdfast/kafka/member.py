@@ -33,6 +33,9 @@ log = structlog.get_logger(__name__)
 COMMIT_SECONDS: Final = 5.0
 """How long a commit may take; less than the rebalance timeout, which it can hold up."""
 
+RETRY_SECONDS: Final = 0.5
+"""The pause after a question about positions that the log did not answer in its time."""
+
 GRACE_SECONDS: Final = 0.1
 """How much longer than asked a read may take, when its timeout ends in the middle of a rebalance."""
 
@@ -113,10 +116,18 @@ class KafkaMember(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc] # a
             self._taking.reschedule(asyncio.get_running_loop().time())
 
     async def _go_to_committed(self, ownership: Ownership) -> None:
-        """Reads from the committed positions on. Where there is none, aiokafka goes to the beginning."""
-        for partition, position in (await self._committed(ownership.partitions)).items():
+        """Reads from the committed positions on, once the log says them. Where there is none, aiokafka goes to the beginning."""
+        while ownership is self._ownership:
+            try:
+                committed = await self._committed(ownership.partitions)
+            except Unavailable as error:
+                log.warning("reading waits for the log", group=self._group, error=str(error))
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
             if ownership is self._ownership:
-                self._consumer.seek(self._names.theirs(partition), position.offset)
+                for partition, position in committed.items():
+                    self._consumer.seek(self._names.theirs(partition), position.offset)
+            return
 
     async def _take(self, max_records: int, deadline: float | None) -> list[Record]:
         """Records of what is owned; [] at the deadline, or because a rebalance ended."""

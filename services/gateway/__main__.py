@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from holdfast import rpc
 from holdfast.bus import Bus
 from holdfast.client import NEEDS
+from holdfast.errors import ConfigurationError
 from holdfast.service import run
 from holdfast.telemetry import tracing
 from holdfast.topics import REQUESTS_BATCH, REQUESTS_INTERACTIVE, TOPICS, Topic
@@ -168,8 +169,12 @@ def make_backlogs(settings: GatewaySettings, metrics: Metrics) -> dict[RequestCl
 
 
 def cursor_keys(settings: GatewaySettings, *, kept: bool) -> list[bytes]:
-    """The keys that sign cursors, the first one first; `kept`: whether the log, and so what cursors point to, outlives this process."""
-    keys = [key.strip().encode() for key in settings.cursor_keys.get_secret_value().split(",") if key.strip()]
+    """The keys that sign cursors, the first one first; `kept`: whether the log, and so what cursors point to, outlives this process.
+    Raises ConfigurationError where one of several is empty, as of a template whose secret is missing."""
+    said = settings.cursor_keys.get_secret_value()
+    keys = [key.strip().encode() for key in said.split(",")] if said.strip() else []
+    if not all(keys):
+        raise ConfigurationError("cursor_keys: one of the keys is empty; leave out the comma beside it, or say the key")
     if kept and not keys:
         logger.warning(
             "cursor_keys is not set: no other gateway can resume the streams of this one, nor this one after a restart"

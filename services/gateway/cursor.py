@@ -19,6 +19,7 @@ from holdfast.accept import Prefix, Source
 from holdfast.errors import ConfigurationError, InvalidRequest
 from holdfast.events import FinishReason, Usage
 from holdfast.records import source_from_wire, source_to_wire
+from holdfast.topics import REQUESTS, TOKENS
 from holdfast.v1 import generation_pb2 as pb
 from services.gateway.choice import ChoiceEnd, Mark, Place
 
@@ -63,7 +64,7 @@ class Cursors:
             ConfigurationError: a key is so short that it could be guessed.
         """
         if any(len(key) < MIN_KEY_BYTES for key in keys):
-            raise ConfigurationError(f"a key that signs cursors has at least {MIN_KEY_BYTES} bytes")
+            raise ConfigurationError(f"cursor_keys: a key that signs cursors has at least {MIN_KEY_BYTES} bytes")
         self._keys = tuple(keys) or (secrets.token_bytes(32),)
 
     def encode(self, cursor: Cursor) -> str:
@@ -92,6 +93,8 @@ class Cursors:
         Raises:
             InvalidRequest: no gateway that shares a key with this one gave out such a cursor.
         """
+        if not text:
+            raise InvalidRequest("an empty cursor; give one back as it came", field="cursor")
         if len(text) > MAX_LENGTH:
             raise InvalidRequest("not a cursor: it is too long", field="cursor")
         try:
@@ -153,6 +156,9 @@ def _end_to_wire(end: ChoiceEnd, *, delivered: bool) -> pb.CursorEnd:
 
 
 def _from_wire(cursor: pb.Cursor) -> Cursor:
+    """Raises KeyError or ValueError where it names partitions that there are not, or choices that do not fit together."""
+    REQUESTS[pb.RequestClass.ValueType(cursor.source.request_class)].partition(cursor.source.partition)
+    TOKENS.partition(cursor.reply_partition)
     places = zip(cursor.next_index, cursor.prefix_hash, cursor.choices, strict=True)
     return Cursor(
         request_id=cursor.request_id,

@@ -98,7 +98,7 @@ class Resumer:
         """The request's record."""
         topic = REQUESTS[pb.RequestClass.ValueType(cursor.source.request_class)]
         partition = topic.partition(cursor.source.partition)
-        await self._check_kept(partition, cursor.request_offset, topic.retention)
+        await self._check_kept(partition, cursor.request_offset, topic.retention, num_records=1)
         record = await self._record(partition, cursor.request_offset)
         try:
             request = pb.GenerationRequest.FromString(record.value)
@@ -123,8 +123,10 @@ class Resumer:
             raise Unavailable(f"the log did not give the request's record within {seconds:g} seconds")
         return records[0]
 
-    async def _check_kept(self, partition: TopicPartition, offset: int, retention: timedelta) -> None:
-        """Raises NotFound where the log does not hold a partition from this offset on."""
+    async def _check_kept(
+        self, partition: TopicPartition, offset: int, retention: timedelta, *, num_records: int = 0
+    ) -> None:
+        """Raises NotFound where the log does not hold a partition from this offset on, or not so many records there."""
         try:
             async with asyncio.timeout(self._settings.log_seconds):
                 kept = await self._bus.kept(partition)
@@ -136,7 +138,7 @@ class Resumer:
                 f"the log no longer holds the stream from where the cursor stands; it keeps {partition.topic} for "
                 f"{hours:g} hours"
             )
-        if offset > kept.stop:
+        if offset + num_records > kept.stop:
             raise NotFound("the log does not reach to where the cursor stands: it was made anew since then")
 
 

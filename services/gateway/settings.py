@@ -31,7 +31,7 @@ class GatewaySettings(Settings, env_prefix="HOLDFAST_GATEWAY_"):
     claim_seconds: Annotated[float, Field(gt=0)] = 10.0
     """How long another gateway may keep the `reply_partition` that was named: one that died is known to be dead after 6."""
     cursor_keys: SecretStr = SecretStr("")
-    """Secrets that sign cursors, of at least 16 characters, with commas between: the first one signs, all are accepted.
+    """Secrets that sign cursors, of at least 16 bytes, with commas between: the first one signs, all are accepted.
     The same at all gateways of a mesh, so that a stream can be resumed at any of them; better in the environment or the
     file than as a flag. Empty: one is drawn, and cursors are good at this gateway alone, until it stops."""
     drain_seconds: Annotated[float, Field(ge=0)] = 30.0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -59,6 +61,14 @@ def test_a_cursor_of_another_mesh_is_refused() -> None:
     for one, other in ((Cursors([OLD]), Cursors([NEW])), (Cursors(), Cursors())):
         with pytest.raises(InvalidRequest, match="another mesh"):
             other.decode(one.encode(CURSOR))
+
+
+@pytest.mark.parametrize("other", [{"reply_partition": 99}, {"source": Source(2, 99)}, {"source": Source(7, 0)}])
+def test_a_cursor_to_partitions_that_there_are_not_is_of_another_version(other: dict[str, Any]) -> None:
+    """Signed or not: a mesh with other topics has made it."""
+    cursors = Cursors([NEW])
+    with pytest.raises(InvalidRequest, match="another version"):
+        cursors.decode(cursors.encode(replace(CURSOR, **other)))
 
 
 def test_keys_can_be_changed_one_gateway_at_a_time() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -16,7 +17,7 @@ from holdfast.errors import HoldfastError, InvalidRequest, NotFound, StreamFaile
 from holdfast.events import Accepted, Event, Finished, FinishReason, Resumed, Tokens, Usage, event_from_wire
 from holdfast.ids import of_client
 from holdfast.memory import MemoryBus
-from holdfast.topics import TOKENS
+from holdfast.topics import REQUESTS, TOKENS
 from holdfast.v1 import gateway_pb2 as pb
 from holdfast.v1 import gateway_pb2_grpc, generation_pb2
 from services.gateway.choice import Mark
@@ -289,7 +290,10 @@ async def test_a_cursor_beyond_the_log_is_refused(open_bus: OpenBus) -> None:
         swapped = CURSORS.encode(
             type(start)("another", start.source, start.request_offset, 3, elsewhere.mark, start.places)
         )
-        for cursor, why in ((beyond, "does not reach"), (swapped, "another request")):
+        topic, partition = REQUESTS[start.source.request_class], start.source.partition  # type: ignore[index]
+        end = (await mesh.bus.kept(topic.partition(partition))).stop
+        lost = CURSORS.encode(replace(start, request_offset=end))
+        for cursor, why in ((beyond, "does not reach"), (lost, "does not reach"), (swapped, "another request")):
             error = await refused(mesh.second, cursor)
             assert isinstance(error, NotFound)
             assert why in str(error)

@@ -6,7 +6,7 @@ import asyncio
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from datetime import timedelta
 from itertools import pairwise
@@ -21,9 +21,9 @@ from aiokafka.protocol.admin import ApiVersionRequest
 from aiokafka.protocol.metadata import MetadataRequest
 
 from deploy.kafka import broker
-from holdfast.bus import Position
+from holdfast.bus import Position, TopicPartition
 from holdfast.errors import ConfigurationError, Unavailable
-from holdfast.kafka import KafkaBus, clients
+from holdfast.kafka import KafkaBus, clients, member
 from holdfast.kafka.clients import Client, Connection
 from holdfast.topics import Topic
 from tests.conftest import missing
@@ -246,3 +246,28 @@ async def test_every_client_of_a_bus_is_mended(kafka: str) -> None:
             ]
             assert all(isinstance(client, Client) for client in used)
             assert all(isinstance(each, Connection) for client in used for each in client._conns.values())
+
+
+async def test_a_member_waits_for_a_log_that_does_not_say_where_its_group_stands(
+    kafka: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broker that falls silent just after a rebalance would otherwise end every engine that met the rebalance."""
+    committed, failures = KafkaBus.committed, ["once", "again"]
+
+    async def at_last(
+        bus: KafkaBus, group: str, partitions: Iterable[TopicPartition]
+    ) -> dict[TopicPartition, Position]:
+        if failures:
+            raise Unavailable(failures.pop())
+        return await committed(bus, group, partitions)
+
+    monkeypatch.setattr(KafkaBus, "committed", at_last)
+    monkeypatch.setattr(member, "RETRY_SECONDS", 0.01)
+    async with KafkaBus(kafka, namespace=f"test-{uuid.uuid4().hex[:12]}") as bus:
+        await bus.create_topics([LINE])
+        await bus.publish(PLACE, b"first")
+        async with bus.join("group", [LINE]) as joined:
+            while not (records := await joined.read(max_records=1)):
+                pass
+    assert [record.value for record in records] == [b"first"]
+    assert not failures
