@@ -264,6 +264,8 @@ class _Lane:
     first_marker: int = 0
     """Offset of the first one: nothing was emitted before it."""
     is_marking: bool = False
+    marked_for: frozenset[str] = frozenset()
+    """Requests that waited when the newest marker was taken: it must lie behind their starts."""
     is_scanning: bool = False
     scan: Scan | None = None
     """The newest that is done, as long as requests are delivered that it tells of. It holds the tokens of all."""
@@ -346,7 +348,8 @@ class Tenure:
         has written there before, and sent until it is acked."""
         due = [number for number, lane in self._lanes.items() if lane.needs_marker()] if not self.is_over else []
         for number in due:
-            self._lanes[number].is_marking = True
+            lane = self._lanes[number]
+            lane.is_marking, lane.marked_for = True, frozenset(lane.waiting)
         return due
 
     def marked(self, reply_partition: int, offset: int) -> None:
@@ -410,4 +413,13 @@ class Tenure:
         marker, scan = lane.marker, lane.scan
         if marker is not None and marker < request.start.offset and request.start.epoch == self.epoch:
             return Standing([Choice() for _ in range(request.num_choices)], is_new=True)
+        if marker is not None and marker < request.start.offset and self._was_marked_for(lane, request):
+            return Standing(
+                [Choice() for _ in range(request.num_choices)],
+                contradiction="the log ends before the beginning of its answer: it has lost records, or was made anew",
+            )
         return scan.standing(request) if scan is not None and scan.covers(request) else None
+
+    def _was_marked_for(self, lane: _Lane, request: Accepted) -> bool:
+        """Whether the newest marker was written after the request was met. Then a log that lost nothing has it behind the start."""
+        return not lane.is_marking and request.request_id in lane.marked_for

@@ -188,6 +188,24 @@ def test_a_start_without_the_own_epoch_behind_the_marker_wants_another_marker() 
     assert claim.standing.choices[0].token_ids == TEXT[:2]
 
 
+def test_a_request_that_the_log_does_not_reach_ends_instead_of_being_marked_for_for_ever() -> None:
+    """A marker that was written after it was met lies before its start only where the log has lost records. One that came while
+    the marker was on its way may be newer, and wants another."""
+    tenure = owner()
+    tenure.meet(request("beyond", offset=100))
+    assert tenure.take_markers() == [0]
+    tenure.meet(request("newer", offset=60))
+    tenure.marked(0, 50)
+    (claim,) = tenure.take_claims()
+    assert claim.request.request_id == "beyond"
+    assert "ends before the beginning" in claim.standing.contradiction
+    assert tenure.take_markers() == [0]
+    tenure.marked(0, 70)
+    (claim,) = scan(tenure, {70: tenure.marker})
+    assert (claim.request.request_id, claim.standing.contradiction) == ("newer", "")
+    assert tenure.take_markers() == []
+
+
 def test_each_request_is_judged_from_its_own_start() -> None:
     """A frozen owner's record is ignored for a request whose gateway knew better, and counts for one whose gateway did
     not; and what lies before a request's start is none of it."""
