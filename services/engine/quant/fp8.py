@@ -14,8 +14,8 @@ from torch import Tensor
 from services.engine.ops import linear
 from services.engine.ops.forms import Quantized, RowScaled
 from services.engine.ops.linear import counters_for
-from services.engine.ops.quantize import plain, quantize
-from services.engine.ops.scaled import COLUMNS, ROWS, blocks, packed, scaled_linear
+from services.engine.ops.quantize import plain
+from services.engine.ops.scaled import COLUMNS, ROWS, blocks, packed
 from services.engine.quant import Buffers
 from services.engine.quant.matrix import QuantizedMatrix, Scheme
 from services.engine.quant.rounding import Rounding
@@ -46,18 +46,6 @@ class Fp8(Rounding):
         matrix = matrix.in_tiles(1, inputs)
         values_OI = matrix.values_OI.contiguous()
         return packed(values_OI, dtype=dtype), matrix.scales_TU.view(outputs), *counters_for(values_OI)
-
-    def _products(
-        self,
-        x: Tensor | Quantized,
-        buffers: Buffers,
-        *,
-        bias_O: Tensor | None,
-        add: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        rows = x if isinstance(x, Quantized) else quantize(x, self.takes)
-        return scaled_linear(rows, *buffers, bias_O=bias_O, add=add, dtype=dtype)
 
 
 class Fp8Tensor(Fp8):
@@ -91,9 +79,9 @@ class Fp8Block(Rounding):
         add: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        rows = x if isinstance(x, Quantized) else quantize(x, self.takes)
         weight_OI = buffers[0]
         if weight_OI.is_cuda:
-            return scaled_linear(rows, *buffers, bias_O=bias_O, add=add, dtype=dtype)
-        out_NO = linear.linear(plain(rows, self.takes).to(weight_OI.dtype), weight_OI).float()
+            return super()._products(x, buffers, bias_O=bias_O, add=add, dtype=dtype)
+        rows_NI = plain(self._rounded_rows(x, buffers), self.takes)
+        out_NO = linear.linear(rows_NI.to(weight_OI.dtype), weight_OI).float()
         return linear.plus(out_NO, bias_O, add).to(dtype)

@@ -4,6 +4,8 @@ they are (W4A16; Frantar et al. 2023, "GPTQ", section 4, for the groups).
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,8 @@ from services.engine.ops.forms import Form, Quantized, Unnormed
 from services.engine.quant import Buffers, Format
 from services.engine.quant.matrix import QuantizedMatrix, Scheme, nearest
 from services.engine.quant.rounding import Rounding
+
+X = TypeVar("X", Tensor | Quantized, Tensor | Unnormed)
 
 
 class Int4(Rounding):
@@ -62,10 +66,7 @@ class Int4(Rounding):
         dtype: torch.dtype,
     ) -> Tensor:
         *matrix, order_I = buffers
-        if order_I is not None:
-            assert isinstance(x, Tensor)
-            x = x.index_select(1, order_I)
-        return int4.linear(x, tuple(matrix), bias_O=bias_O, add=add, dtype=dtype)
+        return int4.linear(_sorted(x, order_I), tuple(matrix), bias_O=bias_O, add=add, dtype=dtype)
 
     def _row(
         self,
@@ -78,15 +79,20 @@ class Int4(Rounding):
         gated: bool = False,
     ) -> Tensor:
         *matrix, order_I = buffers
-        if order_I is not None:
-            assert isinstance(x, Tensor)
-            x = x.index_select(1, order_I)
-        return int4.row_linear(x, tuple(matrix), bias_O=bias_O, add=add, dtype=dtype, gated=gated)
+        return int4.row_linear(_sorted(x, order_I), tuple(matrix), bias_O=bias_O, add=add, dtype=dtype, gated=gated)
 
     def rows(self, buffers: Buffers, indices: Tensor, *, dtype: torch.dtype) -> Tensor:
         *matrix, order_I = buffers
         rows = int4.rows(tuple(matrix), indices).to(dtype)
         return rows if order_I is None else torch.empty_like(rows).index_copy_(-1, order_I, rows)
+
+
+def _sorted(x: X, order_I: Tensor | None) -> X | Tensor:
+    """Inputs in the order of the columns, which comes with plain activations alone."""
+    if order_I is None:
+        return x
+    assert isinstance(x, Tensor)
+    return x.index_select(1, order_I)
 
 
 def require_groups(format: Format, inputs: int) -> None:

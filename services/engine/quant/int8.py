@@ -10,10 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from services.engine.ops import int8, scaled
+from services.engine.ops import int8
 from services.engine.ops.forms import Form, Quantized, RowScaled
 from services.engine.ops.linear import counters_for
-from services.engine.ops.quantize import quantize
 from services.engine.quant import Buffers, TableFormat
 from services.engine.quant.matrix import QuantizedMatrix, Scheme
 from services.engine.quant.rounding import Rounding
@@ -39,21 +38,6 @@ class Int8(Rounding):
         matrix = matrix.in_tiles(1, inputs)
         values_OI = matrix.values_OI.contiguous()
         return values_OI, matrix.scales_TU.view(outputs), *counters_for(values_OI)
-
-    def _products(
-        self,
-        x: Tensor | Quantized,
-        buffers: Buffers,
-        *,
-        bias_O: Tensor | None,
-        add: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        if isinstance(x, Tensor):
-            form = self.form(buffers)
-            assert isinstance(form, RowScaled)
-            x = quantize(x, form)
-        return scaled.scaled_linear(x, *buffers, bias_O=bias_O, add=add, dtype=dtype)
 
     def rows(self, buffers: Buffers, indices: Tensor, *, dtype: torch.dtype) -> Tensor:
         """These rows of the weights."""
@@ -113,8 +97,8 @@ class Int8Static(Int8):
         add: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        rows = x if isinstance(x, Quantized) else quantize(x, RowScaled(torch.int8, by=buffers[-1]))
-        return scaled.scaled_linear(rows, *buffers[:-1], bias_O=bias_O, add=add, dtype=dtype)
+        rows = self._rounded_rows(x, buffers)
+        return super()._products(rows, buffers[:-1], bias_O=bias_O, add=add, dtype=dtype)
 
     def dequant(self, buffers: Buffers, *, inputs: int) -> Tensor:
         *matrix, scale = buffers

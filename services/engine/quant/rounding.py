@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from services.engine.ops.activation import silu_mul_as
-from services.engine.ops.forms import Activations, Form, Quantized, Unnormed
+from services.engine.ops.forms import Activations, Form, Quantized, RowScaled, Unnormed
 from services.engine.ops.norm import rms_norm_as
-from services.engine.ops.scaled import row_linear, takes_row
+from services.engine.ops.quantize import quantize
+from services.engine.ops.scaled import row_linear, scaled_linear, takes_row
 from services.engine.quant import Buffers, TableFormat, Weight
 from services.engine.quant.matrix import QuantizedMatrix, Scheme, nearest
 
@@ -65,7 +66,6 @@ class Rounding(ABC):
             return self._row(x, buffers, bias_O=bias_O, dtype=dtype, gated=True)
         return silu_mul_as(self.apply(x, buffers, bias_O=bias_O, add=None, dtype=dtype), form)
 
-    @abstractmethod
     def _products(
         self,
         x: Tensor | Quantized,
@@ -75,7 +75,16 @@ class Rounding(ABC):
         add: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        """`apply` of rows that are normed."""
+        """`apply` of rows that are normed: here of rows in the form, with a matrix that has scales."""
+        return scaled_linear(self._rounded_rows(x, buffers), *buffers, bias_O=bias_O, add=add, dtype=dtype)
+
+    def _rounded_rows(self, x: Tensor | Quantized, buffers: Buffers) -> Quantized:
+        """Rows in the form, if they are not yet."""
+        if isinstance(x, Quantized):
+            return x
+        form = self.form(buffers)
+        assert isinstance(form, RowScaled)
+        return quantize(x, form)
 
     def _row(
         self,

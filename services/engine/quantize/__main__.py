@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     asked.add_argument("--config", type=_groups, help="a file of groups of layers, .toml or .json")
     asked.add_argument(
         "--budget",
-        type=_bits,
+        type=_number("number of bits", above=1, most=32),
         metavar="BITS",
         help="bits a weight of layers' matrices, scales included; formats are chosen layer by layer",
     )
@@ -178,15 +178,23 @@ def _parser() -> argparse.ArgumentParser:
         help="how static scales of activations are found",
     )
     parser.add_argument(
-        "--percentile", type=_percentile, default=Options().percentile, help="of weights, for that method"
+        "--percentile",
+        type=_number("percentage", above=50, most=100),
+        default=Options().percentile,
+        help="of weights, for that method",
     )
     parser.add_argument(
-        "--damping", type=_part, default=Options().damping, help="of gptq, as a part of the mean square"
+        "--damping",
+        type=_number("number", above=0, most=1),
+        default=Options().damping,
+        help="of gptq, as a part of the mean square",
     )
     parser.add_argument(
         "--no-act-order", dest="act_order", action="store_false", help="gptq takes inputs as they stand"
     )
-    parser.add_argument("--strength", type=_part, default=Options().strength, help="of smoothquant")
+    parser.add_argument(
+        "--strength", type=_number("number", above=0, most=1), default=Options().strength, help="of smoothquant"
+    )
     parser.add_argument(
         "--evaluate",
         type=_file,
@@ -221,14 +229,19 @@ def _count_or_none(text: str) -> int:
     return 0 if text == "0" else _count(text)
 
 
-def _bits(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 1 < number <= 32:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of bits above 1 and up to 32")
-    return number
+def _number(what: str, *, above: float, most: float) -> Callable[[str], float]:
+    """A type of options: a number of that range."""
+
+    def number_of(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = above
+        if not above < number <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {what} above {above:g} and up to {most:g}")
+        return number
+
+    return number_of
 
 
 def _formats(text: str) -> tuple[WeightFormat, ...]:
@@ -239,26 +252,6 @@ def _formats(text: str) -> tuple[WeightFormat, ...]:
     if wrong := [name for name in names if name not in known]:
         raise argparse.ArgumentTypeError(f"{wrong[0]!r} is none of {', '.join(known)}")
     return tuple(WeightFormat(name) for name in names)
-
-
-def _part(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0 and up to 1")
-    return number
-
-
-def _percentile(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 50 < number <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is no percentage above 50 and up to 100")
-    return number
 
 
 if __name__ == "__main__":
