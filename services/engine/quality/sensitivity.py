@@ -17,7 +17,7 @@ from torch import Tensor
 
 from holdfast.errors import ConfigurationError
 from services.engine.models import Model
-from services.engine.models.decoder import Decoder
+from services.engine.models.decoder import Decoder, Layer
 from services.engine.quality.forced import Chunk, Forced, checked, require_one_vocabulary
 from services.engine.quality.passages import Passage
 from services.engine.quality.scores import Figures, Progress, Scores
@@ -62,9 +62,11 @@ def sensitivities(
     parts = list(plain.parts())
     scores = {part: Scores() for part in parts}
     for done, passage in enumerate(passages, 1):
-        run = _Run(plain, quantized, Chunk(passage, 0, len(passage.ids)), reference)
+        run = Run(plain, Chunk(passage, 0, len(passage.ids)), reference)
         for index, part in enumerate(parts):
-            log_probs_RV = checked(run.logits(index).log_softmax(-1), run.chunk, name=f"{name}, only in {part}")
+            log_probs_RV = checked(
+                _exchanged(run, quantized, index).log_softmax(-1), run.chunk, name=f"{name}, only in {part}"
+            )
             scores[part].add(log_probs_RV, run.reference_RV, run.next_R)
         if progress is not None:
             progress(done)
@@ -74,37 +76,47 @@ def sensitivities(
     ]
 
 
-class _Run:
-    """A passage through the unquantized model, and through it with one part exchanged."""
+class Run:
+    """A passage through the unquantized model, which goes on from wherever something is exchanged."""
 
-    def __init__(self, plain: Decoder, quantized: Decoder, chunk: Chunk, reference: Forced) -> None:
+    def __init__(self, plain: Decoder, chunk: Chunk, reference: Forced) -> None:
+        """Of a whole passage. Raises `ConfigurationError` where its predictions are not numbers."""
         self.chunk = chunk
-        self._plain, self._quantized = plain, quantized
-        self._batch = chunk.batch(reference.cache)
-        self._shared = plain.prepare(self._batch, reference.cache)
-        self._inputs = [plain.embed(self._batch)]
+        self.batch = chunk.batch(reference.cache)
+        self._plain = plain
+        self._shared = plain.prepare(self.batch, reference.cache)
+        self._inputs = [plain.embed(self.batch)]
         """Of each layer, and of the head."""
-        for index in range(len(plain.layers)):
-            self._inputs.append(self._layer(plain, index, self._inputs[-1]))
-        logits_RV = plain.logits(self._inputs[-1], self._batch)
+        for index, layer in enumerate(plain.layers):
+            self._inputs.append(self.through(layer, index))
+        logits_RV = plain.logits(self._inputs[-1], self.batch)
         self.reference_RV = checked(logits_RV.log_softmax(-1), chunk, name=reference.name)
         self.next_R = chunk.next_ids().to(logits_RV.device)
 
-    def logits(self, part: int) -> Tensor:
-        """With this part of the quantized model, counted from the embedding on, [R, V]."""
-        if part > len(self._plain.layers):
-            return self._quantized.logits(self._inputs[-1], self._batch)
-        if part == 0:
-            x_NI = self._quantized.embed(self._batch)
-        else:
-            x_NI = self._layer(self._quantized, part - 1, self._inputs[part - 1])
-        if torch.equal(x_NI, self._inputs[part]):  # nothing of this part is quantized
-            x_NI = self._inputs[-1]
-        else:
-            for index in range(part, len(self._plain.layers)):
-                x_NI = self._layer(self._plain, index, x_NI)
-        return self._plain.logits(x_NI, self._batch)
+    @property
+    def last_NI(self) -> Tensor:
+        """What the last layer gives."""
+        return self._inputs[-1]
 
-    def _layer(self, model: Decoder, index: int, x_NI: Tensor) -> Tensor:
-        """What a layer gives; its keys and values, which it alone reads, take the place of those before."""
-        return model.layers[index](x_NI.clone(), *self._shared)  # a layer may add to what it is given
+    def through(self, layer: Layer, index: int, x_NI: Tensor | None = None) -> Tensor:
+        """What this layer gives in the place of that index, for x or else for what stands before that; its keys and values, which it
+        alone reads, take the place of those before."""
+        x_NI = self._inputs[index] if x_NI is None else x_NI
+        return layer(x_NI.clone(), *self._shared)  # a layer may add to what it is given
+
+    def logits(self, x_NI: Tensor, index: int) -> Tensor:
+        """[R, V], with this before the layer of that index."""
+        if torch.equal(x_NI, self._inputs[index]):
+            x_NI, index = self.last_NI, len(self._plain.layers)
+        for other in range(index, len(self._plain.layers)):
+            x_NI = self.through(self._plain.layers[other], other, x_NI)
+        return self._plain.logits(x_NI, self.batch)
+
+
+def _exchanged(run: Run, quantized: Decoder, part: int) -> Tensor:
+    """Logits with this part of the quantized model, counted from the embedding on, [R, V]."""
+    if part > len(quantized.layers):
+        return quantized.logits(run.last_NI, run.batch)
+    if part == 0:
+        return run.logits(quantized.embed(run.batch), 0)
+    return run.logits(run.through(quantized.layers[part - 1], part - 1), part)

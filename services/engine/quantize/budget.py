@@ -1,8 +1,7 @@
 """Which matrices get which format, so that so many bits a weight cost the least.
 
-What each costs is measured: of every format that may be chosen, matrices of one kind are quantized in one layer at a time, and the KL
-divergence from the unquantized model is taken (`services.engine.quality.sensitivity`). Costs are added up, which is not what two layers cost
-together, but puts them in order. Matrices that are kept as one get one format.
+What each costs is measured (`services.engine.quantize.costs`). Costs are added up, which is not what two layers cost together, but puts them in
+order. Matrices that are kept as one get one format.
 
 The choice is the multiple-choice knapsack problem (Sinha and Zoltners 1979): from each set of formats one, so that sizes fit and costs are
 least. It is solved by dynamic programming over sizes, in steps of a 65,536th of the room: there are a few hundred sets of a few formats, and going
@@ -14,21 +13,15 @@ not counted, as is usual for formats of few bits.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from holdfast.errors import ConfigurationError
-from services.engine.calibrate.parts import Sharing, sharings
-from services.engine.models import load
-from services.engine.models.spec import ModelSpec
-from services.engine.quality.passages import Passage
-from services.engine.quality.sensitivity import sensitivities
+from services.engine.calibrate.parts import Sharing
 from services.engine.quant.rules import FORMATS
 from services.engine.weight_format import WeightFormat
 
@@ -132,68 +125,6 @@ def _rules(formats: Sequence[tuple[Item, WeightFormat]]) -> str:
     )
 
 
-def measured(
-    model: Path,
-    spec: ModelSpec,
-    formats: Sequence[WeightFormat],
-    passages: Sequence[Passage],
-    *,
-    dtype: torch.dtype,
-    kept: Path,
-    say: Callable[[str], None],
-) -> list[Item]:
-    """What every matrix costs in every format that fits it. Two models are in memory, in float32. `kept`: a file for what is measured, which is
-    not measured again. `dtype`: of scales, and of what is not quantized. Raises `ConfigurationError` for what cannot be."""
-    kinds = dict.fromkeys(sharing for layer in range(spec.layers) for sharing in _counted(spec, layer))
-    wanted = [
-        (sharing, format)
-        for sharing in kinds
-        for format in formats
-        if format is not WeightFormat.NONE and _fits(format, sharing)
-    ]
-    known: dict[str, list[float]] = json.loads(kept.read_text()) if kept.is_file() else {}
-    plain = None
-    for done, (sharing, format) in enumerate(wanted, 1):
-        rules = ",".join(f"model.layers.*.{name}={format}" for name in sharing.names)
-        if rules not in known:
-            plain = plain or load(model, dtype=torch.float32)
-            quantized = load(model, dtype=torch.float32, quantization=rules)
-            found = {each.part: each.figures.mean_kl for each in sensitivities(plain, quantized, passages, name=rules)}
-            known[rules] = [found[f"model.layers.{layer}"] for layer in range(spec.layers)]
-            kept.write_text(json.dumps(known))
-        say(f"what layers cost: {done} of {len(wanted)} formats of matrices")
-    costs: dict[tuple[Sharing, WeightFormat], list[float]] = {
-        (sharing, format): known[",".join(f"model.layers.*.{name}={format}" for name in sharing.names)]
-        for sharing, format in wanted
-    }
-    return list(_items(spec, formats, costs, dtype))
-
-
-def _items(
-    spec: ModelSpec,
-    formats: Sequence[WeightFormat],
-    costs: dict[tuple[Sharing, WeightFormat], list[float]],
-    dtype: torch.dtype,
-) -> Iterator[Item]:
-    for layer in range(spec.layers):
-        for sharing in _counted(spec, layer):
-            options = [
-                Option(
-                    format,
-                    bits_of(format, sharing, dtype),
-                    0.0 if format is WeightFormat.NONE else costs[sharing, format][layer],
-                )
-                for format in formats
-                if _fits(format, sharing)
-            ]
-            if not options:
-                raise ConfigurationError(
-                    f"model.layers.{layer}.{sharing.names[0]}: none of {', '.join(formats)} fits its {sharing.inputs} inputs; name one that "
-                    "does, or none"
-                )
-            yield Item(layer, sharing.names, sum(sharing.outputs) * sharing.inputs, tuple(options))
-
-
 def bits_of(format: WeightFormat, sharing: Sharing, dtype: torch.dtype) -> int:
     """What these matrices take in this format, in all: values, scales in `dtype`, zero points as wide as values."""
     scheme = FORMATS[format].scheme
@@ -205,13 +136,3 @@ def bits_of(format: WeightFormat, sharing: Sharing, dtype: torch.dtype) -> int:
         height, width = scheme.tile_of((outputs, sharing.inputs))
         tiles += -(-outputs // height) * -(-sharing.inputs // width)
     return weights * scheme.bits + tiles * (dtype.itemsize * 8 + (0 if scheme.symmetric else scheme.bits))
-
-
-def _counted(spec: ModelSpec, layer: int) -> Iterator[Sharing]:
-    """Routers are few weights that decide much."""
-    return (sharing for sharing in sharings(spec, layer) if sharing.norm or sharing.rows_of)
-
-
-def _fits(format: WeightFormat, sharing: Sharing) -> bool:
-    scheme = FORMATS[format].scheme
-    return scheme is None or scheme.groups(sharing.inputs)

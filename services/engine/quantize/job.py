@@ -26,8 +26,9 @@ from services.engine.quality.passages import Passage, text_of, tokenizer_of, win
 from services.engine.quant.matrix import QuantizedMatrix, rounded
 from services.engine.quant.readers.source import FLOATS
 from services.engine.quant.rules import Rules
-from services.engine.quantize.budget import Assignment, best, measured
+from services.engine.quantize.budget import Assignment, best
 from services.engine.quantize.compressed_tensors import config_of, tensors_of
+from services.engine.quantize.costs import Asked, measured
 from services.engine.quantize.plan import EMBEDDING, HEAD, Plan, Table, plan_of
 from services.engine.quantize.shards import MOST_BYTES, copy_others, gather
 from services.engine.quantize.work import WorkFolder
@@ -103,10 +104,11 @@ class Job:
     def within_budget(self, work: WorkFolder, text: Text, *, say: Say) -> Assignment:
         """The best rules that keep the budget. Raises `ConfigurationError` if none does."""
         assert self.budget is not None
-        few = text.windows[: max(1, self.budget.num_tokens // len(text.windows[0].ids))]
-        spec, dtype = self.spec(), dtype_of(read_config(self.model))
-        items = measured(self.model, spec, self.budget.formats, few, dtype=dtype, kept=work.costs, say=say)
-        return best(items, self.budget.bits)
+        count, length = self.budget.num_tokens, len(text.windows[0].ids)
+        few = [Passage(window.ids[:count]) for window in text.windows[: max(1, count // length)]]
+        dtype = dtype_of(read_config(self.model))
+        asked = Asked(self.model, self.spec(), self.budget.formats, self.method, self.options, dtype)
+        return best(measured(asked, text.windows, few, kept=work.costs, say=say), self.budget.bits)
 
     def windows(self, spec: ModelSpec, *, more: int = 0) -> Text:
         """The text, and so many tokens more, in windows. Raises `ConfigurationError` where it is no text, or too short."""

@@ -116,7 +116,7 @@ def _layer(spec: ModelSpec, index: int, rules: Rules, method: Method) -> tuple[C
         choice = Choice(sharing, rules.format(*names), rules.method(*names) or method)
         with named(*names):
             require_groups(choice.format, sharing.inputs)
-            _require_sense(choice)
+        require_sense(choice, *names)
         choices.append(choice)
     if spec.moe is not None and index in spec.moe.layers:
         rules.refuse(f"model.layers.{index}.{spec.moe.name}.gate", why="other readers keep routers as they are")
@@ -127,11 +127,12 @@ def _layer(spec: ModelSpec, index: int, rules: Rules, method: Method) -> tuple[C
     return tuple(choices)
 
 
-def _require_sense(choice: Choice) -> None:
-    """Raises ValueError where the method would be in vain."""
+def require_sense(choice: Choice, *names: str) -> None:
+    """Raises `ConfigurationError`, with the names of the matrices, where the method would be in vain."""
     if choice.quantizes and choice.method is Method.SMOOTHQUANT and choice.scheme.bits < 8:
-        raise ValueError(
-            f"smoothquant makes activations easier to round, and {choice.format.name} keeps them as they are; say awq or gptq"
+        raise ConfigurationError(
+            f"quantization: {', '.join(names)}: smoothquant makes activations easier to round, and {choice.format.name} keeps them as "
+            "they are; say awq or gptq"
         )
 
 
