@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,3 +29,20 @@ def eight_bits_as_torch_rounds_them(monkeypatch: pytest.MonkeyPatch) -> None:
         return bits.view(given).to(wanted).view(_BITS[wanted]).numpy().reshape(values.shape)
 
     monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def language_is_replaced_once() -> Iterator[None]:
+    """The interpreter puts its own functions into Triton's language, and the others back, around every call, which takes a third of the time.
+    Nothing here needs the others."""
+    replace, done = interpreter._patch_lang, set[str]()
+
+    def once(function: Any) -> interpreter._LangPatchScope:
+        if (module := function.__module__) not in done:
+            done.add(module)
+            replace(function)
+        return interpreter._LangPatchScope()  # of no changes, to be taken back
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", once)
+        yield

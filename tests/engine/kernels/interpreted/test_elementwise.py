@@ -138,8 +138,10 @@ def test_a_few_rows_times_a_matrix(outputs: int, num_rows: int) -> None:
     assert skinny.split_of(weight[:, :500]) is None and skinny.split_of(weight[:100]) is None
 
 
-@pytest.mark.parametrize(("outputs", "inputs"), [(8, 1024), (2080, 2048), (8, 4096)])
-@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "with_bias"),
+    [(8, 1024, True), (8, 1024, False), (2080, 2048, True), (8, 4096, True), (8, 4096, False)],
+)
 def test_one_row_is_normed_and_gated_while_it_is_multiplied(outputs: int, inputs: int, with_bias: bool) -> None:
     """In one pass and in several: what norm, product and gate give one after the other, but for what these round."""
     x, norm_weight = 3 * torch.randn(1, inputs).half(), torch.randn(inputs).half()
