@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -44,16 +45,10 @@ class Text:
         return _order(self.num_windows, f"{seed} {epoch}")[place]
 
 
-_orders: dict[tuple[int, str], list[int]] = {}
-
-
-def _order(count: int, seed: str) -> list[int]:
-    """The numbers below `count` in the order of this seed; the last ones asked for are kept."""
-    if (count, seed) not in _orders:
-        while len(_orders) > 1:
-            del _orders[next(iter(_orders))]
-        _orders[count, seed] = random.Random(seed).sample(range(count), count)
-    return _orders[count, seed]
+@lru_cache(maxsize=2)
+def _order(count: int, seed: str) -> Sequence[int]:
+    """The numbers below `count` in the order of this seed."""
+    return random.Random(seed).sample(range(count), count)
 
 
 def split(paths: Sequence[Path], *, held_out: float, seed: int) -> tuple[list[Path], list[Path]]:
