@@ -12,7 +12,6 @@ Weights that multiply activations as they are, are multiplied unpacked: that giv
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -44,6 +43,7 @@ from services.engine.quantize.budget import Item, Option, bits_of
 from services.engine.quantize.compressed_tensors import is_packed
 from services.engine.quantize.plan import EMBEDDING, require_sense
 from services.engine.shard import Part
+from services.engine.unfinished import whole
 from services.engine.weight_format import Method, WeightFormat
 from services.engine.weights import Checkpoint, Weights, open_checkpoint
 
@@ -118,7 +118,8 @@ def measured(
                     measuring.pass_by(index)
                     continue
                 known[str(index)] = measuring.costs(index)
-                _write(kept, known)
+                with whole(kept) as aside:
+                    aside.write_text(json.dumps(known))
                 done = missing.index(index) + 1
                 left = (time.monotonic() - begun) / done * (len(missing) - done)
                 say(f"what matrices cost: layer {index + 1} of {count}; about {left:,.0f} s left")
@@ -195,13 +196,6 @@ def _divergence(run: Run, layer: Layer, index: int, *, name: str) -> float:
     logits_RV = run.logits(run.through(layer, index), index + 1)
     log_probs_RV = checked(logits_RV.log_softmax(-1), run.chunk, name=name)
     return float(F.kl_div(log_probs_RV, run.reference_RV, reduction="none", log_target=True).sum(-1).double().mean())
-
-
-def _write(path: Path, costs: Mapping[str, Costs]) -> None:
-    """Whole or not at all."""
-    aside = path.with_suffix(".new")
-    aside.write_text(json.dumps(costs))
-    os.replace(aside, path)
 
 
 def _key(sharing: Sharing, format: str) -> str:

@@ -6,15 +6,12 @@
     states-00008.safetensors  what the text is before the next one
     checkpoint/            all of it, when the layers are done; then it is moved to its place
 
-A file appears whole: it is written under another name and renamed. The states are there before the layer that gave them, so that of whatever
+The states are there before the layer that gave them, so that of whatever
 is left by a process that was killed, the finished layers are enough to go on.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from holdfast.errors import ConfigurationError
+from services.engine.unfinished import claimed, whole
 
 SUFFIX = ".work"
 
@@ -69,9 +67,10 @@ class WorkFolder:
 
     def save(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """A file of tensors, whole or not at all."""
-        aside = path.with_suffix(".new")
-        save_file({name: each.cpu().contiguous() for name, each in tensors.items()}, aside, metadata={"format": "pt"})
-        os.replace(aside, path)
+        with whole(path) as aside:
+            save_file(
+                {name: each.cpu().contiguous() for name, each in tensors.items()}, aside, metadata={"format": "pt"}
+            )
 
     def finish(self, checkpoint: Path, out: Path) -> None:
         """The checkpoint is whole: it is moved to its place, and nothing else is left."""
@@ -92,17 +91,7 @@ def work_folder(out: Path, command: Mapping[str, Any]) -> Iterator[WorkFolder]:
     if out.exists():
         raise ConfigurationError(f"{out} is there already; give another name, or remove it")
     path = out.with_name(out.name + SUFFIX)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / "lock").open("w")
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be made: {error}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigurationError(f"another process is at work in {path}") from error
-        _claim(path / "command.json", command)
+    with claimed(path / "command.json", command):
         work = WorkFolder(path)
         try:
             yield work
@@ -110,20 +99,3 @@ def work_folder(out: Path, command: Mapping[str, Any]) -> Iterator[WorkFolder]:
             if not work.num_done and not work.costs.exists():  # nothing that took time
                 shutil.rmtree(path)
             raise
-
-
-def _claim(path: Path, command: Mapping[str, Any]) -> None:
-    """Writes what is asked for, or finds that it is the same. Raises `ConfigurationError` with what differs."""
-    asked = json.loads(json.dumps(command))
-    if not path.is_file():
-        aside = path.with_suffix(".new")
-        aside.write_text(json.dumps(asked, indent=2))
-        os.replace(aside, path)
-        return
-    begun = json.loads(path.read_text())
-    different = sorted(key for key in asked.keys() | begun.keys() if asked.get(key) != begun.get(key))
-    if different:
-        what = "; ".join(f"{key} was {begun.get(key)!r} and is {asked.get(key)!r}" for key in different)
-        raise ConfigurationError(
-            f"{path.parent} was begun by another command: {what}. Ask for the same, give another OUT, or remove that folder"
-        )

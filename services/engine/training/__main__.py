@@ -8,6 +8,7 @@ import logging
 import sys
 import typing
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import torch
 import transformers
 from torch import nn
 
+from holdfast import models
 from holdfast.errors import ConfigurationError, HoldfastError
 from services.engine.quality.passages import tokenizer_of
 from services.engine.quant.qat import prepare, release
 from services.engine.quant.rules import Rules
+from services.engine.quantize.shards import copy_others
 from services.engine.training.plan import Plan
 from services.engine.training.progress import Point, Progress
 from services.engine.training.ranks import Ranks, ranks
@@ -47,13 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace, plan: Plan, those: Ranks) -> None:
-    torch.manual_seed(plan.seed)
-    source = options.start or options.config
     progress = Progress(options.out, _task(options, plan))
-    if those.is_first:
-        progress.begin()
-    those.wait()
-    model = _model(source, trained=options.start is not None).to(those.device)
+    with progress.begin() if those.is_first else nullcontext():
+        those.wait()
+        _go_on(options, plan, those, progress)
+
+
+def _go_on(options: argparse.Namespace, plan: Plan, those: Ranks, progress: Progress) -> None:
+    torch.manual_seed(plan.seed)
+    is_trained = options.start is not None
+    source = models.resolve(options.start or options.config, weights=is_trained, progress=log.info)
+    model = _model(source, trained=is_trained).to(those.device)
     teacher = _teacher(options, plan, those)
     formats = prepare(model, Rules(options.quantization)) if options.quantization else {}
     tokenizer = tokenizer_of(source)
@@ -74,20 +81,15 @@ def _train(options: argparse.Namespace, plan: Plan, those: Ranks) -> None:
     ).run()
     if those.is_first:
         release(model)
-        result = progress.finish()
+        result = progress.result()
         model.save_pretrained(result)  # type: ignore[operator]
-        tokenizer.save(str(result / "tokenizer.json"))
-        for extra in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-            if (source / extra).exists():
-                (result / extra).write_bytes((source / extra).read_bytes())
+        copy_others(source, result)
         progress.publish()
         log.info("trained", out=str(options.out))
 
 
 def _model(folder: Path, *, trained: bool) -> nn.Module:
     """In float32: what its config says, with its weights or with new ones."""
-    if not (folder / "config.json").is_file():  # transformers would look for it in the network
-        raise ConfigurationError(f"{folder} is no folder of a model: it has no config.json")
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         if trained:
@@ -101,10 +103,10 @@ def _model(folder: Path, *, trained: bool) -> nn.Module:
 
 
 def _teacher(options: argparse.Namespace, plan: Plan, those: Ranks) -> nn.Module | None:
-    folder = options.teacher or (options.start if options.quantization else None)
-    if folder is None or plan.kl == 0:
+    name = options.teacher or (options.start if options.quantization else None)
+    if name is None or plan.kl == 0:
         return None
-    return _model(folder, trained=True).to(those.device, getattr(torch, plan.dtype))
+    return _model(models.resolve(name, progress=log.info), trained=True).to(those.device, getattr(torch, plan.dtype))
 
 
 def _documents(paths: Sequence[Path]) -> list[Path]:
@@ -122,7 +124,7 @@ def _task(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     """What decides the result. Names without their folders: a training may go on elsewhere."""
     named = {name: getattr(options, name) for name in ("start", "config", "teacher")}
     return {
-        **{name: path.name for name, path in named.items() if path is not None},
+        **{name: models.served_name(given) for name, given in named.items() if given is not None},
         "quantization": options.quantization,
         "text": [path.name for path in options.text],
         **dataclasses.asdict(plan),
@@ -139,17 +141,16 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "out", type=Path, metavar="OUT", help="folder of the trained model; a training that was cut off goes on"
     )
     start = parser.add_mutually_exclusive_group(required=True)
-    start.add_argument("--from", dest="start", type=Path, metavar="MODEL", help="folder of the model to begin from")
     start.add_argument(
-        "--config", type=Path, metavar="MODEL", help="folder with config.json and tokenizer.json; weights are drawn"
+        "--from", dest="start", metavar="MODEL", help="to begin from: a folder, or a name that `holdfast pull` knows"
     )
+    start.add_argument("--config", metavar="MODEL", help="the same, but weights are drawn")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="files of text, or folders of them")
     parser.add_argument(
         "--quantization", default="", metavar="RULES", help="train with weights rounded so, as the engine takes it"
     )
     parser.add_argument(
         "--teacher",
-        type=Path,
         metavar="MODEL",
         help="whose distribution is learnt (default with --quantization: --from)",
     )

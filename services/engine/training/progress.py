@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from holdfast.errors import ConfigurationError
+from services.engine.unfinished import claimed, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,20 +49,14 @@ class Progress:
         """Where it is kept."""
         return self.out.with_name(f".{self.out.name}.training")
 
-    def begin(self) -> None:
-        """Makes the folder, or finds one that was left. Raises `ConfigurationError` if the result is there already, or the folder is
-        another training's."""
+    @contextmanager
+    def begin(self) -> Iterator[None]:
+        """Makes the folder, or finds one that was left; until the block ends it is this process's. Raises `ConfigurationError` if the
+        result is there already, or the folder is another training's or another process's."""
         if self.out.exists():
             raise ConfigurationError(f"{self.out} exists; choose another folder, or remove it")
-        said = json.dumps(self.task, indent=2, sort_keys=True)
-        if (self.folder / "task.json").exists():
-            if (self.folder / "task.json").read_text() != said:
-                raise ConfigurationError(
-                    f"{self.folder} holds a training that was begun otherwise; give the same flags to go on with it, or remove it"
-                )
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / "task.json", said)
+        with claimed(self.folder / "task.json", self.task):
+            yield
 
     def load(self, model: nn.Module, optimizer: Optimizer, device: torch.device) -> None:
         """Takes up what `save` left, if it left anything. Raises `ConfigurationError` where that cannot be read."""
@@ -85,25 +81,22 @@ class Progress:
             "step": self.step,
             "curve": [asdict(point) for point in self.curve],
         }
-        torch.save(state, self.folder / "state.pt.new")
-        os.replace(self.folder / "state.pt.new", self.folder / "state.pt")
+        with whole(self.folder / "state.pt") as aside:
+            torch.save(state, aside)
 
-    def finish(self) -> Path:
-        """The folder in which the result is to be put together; `publish` makes it the result."""
-        result = self.folder / "result"
-        shutil.rmtree(result, ignore_errors=True)
-        result.mkdir()
-        training = {"task": self.task, "curve": [asdict(point) for point in self.curve]}
-        _write(result / "training.json", json.dumps(training, indent=2))
-        return result
+    def result(self) -> Path:
+        """An empty folder in which the result is to be put together; `publish` makes it the result."""
+        shutil.rmtree(self._result, ignore_errors=True)
+        self._result.mkdir()
+        return self._result
 
     def publish(self) -> None:
-        """The result is whole."""
-        os.replace(self.folder / "result", self.out)
+        """The result is whole, but for how it came about."""
+        training = {"task": self.task, "curve": [asdict(point) for point in self.curve]}
+        (self._result / "training.json").write_text(json.dumps(training, indent=2))
+        os.replace(self._result, self.out)
         shutil.rmtree(self.folder)
 
-
-def _write(path: Path, text: str) -> None:
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text)
-    os.replace(new, path)
+    @property
+    def _result(self) -> Path:
+        return self.folder / "result"

@@ -137,7 +137,8 @@ def test_gradients_travel_in_the_form_that_was_asked_for(
         (("--steps", "0"), "steps must be above zero"),
         (("--steps", "1", "--held-out", "2"), "between 0 and 1"),
         (("--steps", "1", "--text", "nowhere"), "nowhere holds no text"),
-        (("--steps", "1", "--config", "nowhere"), "nowhere is no folder of a model"),
+        (("--steps", "1", "--config", "nowhere"), "no model 'nowhere': not a folder"),
+        (("--steps", "1", "--from", "nowhere"), "not one known here (smollm2-135m-instruct"),
         (("--steps", "1", "--quantization", "int9"), "'int9' is no rule"),
         (("--steps", "5", "--learning-rate", "1e30", "--warmup", "0"), "is not finite"),
     ],
@@ -156,6 +157,34 @@ def test_the_folder_of_another_training_is_not_taken_up(train: Train, capsys: py
     out = train("out", "--steps", "1")
     train("out", "--steps", "1", status=1)
     assert "exists" in "".join(capsys.readouterr())
-    Progress(out.with_name("next"), {"steps": 7}).begin()
+    with Progress(out.with_name("next"), {"steps": 7}).begin():
+        pass
     train("next", "--steps", "1", status=1)
-    assert "was begun otherwise" in "".join(capsys.readouterr())
+    assert "was begun by another command: " in (said := "".join(capsys.readouterr()))
+    assert "steps was 7 and is 1" in said
+
+
+def test_two_processes_do_not_train_in_one_folder(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second is refused, and what the first has is left as it is."""
+    first = Progress(tmp_path / "out", {})
+    with first.begin():
+        train("out", "--steps", "1", status=1)
+        assert f"another process is at work in {first.folder}" in "".join(capsys.readouterr())
+    with first.begin():
+        pass
+
+
+def test_everything_else_of_the_model_comes_along(train: Train, toy: Path) -> None:
+    """Also to what is trained from the result, which says of itself how it came about."""
+    (toy / "LICENSE").write_text("free")
+    (toy / "chat_template.jinja").write_text("{{ messages }}")
+    out = train("out", "--steps", "1")
+    again = train("again", "--steps", "1", "--from", str(out))
+    for name in ("tokenizer.json", "LICENSE", "chat_template.jinja"):
+        assert (again / name).read_bytes() == (toy / name).read_bytes()
+    assert [json.loads((folder / "training.json").read_text())["task"].get("start") for folder in (out, again)] == [
+        None,
+        "out",
+    ]
