@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from services.engine.models import load
@@ -68,6 +68,14 @@ def write(folder: Path, content: Mapping[str, Tensor], quantization_config: Mapp
         {name: each.contiguous() for name, each in (others() | dict(content)).items()}, folder / "model.safetensors"
     )
     return folder
+
+
+def corrupt(folder: Path, name: str, change: Callable[[Tensor], Tensor | None]) -> None:
+    """Changes a tensor of the folder's file; None takes it out."""
+    content = load_file(folder / "model.safetensors")
+    if (changed := change(content.pop(name))) is not None:
+        content[name] = changed.contiguous()
+    save_file(content, folder / "model.safetensors")
 
 
 def weights_of(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,12 +12,20 @@ import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from holdfast.errors import ConfigurationError
 from services.engine.models import load
-from tests.engine.quant.readers.checkpoints import Q, check_model, check_written, dequantized, matrices, opened, write
+from tests.engine.quant.readers.checkpoints import (
+    Q,
+    check_model,
+    check_written,
+    corrupt,
+    dequantized,
+    matrices,
+    opened,
+    write,
+)
 
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
@@ -94,10 +102,7 @@ def test_zero_may_be_in_the_middle(tmp_path: Path) -> None:
 def test_a_tensor_that_contradicts_the_config_is_named(tensor: str, change: Any, message: str, tmp_path: Path) -> None:
     """Missing, of another shape, mislabelled."""
     written(tmp_path)
-    content = load_file(tmp_path / "model.safetensors")
-    if (changed := change(content.pop(tensor))) is not None:
-        content[tensor] = changed.contiguous()
-    save_file(content, tmp_path / "model.safetensors")
+    corrupt(tmp_path, tensor, change)
     with pytest.raises(ConfigurationError, match=message):
         load(tmp_path)
 

@@ -36,6 +36,7 @@ from tests.engine.quant.readers.checkpoints import (
     PROMPT,
     Q,
     check_model,
+    corrupt,
     dequantized,
     logits,
     matrices,
@@ -344,15 +345,6 @@ def test_zero_points_in_the_middle_are_not_missed(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def corrupted(folder: Path, name: str, change: Any) -> None:
-    """Changes a tensor of the folder's file; None takes it out."""
-    content = load_file(folder / "model.safetensors")
-    tensor = content.pop(name)
-    if (changed := change(tensor)) is not None:
-        content[name] = changed.contiguous()
-    save_file(content, folder / "model.safetensors")
-
-
 @pytest.mark.parametrize(
     ("tensor", "change", "message"),
     [
@@ -369,7 +361,7 @@ def corrupted(folder: Path, name: str, change: Any) -> None:
 def test_a_tensor_that_contradicts_the_config_is_named(tensor: str, change: Any, message: str, tmp_path: Path) -> None:
     """Missing, cut, mislabelled, of another shape."""
     written(tmp_path, CASES["int4 group"])
-    corrupted(tmp_path, tensor, change)
+    corrupt(tmp_path, tensor, change)
     with pytest.raises(ConfigurationError, match=message):
         load(tmp_path)
 

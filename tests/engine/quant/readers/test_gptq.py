@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from holdfast.errors import ConfigurationError
@@ -20,6 +19,7 @@ from tests.engine.quant.readers.checkpoints import (
     Q,
     check_model,
     check_written,
+    corrupt,
     dequantized,
     matrices,
     opened,
@@ -135,9 +135,7 @@ def test_sorted_inputs_are_not_split_over_ranks(tmp_path: Path) -> None:
 def test_a_bias_that_nobody_takes_must_be_zero(tmp_path: Path) -> None:
     """Else it is one that the model has no place for."""
     written(tmp_path)
-    content = load_file(tmp_path / "model.safetensors")
-    content[f"{Q}.bias"][3] = 0.5
-    save_file(content, tmp_path / "model.safetensors")
+    corrupt(tmp_path, f"{Q}.bias", lambda each: each.index_fill(0, torch.tensor(3), 0.5))
     with pytest.raises(ConfigurationError, match=r"no place for: model\.layers\.0\.self_attn\.q_proj\.bias$"):
         load(tmp_path)
 
@@ -156,10 +154,7 @@ def test_a_bias_that_nobody_takes_must_be_zero(tmp_path: Path) -> None:
 def test_a_tensor_that_contradicts_the_config_is_named(tensor: str, change: Any, message: str, tmp_path: Path) -> None:
     """Missing, of another shape, mislabelled."""
     written(tmp_path, desc_act=True)
-    content = load_file(tmp_path / "model.safetensors")
-    if (changed := change(content.pop(tensor))) is not None:
-        content[tensor] = changed.contiguous()
-    save_file(content, tmp_path / "model.safetensors")
+    corrupt(tmp_path, tensor, change)
     with pytest.raises(ConfigurationError, match=message):
         load(tmp_path)
 

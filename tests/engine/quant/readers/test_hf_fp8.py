@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.entrypoints.convert.converters.fp8block_dequantizer import FP8BlockDequantizer
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Quantize
@@ -17,7 +16,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Quantize
 from holdfast.errors import ConfigurationError
 from services.engine.models import load
 from services.engine.quant.matrix import FLOAT
-from tests.engine.quant.readers.checkpoints import DOWN, Q, check_model, dequantized, matrices, opened, write
+from tests.engine.quant.readers.checkpoints import DOWN, Q, check_model, corrupt, dequantized, matrices, opened, write
 
 SPARED = "model.layers.1.self_attn.o_proj"
 
@@ -102,10 +101,7 @@ def test_scales_may_be_of_the_matrix_or_of_its_rows(kind: str, tmp_path: Path) -
 def test_a_tensor_that_contradicts_the_config_is_named(tensor: str, change: Any, message: str, tmp_path: Path) -> None:
     """Missing, of another shape, mislabelled."""
     in_blocks(tmp_path)
-    content = load_file(tmp_path / "model.safetensors")
-    if (changed := change(content.pop(tensor))) is not None:
-        content[tensor] = changed.contiguous()
-    save_file(content, tmp_path / "model.safetensors")
+    corrupt(tmp_path, tensor, change)
     with pytest.raises(ConfigurationError, match=message):
         load(tmp_path)
 
