@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -154,28 +153,16 @@ def test_a_table_gives_single_rows(name: str) -> None:
     torch.testing.assert_close(found.double(), kept(WeightFormat(name), weight)[indices], rtol=2**-8, atol=1e-6)
 
 
-@pytest.mark.parametrize(("rules", "most"), [("int8", 0.1), ("int4-g128", 0.6)])
+# A CPU's own error is 0.049, 0.071 and 0.076 in int8, and 0.340, 0.484 and 0.5181 in int4, for these numbers of tokens.
+@pytest.mark.parametrize(("rules", "most"), [("int8", 0.08), ("int4-g128", 0.53)])
 @pytest.mark.parametrize("num_tokens", [1, 40, 300])
 def test_a_model_of_real_shape_computes_what_a_cpu_does(
-    rules: str, most: float, num_tokens: int, tmp_path: Path
+    rules: str, most: float, num_tokens: int, real_shape: Path
 ) -> None:
     """Two layers as wide as Llama-3.1-8B's, beside the same model in 16 bits: both are as far off, and nearer to each other; but a
     single token, whose activations a GPU does not round, may be nearer to the truth."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 2048,
-        "max_position_embeddings": 1024,
-        "torch_dtype": "bfloat16",
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    found, on_cpu = (logits(tmp_path, num_tokens, device=device, quantization=rules) for device in ("cuda", "cpu"))
-    truth = logits(tmp_path, num_tokens, device="cuda", quantization="none")
+    found, on_cpu = (logits(real_shape, num_tokens, device=device, quantization=rules) for device in ("cuda", "cpu"))
+    truth = logits(real_shape, num_tokens, device="cuda", quantization="none")
     error, error_on_cpu = ((each - truth).norm() / truth.norm() for each in (found, on_cpu))
     assert 0.001 < error < most and error < 1.25 * error_on_cpu
     assert (found - on_cpu).norm() < (found - truth).norm() + (on_cpu - truth).norm()

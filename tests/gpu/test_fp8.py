@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import fields, replace
 from pathlib import Path
@@ -84,25 +83,12 @@ def test_a_row_that_is_not_finite_spoils_no_other(num_rows: int) -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 40, 300])
-def test_a_model_of_real_shape_computes_what_a_cpu_does(num_tokens: int, tmp_path: Path) -> None:
+def test_a_model_of_real_shape_computes_what_a_cpu_does(num_tokens: int, real_shape: Path) -> None:
     """Two layers as wide as Llama-3.1-8B's: what differs is the order of sums, and the few values that it tips over to the
     next step of eight bits. Beside the same model in 16 bits both are as far off; a single token, whose activations a GPU does not
     round, less."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 2048,
-        "max_position_embeddings": 1024,
-        "torch_dtype": "bfloat16",
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    found, on_cpu = (logits(tmp_path, num_tokens, device=device, quantization="fp8") for device in ("cuda", "cpu"))
-    truth = logits(tmp_path, num_tokens, device="cuda", quantization="none")
+    found, on_cpu = (logits(real_shape, num_tokens, device=device, quantization="fp8") for device in ("cuda", "cpu"))
+    truth = logits(real_shape, num_tokens, device="cuda", quantization="none")
     error, error_on_cpu = ((each - truth).norm() / truth.norm() for each in (found, on_cpu))
     if num_tokens == 1:
         assert 0.005 < error < error_on_cpu
