@@ -56,6 +56,28 @@ def stories260k(shared: Path) -> Path:
     return shared / "data" / "checkpoints" / "stories260k"
 
 
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """transformers draws progress bars and says which kernels it lacks."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    yield
+    transformers.logging.enable_progress_bar()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """So that sums are those of every machine, and threads do not wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def kafka() -> Iterator[str]:
     """The address of a real broker: the one that `HOLDFAST_TEST_KAFKA` names, or one of our own."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +92,7 @@ FALLBACK: dict[str, dict[str, Any]] = {
 }
 PROMPT = [(7 * n * n + 3) % VOCABULARY for n in range(50)]
 
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """transformers draws progress bars and says which kernels it lacks."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,15 +18,6 @@ from services.engine.state import DeviceState
 
 NUM_TOKENS, DECODED, BLOCK_SIZE = 300, 12, 64
 """The last of the tokens are computed one by one."""
-
-
-@pytest.fixture
-def quiet() -> Iterator[None]:
-    """transformers draws progress bars and says which kernels it lacks."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.enable_progress_bar()
 
 
 def save(shape: Path, folder: Path, device: str) -> None:

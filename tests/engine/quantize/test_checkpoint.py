@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,14 +23,7 @@ from tests.engine.calibrate.toys import saved
 SHOWN = ("--tokens", "192", "--window", "48", "--quality-tokens", "0")
 PROMPT = [(7 * n * n + 3) % 97 for n in range(30)]
 
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """transformers draws progress bars and says which kernels it lacks."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture(scope="module")

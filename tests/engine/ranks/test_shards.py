@@ -12,9 +12,11 @@ from holdfast.errors import ConfigurationError
 from services.engine.sequence import SamplingParams, Sequence, StopRules
 from tests.engine.ranks.pair import Pair, pair
 from tests.engine.test_model_runner import Engine
-from tests.engine.test_models import NATIVE, PROMPT, quiet, saved
+from tests.engine.test_models import NATIVE, PROMPT, saved
 
-__all__ = ["quiet", "saved"]  # fixtures
+__all__ = ["saved"]  # a fixture
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 SPLIT = {
     **{name: NATIVE[name] for name in NATIVE if "rope" not in name},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,17 +15,8 @@ from services.engine.training import __main__ as training
 Train = Callable[..., Path]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """More would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
-def toy(tmp_path: Path, stories260k: Path) -> Path:
+def toy(tmp_path: Path, stories260k: Path, one_thread: None) -> Path:
     """A folder with the config of a Llama of 2 layers, tied, and the tokenizer of stories260k."""
     folder = tmp_path / "toy"
     config = transformers.LlamaConfig(
