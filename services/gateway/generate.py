@@ -173,8 +173,11 @@ class Gateway:
             raise InvalidRequest("a cancellation names either a request_id or a cursor", field="request_id")
         if request_id:
             ids.check(request_id)
-        meant = request_id or self._cursors.decode(cursor).request_id
-        await self._canceller.cancel(meant, "a client asked for it")
+        await self._canceller.cancel(request_id or self.request_id(cursor), "a client asked for it")
+
+    def request_id(self, cursor: str) -> str:
+        """What the log calls the request that a cursor is of. Raises `InvalidRequest` for what is no cursor of this mesh."""
+        return self._cursors.decode(cursor).request_id
 
     def models(self) -> list[Model]:
         """The models that this mesh serves."""

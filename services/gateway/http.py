@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
+from typing import NamedTuple
 
 import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -64,6 +65,18 @@ from services.gateway.tasks import all_of
 log = structlog.get_logger(__name__)
 
 
+class Face(NamedTuple):
+    """One of the two routes that generate."""
+
+    path: str
+    prefix: str
+    """With which the ids of its requests begin."""
+
+
+CHATS = Face("/v1/chat/completions", "chatcmpl-")
+COMPLETIONS = Face("/v1/completions", "cmpl-")
+
+
 def application(gateway: Gateway, readiness: Readiness, metrics: Metrics, settings: GatewaySettings) -> Starlette:
     """All routes."""
     bodies = Bodies(max_bytes=settings.max_reading_bytes, seconds=settings.read_seconds)
@@ -94,8 +107,8 @@ def application(gateway: Gateway, readiness: Readiness, metrics: Metrics, settin
 
     return Starlette(
         routes=[
-            Route("/v1/chat/completions", chats, methods=["POST"]),
-            Route("/v1/completions", completions, methods=["POST"]),
+            Route(CHATS.path, chats, methods=["POST"]),
+            Route(COMPLETIONS.path, completions, methods=["POST"]),
             Route("/v1/resume", Resume(gateway, settings), methods=["GET"]),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
@@ -140,7 +153,7 @@ class Completions:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = headers_of(scope)
-        request_id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
+        request_id = f"{(CHATS if self._chat else COMPLETIONS).prefix}{uuid.uuid4().hex}"
         exchange = Exchange(scope, send, request_id, chat=self._chat)
         async with answering(exchange):
             exchange.clients_id = read_clients_id(headers)
@@ -184,6 +197,12 @@ class Completions:
         one that the mesh has."""
         if not asked.has_cursors:
             raise InvalidRequest("last-event-id goes on with a stream of one prompt", field="last-event-id")
+        here, other = (CHATS, COMPLETIONS) if self._chat else (COMPLETIONS, CHATS)
+        if self._gateway.request_id(cursor).startswith(other.prefix):
+            raise InvalidRequest(
+                f"last-event-id is of a stream of {other.path}, and cannot go on as one of {here.path}; send it there, or to /v1/resume",
+                field="last-event-id",
+            )
         call = Call("http", trace=trace_of(headers), spelled=True, moves=Moves.LATE)
         async with self._gateway.resume(cursor, call) as resumption:
             exchange.request_id = resumption.answer.request_id

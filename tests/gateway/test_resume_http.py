@@ -123,6 +123,29 @@ async def test_only_a_stream_of_one_prompt_goes_on(mesh: Two) -> None:
         assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
+@pytest.mark.parametrize(
+    ("began", "other"),
+    [((COMPLETIONS, {"prompt": "hi"}), (CHAT, {"messages": HI})), ((CHAT, {"messages": HI}), (COMPLETIONS, {"prompt": "hi"}))],
+    ids=["completion", "chat"],
+)  # fmt: skip
+async def test_a_stream_does_not_go_on_in_the_other_api(
+    mesh: Two, began: tuple[str, dict[str, Any]], other: tuple[str, dict[str, Any]]
+) -> None:
+    """It is refused, with where it would; and nothing has become of it."""
+    async with streaming(mesh, *began) as lines:
+        job = await mesh.engine.job()
+        await mesh.engine.say(job, "one ")
+        cursor = await until(lines, "one ")
+    last = {"last-event-id": cursor}
+    path, body = other
+    response = await mesh.second.http.post(path, json=body | {"stream": True}, headers=last)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "last-event-id")
+    assert f"a stream of {began[0]}, and cannot go on as one of {path}" in response.json()["error"]["message"]
+    await mesh.engine.say(job, [*ids("two"), EOS], finish=STOP)
+    response = await mesh.second.http.post(began[0], json=began[1] | {"stream": True}, headers=last)
+    assert (response.status_code, '"two"' in response.text) == (200, True)
+
+
 @pytest.mark.parametrize("how", ["header", "query"])
 async def test_any_stream_goes_on_in_the_contracts_words(mesh: Two, how: str) -> None:
     """Each event by its name, with its cursor; who comes back after the end is told that there is no more."""
