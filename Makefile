@@ -42,8 +42,9 @@ setup: $(INSTALLED) ## create .venv with everything in it, and fetch the default
 run: $(INSTALLED) ## start the whole mesh in one process and ask it something (ASK="...", MODEL=..., ARGS="--help" lists the settings)
 	@exec $(BIN)/python -m services --ask="$$ASK" $(NAMED_MODEL) $(ARGS)
 
-test: $(INSTALLED) ## run every test, and say which were skipped and why
-	$(BIN)/python -m pytest $(ARGS)
+# By two processes, each with one thread for PyTorch; in the order in which they stand, which has the longest files early.
+test: $(INSTALLED) ## run every test, and say which were skipped and why (ARGS="-n 0": one after the other, as a debugger needs it)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-kafka: $(INSTALLED) ## run only the tests that need a Kafka broker
 	$(BIN)/python -m pytest -m kafka $(ARGS)

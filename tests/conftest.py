@@ -8,9 +8,11 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
+from xdist.scheduler import LoadFileScheduling
 
 from deploy.kafka import broker
 from holdfast.bus import Bus
@@ -21,6 +23,18 @@ ROOT = Path(__file__).parents[1]
 
 OpenBus = Callable[[], AbstractAsyncContextManager[Bus]]
 """Opens one more connection to the same log, as one more process would."""
+
+
+class ByFile(LoadFileScheduling):
+    """Where several processes share the tests: a file is one's, with the models and the broker that it has made, and so is all that needs
+    the GPU."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "gpu" if nodeid.startswith("tests/gpu/") else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
 
 
 def missing(what: str) -> None:
