@@ -158,6 +158,12 @@ async def test_batch_requests_get_a_tenth_while_interactive_ones_wait(memory: Me
         await heard.finished(*interactive)
 
 
+def begun(running: Running, *request_ids: str) -> bool:
+    """Whether the scheduler has all of these."""
+    found = [running.engine.requests.running(each) for each in request_ids]
+    return all(each is not None and each.has_begun for each in found)
+
+
 async def test_of_a_single_slot_batch_requests_have_none(memory: MemoryBus) -> None:
     """However many of them wait, an interactive one comes next."""
     async with answers(memory) as heard, engine(memory, max_sequences=1) as running:
@@ -167,7 +173,7 @@ async def test_of_a_single_slot_batch_requests_have_none(memory: MemoryBus) -> N
             await publish(memory, request(request_id, [number + 1], max_tokens=3), batch=True)
         await until(lambda: running.num_open(interactive=False) == 1)
         await publish(memory, request("i", [9], max_tokens=3))
-        await until(lambda: (found := running.engine.requests.running("i")) is not None and found.has_begun)
+        await until(lambda: begun(running, "i"))
         running.runner.allow()
         await heard.finished("i", *batch)
         order = [each.request_id for record in heard.records for each in record.streams if each.HasField("finish")]
@@ -181,12 +187,12 @@ async def test_interactive_requests_take_the_slots_of_batch_ones(memory: MemoryB
         running.runner.hold()
         for number in range(3):
             await publish(memory, request(f"b{number}", [number], max_tokens=100, ignore_eos=True), batch=True)
-        await until(lambda: running.num_open(interactive=False) == 2)
+        await until(lambda: begun(running, "b0", "b1"))
         running.runner.allow(5)
         await heard.until(lambda: bool(heard["b0"].token_ids and heard["b1"].token_ids))
         await publish(memory, request("i", [9], max_tokens=3, ignore_eos=True))
         await until(lambda: running.num_open() == 1)
-        await until(lambda: (found := running.engine.requests.running("i")) is not None and found.has_begun)
+        await until(lambda: begun(running, "i"))
         running.runner.allow(5)
         await heard.finished("i")
         assert running.engine.steps.load.num_preemptions == 1
