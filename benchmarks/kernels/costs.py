@@ -59,7 +59,7 @@ class Cost:
 
 
 def rows_bytes(rows: int, width: int, form: str) -> int:
-    """Of activations in this form, with their scales; two parts of eight bits are as many as one of sixteen."""
+    """Of activations in this form, with their scales."""
     return rows * (width + 4) if form in ("fp8", "w8a8") else 2 * rows * width
 
 

@@ -27,7 +27,6 @@ from services.engine.layers.linear import Linear
 from services.engine.models.spec import ModelSpec, MoESpec
 from services.engine.ops import activation, attention, moe, norm, qkv, quantize, sampling
 from services.engine.ops.forms import Activations, Form, RowScaled, Unnormed, rounds
-from services.engine.ops.int4 import MOST_ROWS
 from services.engine.ops.rotary import angles
 from services.engine.quant import Format
 from services.engine.quant.fp8 import Fp8
@@ -91,15 +90,14 @@ class Shape:
         mixtures = 0 if spec.moe is None else len(spec.moe.layers)
         dense = spec.layers - mixtures
 
-        def norms(load: Load) -> int:
-            return 1 + mixtures if self.fuses(load) else 1 + 2 * spec.layers
+        def norms(form: str, load: Load) -> int:
+            return 1 + mixtures if self.fuses(form, load) else 1 + 2 * spec.layers
 
-        def gates(load: Load) -> int:
-            return 0 if self.fuses(load) else dense
+        def gates(form: str, load: Load) -> int:
+            return 0 if self.fuses(form, load) else dense
 
         def roundings(form: str, load: Load) -> int:
-            most = MOST_ROWS if form == "w4a16" else load.tokens
-            return 0 if self.fuses(load) or load.tokens > most else spec.layers
+            return 0 if self.fuses(form, load) else spec.layers
 
         def every(layers: int) -> Callable[[Load], int]:
             return lambda _: layers
@@ -108,7 +106,7 @@ class Shape:
             return int(load.is_decode)
 
         for form in self.formats:
-            yield Kernel("norm", form, norms, always(partial(self._norm, form)))
+            yield Kernel("norm", form, partial(norms, form), always(partial(self._norm, form)))
         for name, outputs, inputs in self.matrices():
             times = dense if name in ("gate_up", "down") else spec.layers
             for form in self.formats:
@@ -117,10 +115,10 @@ class Shape:
             yield Kernel("qkv prepare", format, every(spec.layers), always(partial(self._prepare, format)))
             yield Kernel("attention", format, every(spec.layers), always(partial(self._attention, format)))
         for form in self.formats:
-            if form in ("fp8", "w8a8") or (form == "w4a16" and self.device.type == "cuda"):
+            if form in ("fp8", "w8a8"):
                 yield Kernel("quantize", form, partial(roundings, form), always(partial(self._quantize, form)))
         for form in self.formats:
-            yield Kernel("gate", form, gates, always(partial(self._gate, form)))
+            yield Kernel("gate", form, partial(gates, form), always(partial(self._gate, form)))
         if (moe := spec.moe) is not None:
             router = partial(self._product, "router", moe.num_experts, spec.hidden, "bf16")
             yield Kernel("router", "", every(mixtures), router)
@@ -129,9 +127,9 @@ class Shape:
         yield Kernel("sample", "likeliest", once, always(partial(self._sample, 0.0)))
         yield Kernel("sample", "drawn", once, always(partial(self._sample, 1.0)))
 
-    def fuses(self, load: Load) -> bool:
-        """Whether the products of a layer norm and gate what they multiply: a single row on a GPU."""
-        return load.tokens == 1 and self.device.type == "cuda"
+    def fuses(self, form: str, load: Load) -> bool:
+        """Whether the products of a layer norm and gate what they multiply: a single row on a GPU, but with four bits."""
+        return load.tokens == 1 and self.device.type == "cuda" and form != "w4a16"
 
     def matrices(self) -> list[tuple[str, int, int]]:
         """Name, outputs, inputs of the products of a layer."""
@@ -157,7 +155,8 @@ class Shape:
         linears, adds = self.linears(outputs, inputs, form), name in ("o", "down")
 
         def timed(load: Load) -> Timed:
-            fuses, gates = self.fuses(load), self.fuses(load) and name == "gate_up"
+            fuses = self.fuses(form, load)
+            gates = fuses and name == "gate_up"
             x: Activations = (rows := self.noise(load.tokens, inputs))
             if fuses and name in ("qkv", "gate_up"):
                 x = Unnormed(rows, self.noise(inputs), self.spec.norm_eps)

@@ -237,9 +237,9 @@ def product_searches(
     matrices = Matrices(plain, [skinny.counters_of(weight) for weight in plain], form)
     for load in loads:
         most = {"w8a8": sys.maxsize, "w4a16": MOST_ROWS}.get(form, scaled.MOST_ROWS)
-        if load.tokens == 1 and form != "bf16" and gemv.is_supported(matrices.kept(0)):
+        if load.tokens == 1 and form in ROUNDED and gemv.is_supported(matrices.kept(0)):
             yield _row_search(shape, load, name, matrices)
-        elif 1 < load.tokens <= most:
+        elif (form == "w4a16" or load.tokens > 1) and load.tokens <= most:
             yield _rows_search(shape, load, name, matrices)
 
 
@@ -254,7 +254,7 @@ class Matrices:
     def kept(self, index: int) -> Tensor:
         """As it lies."""
         return (
-            self.four[index].weight_OB
+            self.four[index].weight_OW
             if self.four
             else self.eight[index].values_NI
             if self.eight
@@ -270,22 +270,18 @@ class Matrices:
 
 ROUNDED = {"fp8": RowScaled(torch.float8_e4m3fn), "w8a8": RowScaled(torch.int8)}
 """Forms of eight bits, on both sides."""
-TWO_PARTS = RowScaled(torch.int8, parts=2)
 
 
 def _four_bits(weight: Tensor) -> int4.Packed:
     matrix = nearest(weight, Scheme(4, tile=(1, 128)))
-    return int4.packed(matrix.values_OI, matrix.scales_TU, None, dtype=torch.bfloat16)
+    return int4.packed(matrix.values_OI, matrix.scales_TU, None, dtype=weight.dtype)
 
 
 def _row_search(shape: Shape, load: Load, name: str, matrices: Matrices) -> Search:
     """A single row, which keeps its 16 bits."""
     x, (outputs, columns) = shape.noise(1, matrices.plain[0].shape[1]), matrices.kept(0).shape
     start = gemv.tile_of(matrices.kept(0))._asdict()
-    if matrices.four:
-        calls = [partial(gemv.gemv, x, four) for four in matrices.four]
-    else:
-        calls = [partial(gemv.gemv, x, eight.values_NI, scales=eight.scales_N) for eight in matrices.eight]
+    calls = [partial(gemv.gemv, x, eight.values_NI, scales=eight.scales_N) for eight in matrices.eight]
     return Search(
         f"{name} {matrices.form}",
         load,
@@ -302,7 +298,7 @@ def _row_search(shape: Shape, load: Load, name: str, matrices: Matrices) -> Sear
 def _rows_search(shape: Shape, load: Load, name: str, matrices: Matrices) -> Search:
     (outputs, inputs), form = matrices.plain[0].shape, matrices.form
     x = shape.noise(load.tokens, inputs)
-    lines = skinny.padded(load.tokens * (2 if form == "w4a16" else 1))
+    lines = skinny.padded(load.tokens)
     axes: list[Mapping[str, Sequence[int]]] = [
         # Taller tiles read x less often and want more programs for each: one is of no use without the other.
         {"rows": (64, 128), "split": (1, 2, 4), "warps": (4, 8)},
@@ -310,13 +306,14 @@ def _rows_search(shape: Shape, load: Load, name: str, matrices: Matrices) -> Sea
         {"stages": (3, 4, 6)},
     ]
     if form == "w4a16":
-        x8, spans = by_torch(x, TWO_PARTS), inputs // 128
-        start = int4.tiling_of(outputs, spans, lines)._asdict()
+        start = int4.tiling_of(outputs, inputs // int4.SPAN, lines)._asdict()
         serving = label(start)
-        axes[1] = {"spans": (1, 2, 4), "block": tuple(min(lines, size) for size in (64, 128, 256))}
-        calls = partial(_skinny4, x8, matrices)
+        axes[0] = {"rows": (64, 128, 256), "split": (1, 2, 4), "warps": (4, 8)}
+        axes[1] = {"spans": (1, 2, 4), "block": tuple({min(lines, size) for size in (64, 128, 256)})}
+        axes[2] = {"stages": (2, 3, 4, 6)}
+        calls = partial(_skinny4, x, matrices)
         others = {"cuBLAS": [partial(_widened4, x, four) for four in matrices.four]}
-        expected = partial(_product, plain(x8, TWO_PARTS), matrices.exact())
+        expected = partial(_product, x, matrices.exact())
     elif form in ROUNDED:
         x8, cut = by_torch(x, ROUNDED[form]), scaled.tiling(outputs, inputs, lines)
         start = cut._asdict()
@@ -335,26 +332,26 @@ def _rows_search(shape: Shape, load: Load, name: str, matrices: Matrices) -> Sea
         expected = partial(_product, x, matrices.exact())
     return Search(
         f"{name} {form}", load, serving, start, axes, calls, expected,
-        fits=partial(_product_fits, outputs, inputs, lines, 2 if form == "bf16" else 1), others=others,
+        fits=partial(_product_fits, outputs, inputs, lines, {"bf16": 2, "w4a16": 2}.get(form, 1)), others=others,
     )  # fmt: skip
 
 
 def _product_fits(outputs: int, inputs: int, lines: int, width: int, each: Setting) -> bool:
     """Whether the matrix falls into these tiles, and they into a multiprocessor."""
     block = each.get("block", lines)
-    columns = each["spans"] * 128 if "spans" in each else each["columns"]
+    columns = each["spans"] * int4.SPAN if "spans" in each else each["columns"]
     falls = outputs % each["rows"] == 0 and inputs % (columns * each["split"]) == 0
-    # Sums of a group stand beside those of all groups, and shares are those of one block.
-    held = block * 2 if "spans" in each else block
     tile = {"rows": each["rows"], "columns": columns, "stages": each["stages"], "warps": each["warps"]}
-    return falls and (each["split"] == 1 or block >= lines) and _tile_fits(tile, beside=held, width=width)
+    # Shares are those of one block. A matrix in four bits takes a quarter of the room.
+    held = each["rows"] // 4 if "spans" in each else each["rows"]
+    return falls and (each["split"] == 1 or block >= lines) and _tile_fits(tile, held=held, beside=block, width=width)
 
 
-def _tile_fits(each: Setting, *, beside: int, width: int) -> bool:
+def _tile_fits(each: Setting, *, beside: int, width: int, held: int | None = None) -> bool:
     """Whether a tile of a matrix, and so many columns of what it is multiplied with, leave room in a multiprocessor."""
-    held: int = each["stages"] * each["columns"] * (each["rows"] + beside) * width
+    shared: int = each["stages"] * each["columns"] * ((held or each["rows"]) + beside) * width
     sums: int = each["rows"] * beside
-    return held <= SHARED_BYTES and sums <= MOST_SUMS * 32 * each["warps"]
+    return shared <= SHARED_BYTES and sums <= MOST_SUMS * 32 * each["warps"]
 
 
 def _skinny16(x: Tensor, matrices: Matrices, each: Setting) -> list[Callable[[], Tensor]]:
@@ -374,7 +371,7 @@ def _skinny8(x: Quantized, matrices: Matrices, each: Setting) -> list[Callable[[
     ]  # fmt: skip
 
 
-def _skinny4(x: Quantized, matrices: Matrices, each: Setting) -> list[Callable[[], Tensor]]:
+def _skinny4(x: Tensor, matrices: Matrices, each: Setting) -> list[Callable[[], Tensor]]:
     tiling = int4.Tiling(**each)
     return [partial(int4.matmul, x, four, dtype=torch.bfloat16, tiling=tiling) for four in matrices.four]
 

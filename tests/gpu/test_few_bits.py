@@ -25,7 +25,7 @@ from tests.gpu.test_fp8 import logits
 FORMS = {
     "rows": RowScaled(torch.int8),
     "static": RowScaled(torch.int8, by=torch.tensor([0.02])),
-    "parts": RowScaled(torch.int8, parts=2, group=64),
+    "parts": RowScaled(torch.int8, parts=2),
     "shared": RowScaled(torch.float8_e4m3fn, share=128),
 }
 FEW_BITS = [name for name in WeightFormat if FORMATS[name].scheme is not None and not FORMATS[name].scheme.is_float]  # type: ignore[union-attr]
@@ -37,11 +37,9 @@ def on_gpu(form: RowScaled) -> RowScaled:
 
 
 def assert_same(got: Quantized, expected: Quantized) -> None:
-    """Bit for bit, but for the order of a group's sum."""
+    """Bit for bit."""
     assert torch.equal(got.values_NI.view(torch.uint8), expected.values_NI.view(torch.uint8))
     assert torch.equal(got.scales_N, expected.scales_N)
-    if expected.sums_GN is not None:
-        torch.testing.assert_close(got.sums_GN, expected.sums_GN, rtol=1e-5, atol=1e-3)
 
 
 def plain(x: Quantized) -> Tensor:
@@ -69,7 +67,7 @@ def test_rows_are_rounded_as_specified(width: int, name: str) -> None:
 @pytest.mark.parametrize("shape", [(6144, 4096), (28672, 4096), (4096, 14336), (4096, 1024), (960, 576), (100, 192)])
 def test_products(shape: tuple[int, int], num_rows: int, name: WeightFormat) -> None:
     """Of every tile, with a bias and something to add; twice, as what is counted in must be empty. Sums are whole numbers, or nearly
-    as exact; of many rows the matrix is rounded to bfloat16 where activations are not to eight bits."""
+    as exact; a matrix in four bits is rounded to bfloat16, and one in eight of many rows that keep their 16 bits."""
     outputs, inputs = shape
     format = FORMATS[name]
     assert format.scheme is not None
@@ -88,7 +86,8 @@ def test_products(shape: tuple[int, int], num_rows: int, name: WeightFormat) -> 
         torch.testing.assert_close(got.double(), product + bias + add, atol=0.1, rtol=2e-2)
     got = format.apply(x, buffers, bias_O=None, add=None, dtype=torch.float32)
     error = (got.double() - product).norm() / product.norm()
-    assert error < (3e-3 if num_rows > 256 and not rounded else 2e-4)
+    widened = name.startswith(("int3", "int4")) or (num_rows > 256 and not rounded)
+    assert error < (3e-3 if widened else 2e-4)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 17, 64, 65, 256, 257, 1000])

@@ -28,8 +28,6 @@ class RowScaled:
     parts: int = 1
     """With two, what the first has rounded away of whole numbers, in steps `FINER` times as small: together they leave out less
     than 2^-15 of the largest value."""
-    group: int | None = None
-    """Sums of so many values each are wanted too."""
     share: int | None = None
     """So many values of a row have a scale, instead of all."""
     most_rows: int = sys.maxsize
@@ -47,9 +45,6 @@ class Quantized(NamedTuple):
     """Of rows in two parts first all that are coarse, then all that are fine: [2 * N, I]."""
     scales_N: Tensor
     """float32. Where groups of values have one each: [G, N]."""
-    sums_GN: Tensor | None = None
-    """float32, where they are wanted: of each group of a row, before it was rounded and in its scale, which is yet to be
-    multiplied with."""
 
 
 class Unnormed(NamedTuple):

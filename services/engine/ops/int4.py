@@ -1,6 +1,6 @@
 """Products of activations as they are with a matrix in four bits.
 
-A GPU multiplies two parts of eight bits of them (`kernels.int4`), or, where rows are many, the matrix in 16 bits. On a CPU it is torch's
+A GPU widens the matrix as it multiplies it (`kernels.int4`), or, where rows are many, once for all of them. On a CPU it is torch's
 own kernel. That lays the values of some neighbouring outputs out in bytes column by column, two outputs a byte. How many outputs, and
 which two, depends on the CPU, and is found by laying out a matrix and looking.
 
@@ -16,12 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.engine.ops.forms import Form, Quantized, RowScaled, Unnormed, rounds
 from services.engine.ops.linear import in_dtype, plus
-from services.engine.ops.quantize import quantize
 
 MOST_ROWS = 256
-"""Of x in two parts on a GPU. With more a matrix that is widened once for all of them is multiplied sooner (not measured yet)."""
+"""Of x on a GPU. With more a matrix that is widened once for all of them is multiplied sooner (not measured yet)."""
 
 Matrix = tuple[Any, ...]
 """What `packed` returned, the values first."""
@@ -50,25 +48,11 @@ def packed(values_OI: Tensor, scales_OG: Tensor, offsets_OG: Tensor | None, *, d
     return weight, terms_GO2.to(dtype).contiguous(), outputs
 
 
-def form_for(matrix: Matrix) -> Form:
-    """In what `linear` takes activations beside plain ones."""
-    if not matrix[0].is_cuda:
-        return None
-    from services.engine.ops.kernels import int4
-
-    gpu = int4.Packed(*matrix)
-    group = None if gpu.offsets_GO is None else gpu.group
-    return RowScaled(torch.int8, parts=2, group=group, most_rows=MOST_ROWS)
-
-
-def linear(
-    x: Tensor | Quantized, matrix: Matrix, *, bias_O: Tensor | None, add: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def linear(x: Tensor, matrix: Matrix, *, bias_O: Tensor | None, add: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x @ weight.T + bias + add, in `dtype`. Sums are taken in float32 and rounded once; on a CPU to the dtype of the scales, and then
     again with what is added. In bfloat16 a CPU's kernel is fast, in other dtypes slow."""
     if matrix[0].is_cuda:
         return _on_gpu(x, matrix, bias_O=bias_O, add=add, dtype=dtype)
-    assert isinstance(x, Tensor)
     weight, terms_GO2, outputs = matrix
     x = x.to(terms_GO2.dtype)
     group = x.shape[1] // terms_GO2.shape[0]
@@ -76,21 +60,6 @@ def linear(
     if outputs != out_NO.shape[1]:
         out_NO = out_NO[:, :outputs].contiguous()
     return plus(out_NO, bias_O, add).to(dtype)
-
-
-def row_linear(
-    x: Tensor | Unnormed,
-    matrix: Matrix,
-    *,
-    bias_O: Tensor | None,
-    add: Tensor | None,
-    dtype: torch.dtype,
-    gated: bool,
-) -> Tensor:
-    """As `scaled.row_linear`."""
-    from services.engine.ops.kernels import gemv, int4
-
-    return gemv.gemv(x, int4.Packed(*matrix), bias_O=bias_O, add=add, dtype=dtype, gated=gated)
 
 
 def rows(matrix: Matrix, indices: Tensor) -> Tensor:
@@ -114,17 +83,13 @@ def rows(matrix: Matrix, indices: Tensor) -> Tensor:
     return found_NI
 
 
-def _on_gpu(
-    x: Tensor | Quantized, matrix: Matrix, *, bias_O: Tensor | None, add: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def _on_gpu(x: Tensor, matrix: Matrix, *, bias_O: Tensor | None, add: Tensor | None, dtype: torch.dtype) -> Tensor:
     from services.engine.ops.kernels import int4, widen
 
-    gpu, form = int4.Packed(*matrix), form_for(matrix)
-    if isinstance(x, Tensor):
-        if not rounds(form, len(x)):
-            return in_dtype(x, widen.int4(gpu, dtype=x.dtype), bias_O=bias_O, add=add, dtype=dtype)
-        x = quantize(x, form)
-    return int4.matmul(x, gpu, bias_O=bias_O, add=add, dtype=dtype)
+    gpu = int4.Packed(*matrix)
+    if len(x) <= MOST_ROWS and x.dtype == gpu.terms_TO2.dtype and x.itemsize == 2:
+        return int4.matmul(x, gpu, bias_O=bias_O, add=add, dtype=dtype)
+    return in_dtype(x, widen.int4(gpu, dtype=x.dtype), bias_O=bias_O, add=add, dtype=dtype)
 
 
 class _Layout(NamedTuple):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from services.engine.ops.forms import FINER, Form, Quantized, RowScaled, rounds
-from services.engine.ops.int4 import MOST_ROWS
 from services.engine.ops.linear import in_dtype, plus
 from services.engine.ops.quantize import by_torch, quantize
 from services.engine.ops.scaled import scaled_linear, whole_products
 
-_FORM = RowScaled(torch.int8, parts=2, most_rows=MOST_ROWS)
+_FORM = RowScaled(torch.int8, parts=2, most_rows=256)
+"""With more rows on a GPU a matrix that is widened once for all of them is multiplied sooner (not measured yet)."""
 
 
 def form_for(values_OI: Tensor) -> Form:

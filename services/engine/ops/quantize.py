@@ -38,8 +38,7 @@ def by_torch(x_NI: Tensor, form: RowScaled) -> Quantized:
         scales_N = form.by + peaks_N.mul_(0)
         factors_N = scales_N.reciprocal()
     steps_NI = x_NI * factors_N[:, None]
-    sums_GN = None if form.group is None else steps_NI.view(len(x_NI), -1, form.group).sum(-1).t().contiguous()
-    return Quantized(_rounded(steps_NI, form), scales_N, sums_GN)
+    return Quantized(_rounded(steps_NI, form), scales_N)
 
 
 def plain(x: Quantized, form: RowScaled) -> Tensor:
@@ -57,7 +56,7 @@ def _by_groups(x_NI: Tensor, form: RowScaled, share: int) -> Quantized:
     """Each group as if it were a row."""
     num_rows, size = x_NI.shape
     groups = F.pad(x_NI, (0, -size % share)).view(-1, share)
-    values, scales, _ = by_torch(groups, RowScaled(form.dtype))
+    values, scales = by_torch(groups, RowScaled(form.dtype))
     values_NI = values.view(num_rows, -1)[:, :size].contiguous()
     return Quantized(values_NI, scales.view(num_rows, -1).t().contiguous())
 

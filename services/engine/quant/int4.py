@@ -4,18 +4,14 @@ they are (W4A16; Frantar et al. 2023, "GPTQ", section 4, for the groups).
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 
 from services.engine.ops import int4
-from services.engine.ops.forms import Form, Quantized, Unnormed
+from services.engine.ops.forms import Quantized
 from services.engine.quant import Buffers, Format
 from services.engine.quant.matrix import QuantizedMatrix, Scheme, nearest
 from services.engine.quant.rounding import Rounding
-
-X = TypeVar("X", Tensor | Quantized, Tensor | Unnormed)
 
 
 class Int4(Rounding):
@@ -52,10 +48,6 @@ class Int4(Rounding):
         offsets_TU = None if matrix.is_symmetric else matrix.offsets_TU
         return *int4.packed(matrix.values_OI, matrix.scales_TU, offsets_TU, dtype=dtype), matrix.order_I
 
-    def form(self, buffers: Buffers) -> Form:
-        *matrix, order_I = buffers
-        return int4.form_for(tuple(matrix)) if order_I is None else None
-
     def _products(
         self,
         x: Tensor | Quantized,
@@ -66,33 +58,15 @@ class Int4(Rounding):
         dtype: torch.dtype,
     ) -> Tensor:
         *matrix, order_I = buffers
-        return int4.linear(_sorted(x, order_I), tuple(matrix), bias_O=bias_O, add=add, dtype=dtype)
-
-    def _row(
-        self,
-        x: Tensor | Unnormed,
-        buffers: Buffers,
-        *,
-        bias_O: Tensor | None,
-        add: Tensor | None = None,
-        dtype: torch.dtype,
-        gated: bool = False,
-    ) -> Tensor:
-        *matrix, order_I = buffers
-        return int4.row_linear(_sorted(x, order_I), tuple(matrix), bias_O=bias_O, add=add, dtype=dtype, gated=gated)
+        assert isinstance(x, Tensor)
+        if order_I is not None:
+            x = x.index_select(1, order_I)
+        return int4.linear(x, tuple(matrix), bias_O=bias_O, add=add, dtype=dtype)
 
     def rows(self, buffers: Buffers, indices: Tensor, *, dtype: torch.dtype) -> Tensor:
         *matrix, order_I = buffers
         rows = int4.rows(tuple(matrix), indices).to(dtype)
         return rows if order_I is None else torch.empty_like(rows).index_copy_(-1, order_I, rows)
-
-
-def _sorted(x: X, order_I: Tensor | None) -> X | Tensor:
-    """Inputs in the order of the columns, which comes with plain activations alone."""
-    if order_I is None:
-        return x
-    assert isinstance(x, Tensor)
-    return x.index_select(1, order_I)
 
 
 def require_groups(format: Format, inputs: int) -> None:

@@ -57,7 +57,7 @@ def _silu_mul(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl
 
 @triton.jit
 def _silu_mul_quantized(
-    gate_up, out, scales, sums, largest, by, PARTS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr,
+    gate_up, out, scales, largest, by, PARTS: tl.constexpr, SHARE: tl.constexpr,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -65,7 +65,7 @@ def _silu_mul_quantized(
     wait(OVERLAP)
     gate, up = _halves(gate_up + row * 2 * SIZE, column, column < SIZE, SIZE)
     rounded = (gate * tl.sigmoid(gate) * up).to(gate_up.dtype.element_ty).to(tl.float32)
-    quantize.store_quantized(rounded, row, out, scales, sums, largest, by, PARTS, GROUP, SHARE, SIZE, WIDTH)
+    quantize.store_quantized(rounded, row, out, scales, largest, by, PARTS, SHARE, SIZE, WIDTH)
 
 
 @triton.jit

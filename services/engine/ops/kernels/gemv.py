@@ -1,6 +1,4 @@
-"""One row times a weight matrix: bound by reading the matrix, and by how many of its bytes are on their way at once.
-
-A matrix in four bits lies as `int4` says."""
+"""One row times a weight matrix: bound by reading the matrix, and by how many of its bytes are on their way at once."""
 
 from __future__ import annotations
 
@@ -12,8 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.ops.forms import Unnormed
-from services.engine.ops.kernels.bits import nibbles, widened
-from services.engine.ops.kernels.int4 import Packed, span_of
+from services.engine.ops.kernels.bits import widened
 from services.engine.ops.kernels.overlap import overlapped, wait
 from services.engine.ops.kernels.skinny import BLOCK
 
@@ -23,7 +20,6 @@ class Tile(NamedTuple):
 
     rows: int
     columns: int
-    """Bytes, of four bits."""
     warps: int
     stages: int
     side: int
@@ -32,15 +28,15 @@ class Tile(NamedTuple):
 
 
 NARROW, WIDE, EIGHT_BITS = Tile(4, 1024, 4, 4, side=1), Tile(8, 1024, 4, 4, side=8), Tile(8, 2048, 4, 3, side=16)
-"""For a matrix in 16 bits with few columns, with many, and for one in 8 bits (measured on an H200 with fp8), or two times 4."""
+"""For a matrix in 16 bits with few columns, with many, and for one in 8 bits (measured on an H200 with fp8)."""
 
 _MANY_COLUMNS = 4096
 
 
 def is_supported(weight: Tensor) -> bool:
-    """Whether the matrix, [O, I] or [O, B], falls into whole tiles; gate and up one over the other do as well then."""
+    """Whether the matrix, [O, I], falls into whole tiles; gate and up one over the other do as well then."""
     outputs, columns = weight.shape
-    return weight.itemsize <= 2 and outputs % 8 == 0 and columns % 256 == 0
+    return weight.itemsize <= 2 and weight.dtype is not torch.int16 and outputs % 8 == 0 and columns % 256 == 0
 
 
 def tile_of(weight: Tensor) -> Tile:
@@ -55,7 +51,7 @@ def tile_of(weight: Tensor) -> Tile:
 
 def gemv(
     x: Tensor | Unnormed,
-    matrix: Tensor | Packed,
+    weight: Tensor,
     *,
     scales: Tensor | None = None,
     bias_O: Tensor | None = None,
@@ -66,12 +62,7 @@ def gemv(
     """x @ weight.T * scales + bias + add, [1, O], in the dtype of x or another one; or, of that, silu of the first half times the
     second. `scales`: [O], or of blocks of the matrix, as `skinny.matmul` takes them. Where x is to be normed, the product is with what the norm gives before that is rounded."""
     x_1I, norm_I, eps = x if isinstance(x, Unnormed) else (x, x, 0.0)
-    weight, offsets, group, tall = matrix, None, 0, 1
-    if isinstance(matrix, Packed):
-        weight, scales, offsets, group = matrix.weight_OB, matrix.scales_GO, matrix.offsets_GO, matrix.group
-    elif scales is not None and scales.dim() == 2:
-        tall, group = BLOCK
-    assert isinstance(weight, Tensor)
+    tall, group = BLOCK if scales is not None and scales.dim() == 2 else (1, 0)
     outputs = weight.shape[0]
     lines = triton.cdiv(outputs, tall)
     rows, columns, warps, stages, side = tile_of(weight)
@@ -83,7 +74,6 @@ def gemv(
         weight,
         out,
         scales,
-        offsets,
         x_1I if bias_O is None else bias_O,
         x_1I if add is None else add,
         norm_I,
@@ -95,7 +85,6 @@ def gemv(
         COLUMNS=columns,
         TALL=tall,
         GROUP=group,
-        HALF=span_of(group) // 2 if isinstance(matrix, Packed) else 0,
         BIAS=bias_O is not None,
         ADD=add is not None,
         NORM=isinstance(x, Unnormed),
@@ -114,7 +103,6 @@ def _gemv(
     weight,
     out,
     scales,
-    offsets,
     bias,
     add,
     norm,
@@ -126,7 +114,6 @@ def _gemv(
     COLUMNS: tl.constexpr,
     TALL: tl.constexpr,
     GROUP: tl.constexpr,
-    HALF: tl.constexpr,
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
     NORM: tl.constexpr,
@@ -135,67 +122,42 @@ def _gemv(
     STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    PITCH: tl.constexpr = I // 2 if HALF else I
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    place = tl.arange(0, COLUMNS)
-    column = place // HALF * (2 * HALF) + place % HALF if HALF else place
-    at = weight + row.to(tl.int64)[:, None] * PITCH + place[None, :]
+    column = tl.arange(0, COLUMNS)
+    at = weight + row.to(tl.int64)[:, None] * I + column[None, :]
     first = tl.load(at)  # on its way while the kernel before ends
     if GATED:
-        first_up = tl.load(at + O * PITCH)
+        first_up = tl.load(at + O * I)
     if NORM:
         first_norm = tl.load(norm + column)
-        if HALF:
-            second_norm = tl.load(norm + HALF + column)
     wait(OVERLAP)
-    low = tl.load(x + column).to(tl.float32)
-    high = tl.load(x + HALF + column).to(tl.float32) if HALF else low
+    values = tl.load(x + column).to(tl.float32)
     if NORM:
         # The root of the mean square is known at the end, and divides a sum as well as what is added up.
-        squares = low * low
-        low *= first_norm.to(tl.float32)
-        if HALF:
-            squares += high * high
-            high *= second_norm.to(tl.float32)
-    total = _dots(
-        first, low, high, scales, offsets, row, 0,
-        LINES, ROWS, COLUMNS, TALL, GROUP, HALF, SIDE,
-    )  # fmt: skip
+        squares = values * values
+        values *= first_norm.to(tl.float32)
+    total = _dots(first, values, scales, row, 0, LINES, ROWS, COLUMNS, TALL, GROUP, SIDE)
     if GATED:
-        total_up = _dots(
-            first_up, low, high, scales, offsets, O + row, 0,
-            LINES, ROWS, COLUMNS, TALL, GROUP, HALF, SIDE,
-        )  # fmt: skip
-    for start in tl.range(COLUMNS, PITCH, COLUMNS, num_stages=STAGES):
+        total_up = _dots(first_up, values, scales, O + row, 0, LINES, ROWS, COLUMNS, TALL, GROUP, SIDE)
+    for start in tl.range(COLUMNS, I, COLUMNS, num_stages=STAGES):
         tile = tl.load(at + start)
         if GATED:
-            tile_up = tl.load(at + O * PITCH + start)
-        begin = start * 2 if HALF else start
-        low = tl.load(x + begin + column).to(tl.float32)
-        high = tl.load(x + begin + HALF + column).to(tl.float32) if HALF else low
+            tile_up = tl.load(at + O * I + start)
+        values = tl.load(x + start + column).to(tl.float32)
         if NORM:
-            squares += low * low
-            low *= tl.load(norm + begin + column).to(tl.float32)
-            if HALF:
-                squares += high * high
-                high *= tl.load(norm + begin + HALF + column).to(tl.float32)
-        total += _dots(
-            tile, low, high, scales, offsets, row, start,
-            LINES, ROWS, COLUMNS, TALL, GROUP, HALF, SIDE,
-        )  # fmt: skip
+            squares += values * values
+            values *= tl.load(norm + start + column).to(tl.float32)
+        total += _dots(tile, values, scales, row, start, LINES, ROWS, COLUMNS, TALL, GROUP, SIDE)
         if GATED:
-            total_up += _dots(
-                tile_up, low, high, scales, offsets, O + row, start,
-                LINES, ROWS, COLUMNS, TALL, GROUP, HALF, SIDE,
-            )  # fmt: skip
-    found = _found(total, scales, row, GROUP, HALF)
+            total_up += _dots(tile_up, values, scales, O + row, start, LINES, ROWS, COLUMNS, TALL, GROUP, SIDE)
+    found = _found(total, scales, row, GROUP)
     if NORM:
         scale = tl.rsqrt(tl.sum(squares, 0) / I + eps)
         found *= scale
     if BIAS:
         found += tl.load(bias + row).to(tl.float32)
     if GATED:
-        up = _found(total_up, scales, O + row, GROUP, HALF)
+        up = _found(total_up, scales, O + row, GROUP)
         if NORM:
             up *= scale
         if BIAS:
@@ -208,53 +170,23 @@ def _gemv(
 
 @triton.jit
 def _dots(
-    tile, low, high, scales, offsets, row, start,
-    LINES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TALL: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr,
-    SIDE: tl.constexpr,
+    tile, values, scales, row, start,
+    LINES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TALL: tl.constexpr, GROUP: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     """The products of a tile, each SIDE of them that lie side by side added up: [ROWS, COLUMNS / SIDE]. One thread has loaded
-    them at once, and keeps one sum instead of so many. In four bits those of both halves of a span, sixteen times as large."""
+    them at once, and keeps one sum instead of so many."""
     EACH: tl.constexpr = COLUMNS // SIDE
-    if HALF:
-        found = _sides(nibbles(tile, False), low, ROWS, EACH, SIDE)
-        others = _sides(nibbles(tile, True), high, ROWS, EACH, SIDE)
-    else:
-        found = _sides(tile, low, ROWS, EACH, SIDE)
+    found = tl.sum(tl.reshape(widened(tile, tl.float32) * values[None, :], (ROWS, EACH, SIDE)), 2)
     if GROUP:
-        place = start + tl.arange(0, EACH) * SIDE
-        group = place // HALF * (2 * HALF) // GROUP if HALF else place // GROUP
-        at = group[None, :] * LINES + (row // TALL)[:, None]
-        if GROUP == 2 * HALF:
-            found += others
-            low += high
-        found = _scaled(found, low, scales, offsets, at, EACH, SIDE)
-        if GROUP == HALF:
-            found += _scaled(others, high, scales, offsets, at + LINES, EACH, SIDE)
+        group = (start + tl.arange(0, EACH) * SIDE) // GROUP
+        found *= tl.load(scales + group[None, :] * LINES + (row // TALL)[:, None])
     return found
 
 
 @triton.jit
-def _sides(tile, values, ROWS: tl.constexpr, EACH: tl.constexpr, SIDE: tl.constexpr):
-    """Of the products those that lie side by side."""
-    return tl.sum(tl.reshape(widened(tile, tl.float32) * values[None, :], (ROWS, EACH, SIDE)), 2)
-
-
-@triton.jit
-def _scaled(found, values, scales, offsets, at, EACH: tl.constexpr, SIDE: tl.constexpr):
-    """Sums in the scales of their groups, with what offsets bring."""
-    found *= tl.load(scales + at).to(tl.float32)
-    if offsets is not None:
-        whole = tl.sum(tl.reshape(values, (EACH, SIDE)), 1)
-        found += 16.0 * tl.load(offsets + at).to(tl.float32) * whole[None, :]
-    return found
-
-
-@triton.jit
-def _found(total, scales, row, GROUP: tl.constexpr, HALF: tl.constexpr):
+def _found(total, scales, row, GROUP: tl.constexpr):
     """The sums of rows, in their scales."""
     found = tl.sum(total, 1)
-    if HALF:
-        found *= 0.0625
-    elif GROUP == 0 and scales is not None:
+    if GROUP == 0 and scales is not None:
         found *= tl.load(scales + row)
     return found

@@ -1,13 +1,14 @@
-"""Rows in two parts of eight bits times a matrix in four bits.
+"""Rows in 16 bits times a matrix in four bits.
 
-The kernel is that of `skinny`, but for what it does with a tile of the matrix: numbers of four bits are widened to eight in the
-registers of whoever multiplies them, and whole sums of a group of inputs are multiplied with the group's scale. A few rows are bound by
-reading the matrix, and two parts of each cost nothing there.
+The product is computed as `skinny` does; but a tile of the matrix is widened to 16 bits, and multiplied with its scales, in the registers of
+whoever multiplies it (as Frantar et al. 2024, "MARLIN", section 3.3). Tiles are tall: x is read again for each, and in four bits the
+matrix is less to read than x from 64 rows on.
 
-Bytes hold two inputs each that lie half a span apart: a group, of 64 inputs at least. What offsets bring is a sum of the inputs of a
-group, which whoever rounded them has taken.
+A word of 16 bits holds four inputs that lie a plane apart: of every 128 inputs, a span, the word j has the inputs j, 32 + j,
+64 + j and 96 + j, the first in its lowest bits. So a word stands where one number in 16 bits would, and gives four of them, each for
+a dot of its own, by a shift and a mask. A plane has one scale for each output.
 
-Shapes: O outputs, I inputs, B bytes of two inputs, G groups of inputs.
+Shapes: O outputs, I inputs, W words of four inputs, T pairs of terms.
 """
 
 from __future__ import annotations
@@ -21,29 +22,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.engine.ops.forms import Quantized
 from services.engine.ops.kernels import skinny
-from services.engine.ops.kernels.bits import nibbles
+from services.engine.ops.kernels.bits import plane
 from services.engine.ops.kernels.overlap import overlapped, wait
+
+SPAN, PLANE = 128, 32
+"""Inputs that words share out among their places, and those of one place."""
 
 
 class Packed(NamedTuple):
     """A matrix as the kernels want it."""
 
-    weight_OB: Tensor
-    """int8."""
-    scales_GO: Tensor
-    offsets_GO: Tensor | None
-    """None where all are zero."""
+    weight_OW: Tensor
+    """int16: numbers from 0 to 15, which are 8 too large."""
+    terms_TO2: Tensor
+    """In the dtype of activations: the scales of two groups; or the scale and the offset of one."""
+    symmetric: bool
+    """Whether there are no offsets. An odd number of groups has some, all zero."""
     counters: Tensor
     group: int
-    """So many inputs share a scale."""
+    """So many inputs share a scale: 32, 64 or 128."""
     inputs: int
     """Those that are there; spans are filled up with zeros."""
 
 
 class Tiling(NamedTuple):
-    """How a product is cut: as `scaled.Tiling`, with so many spans of columns."""
+    """How a product is cut: as `scaled.Tiling`, with so many spans of columns at a time, an even number of them where there is one."""
 
     block: int
     rows: int
@@ -53,30 +57,29 @@ class Tiling(NamedTuple):
     stages: int
 
 
-def span_of(group: int) -> int:
-    """How many inputs lie in a run of bytes, the first half of them in the low bits."""
-    return max(64, group)
-
-
 def packed(values_OI: Tensor, scales_OG: Tensor, offsets_OG: Tensor | None, *, dtype: torch.dtype) -> Packed:
     """Values from -8 to 7 that stand for value * scale + offset, a scale for each 32, 64 or 128 of them; scales and offsets are kept
     in `dtype`."""
     (outputs, inputs), group = values_OI.shape, values_OI.shape[1] // scales_OG.shape[1]
     assert group in (32, 64, 128) and inputs % group == 0
-    span = span_of(group)
-    missing = -inputs % span
-    low, high = F.pad(values_OI, (0, missing)).view(outputs, -1, 2, span // 2).unbind(2)
-    terms = [
-        None if each is None else F.pad(each, (0, missing // group)).t().to(dtype).contiguous()
-        for each in (scales_OG, offsets_OG)
-    ]
-    assert terms[0] is not None
-    weight_OB = ((low & 15) | (high << 4)).view(outputs, -1)
-    return Packed(weight_OB, terms[0], terms[1], skinny.counters_of(weight_OB), group, inputs)
+    planes = F.pad(values_OI.to(torch.int32) + 8, (0, -inputs % SPAN)).view(outputs, -1, SPAN // PLANE, PLANE)
+    weight = sum((planes[:, :, place] << 4 * place for place in range(1, SPAN // PLANE)), planes[:, :, 0])
+    assert isinstance(weight, Tensor)
+    num_groups = planes.shape[1] * SPAN // group
+    scales_OG, offsets_OG = (
+        None if each is None else F.pad(each, (0, num_groups - each.shape[1])) for each in (scales_OG, offsets_OG)
+    )
+    if symmetric := offsets_OG is None and num_groups % 2 == 0:
+        terms_OT2 = scales_OG.view(outputs, -1, 2)
+    else:
+        terms_OT2 = torch.stack((scales_OG, torch.zeros_like(scales_OG) if offsets_OG is None else offsets_OG), 2)
+    terms_TO2 = terms_OT2.transpose(0, 1).to(dtype).contiguous()
+    weight_OW = weight.to(torch.int16).view(outputs, -1)
+    return Packed(weight_OW, terms_TO2, symmetric, skinny.counters_of(weight_OW), group, inputs)
 
 
 def matmul(
-    x: Quantized,
+    x_NI: Tensor,
     matrix: Packed,
     *,
     bias_O: Tensor | None = None,
@@ -84,34 +87,32 @@ def matmul(
     dtype: torch.dtype,
     tiling: Tiling | None = None,
 ) -> Tensor:
-    """x @ weight.T + bias + add, [N, O]. x has two parts, and sums of groups where there are offsets."""
-    (lines, inputs), num_rows, outputs = x.values_NI.shape, x.scales_N.shape[0], matrix.scales_GO.shape[1]
-    assert lines == 2 * num_rows and inputs == matrix.inputs
-    cut = tiling or tiling_of(outputs, matrix.weight_OB.shape[1] * 2 // span_of(matrix.group), skinny.padded(lines))
-    num_blocks = triton.cdiv(lines, cut.block)
+    """x @ weight.T + bias + add, [N, O]. x and the matrix's terms are in the same 16 bits, to which weights are rounded."""
+    (num_rows, inputs), outputs = x_NI.shape, len(matrix.weight_OW)
+    assert inputs == matrix.inputs and x_NI.dtype == matrix.terms_TO2.dtype and x_NI.itemsize == 2
+    cut = tiling or tiling_of(outputs, matrix.weight_OW.shape[1] // PLANE, skinny.padded(num_rows))
+    num_blocks = triton.cdiv(num_rows, cut.block)
     assert cut.split == 1 or num_blocks == 1
-    device = x.scales_N.device
-    out = torch.empty((num_rows, outputs), dtype=dtype, device=device)
+    out = torch.empty((num_rows, outputs), dtype=dtype, device=x_NI.device)
     shares = torch.empty(
-        (cut.split, cut.block // 2, outputs) if cut.split > 1 else 0, dtype=torch.float32, device=device
+        (cut.split, cut.block, outputs) if cut.split > 1 else 0, dtype=torch.float32, device=x_NI.device
     )
     _matmul[(triton.cdiv(outputs, cut.rows) * num_blocks, cut.split)](
-        x.values_NI,
-        x.sums_GN,
-        matrix.weight_OB,
-        matrix.scales_GO,
-        matrix.offsets_GO,
+        x_NI,
+        matrix.weight_OW,
+        matrix.terms_TO2.view(torch.int32),
         out,
         out if bias_O is None else bias_O,
         out if add is None else add,
         shares,
         matrix.counters,
-        x.scales_N,
         num_rows,
         O=outputs,
         I=inputs,
         GROUP=matrix.group,
-        SPAN=span_of(matrix.group),
+        SYMMETRIC=matrix.symmetric,
+        SPAN=SPAN,
+        PLANE=PLANE,
         M=cut.block,
         ROWS=cut.rows,
         SPANS=cut.spans,
@@ -128,33 +129,32 @@ def matmul(
 
 @cache
 def tiling_of(outputs: int, spans: int, padded_rows: int) -> Tiling:
-    """For so many rows of x, with their parts, and a matrix of so many spans of columns (not measured yet; the rows, warps, stages and
-    programs are those that served a kernel of this kind best on an H200)."""
-    block = min(padded_rows, 128)
-    most_split = skinny.programs_for(outputs) if padded_rows <= 64 else 1
-    split = next(split for split in (4, 2, 1) if split <= most_split and spans % split == 0)
-    at_once = 2 if block <= 64 and spans % (2 * split) == 0 else 1
-    return Tiling(block, 64, at_once, split, warps=4, stages=4)
+    """For so many rows of x and a matrix of so many spans of columns (not measured yet)."""
+    block, rows = min(padded_rows, 128), 128
+    programs = triton.cdiv(outputs, rows)
+    most_split = 1 if padded_rows > block else 4 if programs <= 48 else 2 if programs <= 96 else 1
+    at_once = 1 if spans % 2 else 2
+    split = next(split for split in (4, 2, 1) if split <= most_split and spans % (at_once * split) == 0)
+    return Tiling(block, rows, at_once, split, warps=4 if block <= 32 else 8, stages=3)
 
 
 @triton.jit
 def _matmul(
     x,
-    sums,
     weight,
-    scales,
-    offsets,
+    pairs,
     out,
     bias,
     add,
     shares,
     counters,
-    scales_x,
     num_rows,
     O: tl.constexpr,
     I: tl.constexpr,
     GROUP: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
     SPAN: tl.constexpr,
+    PLANE: tl.constexpr,
     M: tl.constexpr,
     ROWS: tl.constexpr,
     SPANS: tl.constexpr,
@@ -164,15 +164,13 @@ def _matmul(
     ADD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    PARTS: tl.constexpr = 2
-    HALF: tl.constexpr = SPAN // 2
     ALL: tl.constexpr = (I + SPAN - 1) // SPAN
     SHARE: tl.constexpr = ALL // SPLIT
-    tile, block = skinny.placed(num_rows, O, M, ROWS, PARTS, MANY)
+    tile, block = skinny.placed(num_rows, O, M, ROWS, 1, MANY)
     output = skinny.outputs_of(tile, O, ROWS)
-    row, inside = skinny.rows_of(block, num_rows, M, PARTS, MANY)
-    place = tl.arange(0, HALF)
-    weights = weight + output.to(tl.int64)[:, None] * (ALL * HALF) + place[None, :]
+    row, inside = skinny.rows_of(block, num_rows, M, 1, MANY)
+    place = tl.arange(0, PLANE)
+    weights = weight + output.to(tl.int64)[:, None] * (ALL * PLANE) + place[None, :]
     values = x + row[None, :] * I + place[:, None]
     first = tl.program_id(1) * SHARE
     wait(OVERLAP)
@@ -180,40 +178,21 @@ def _matmul(
     for start in tl.range(0, SHARE, SPANS):
         for step in tl.static_range(SPANS):
             span = first + start + step
-            both = tl.load(weights + span * HALF)
-            low = _columns(values, place, inside, span * SPAN, I, SPAN)
-            high = _columns(values, place, inside, span * SPAN + HALF, I, SPAN)
-            found = tl.dot(nibbles(both, False), low, out_dtype=tl.int32)
-            if GROUP == SPAN:
-                found = tl.dot(nibbles(both, True), high, found, out_dtype=tl.int32)
-                total = _taken_in(total, found, span, scales, offsets, sums, output, row, num_rows, O, I, GROUP)
-            else:
-                total = _taken_in(total, found, 2 * span, scales, offsets, sums, output, row, num_rows, O, I, GROUP)
-                found = tl.dot(nibbles(both, True), high, out_dtype=tl.int32)
-                total = _taken_in(total, found, 2 * span + 1, scales, offsets, sums, output, row, num_rows, O, I, GROUP)
+            words = tl.load(weights + span * PLANE)
+            for at in tl.static_range(SPAN // PLANE):
+                group = span * (SPAN // GROUP) + at * PLANE // GROUP
+                if at * PLANE % (2 * GROUP if SYMMETRIC else GROUP) == 0:
+                    # Two scales are loaded at once: nothing narrower than a word is copied ahead of its use.
+                    pair = tl.load(pairs + (group // 2 if SYMMETRIC else group) * O + output)
+                    pair = tl.broadcast_to(pair[:, None], (ROWS, PLANE))
+                column = span * SPAN + at * PLANE
+                there = inside[None, :] if I % SPAN == 0 else inside[None, :] & (column + place < I)[:, None]
+                few = tl.load(values + column, mask=there, other=0.0)
+                wide = plane(
+                    words, pair, at, (step * SPAN + at * PLANE) // GROUP % 2 if SYMMETRIC else 0, SYMMETRIC, x.dtype.element_ty
+                )  # fmt: skip
+                total = tl.dot(wide, few, total)
     skinny.finish(
-        total, tile, block, out, bias, add, shares, counters, scales_x, None, num_rows,
-        O, M, ROWS, SPLIT, PARTS, MANY, BIAS, ADD,
+        total, tile, block, out, bias, add, shares, counters, None, None, num_rows,
+        O, M, ROWS, SPLIT, 1, MANY, BIAS, ADD,
     )  # fmt: skip
-
-
-@triton.jit
-def _columns(values, place, inside, start, I: tl.constexpr, SPAN: tl.constexpr):
-    """Of x, half a span from this column on."""
-    there = inside[None, :] if I % SPAN == 0 else inside[None, :] & (start + place < I)[:, None]
-    return tl.load(values + start, mask=there, other=0)
-
-
-@triton.jit
-def _taken_in(
-    total, found, group, scales, offsets, sums, output, row, num_rows, O: tl.constexpr, I: tl.constexpr, GROUP: tl.constexpr
-):  # fmt: skip
-    """With the sums of a group, of numbers that are sixteen times as large."""
-    scale = tl.load(scales + group * O + output).to(tl.float32) * 0.0625
-    total += found.to(tl.float32) * scale[:, None]
-    if offsets is not None:
-        # A row's sum counts with its first part.
-        counts = (row < num_rows) & (group < I // GROUP)
-        whole = tl.load(sums + group * num_rows + row, mask=counts, other=0.0)
-        total += tl.load(offsets + group * O + output).to(tl.float32)[:, None] * whole[None, :]
-    return total

@@ -23,7 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rms_norm_quantized(x_NI: Tensor, weight: Tensor, eps: float, form: RowScaled) -> Quantized:
     """As `ops.norm.rms_norm` in this form. The last dimension of x is dense."""
     out = quantize.empty(x_NI.shape[0], x_NI.shape[1], form, device=x_NI.device)
-    _launch(x_NI, weight, out.values_NI, eps, out.scales_N, out.sums_GN, form)
+    _launch(x_NI, weight, out.values_NI, eps, out.scales_N, form)
     return out
 
 
@@ -33,7 +33,6 @@ def _launch(
     out: Tensor,
     eps: float,
     scales: Tensor | None = None,
-    sums: Tensor | None = None,
     form: RowScaled | None = None,
 ) -> None:
     size = weight.shape[0]
@@ -45,8 +44,7 @@ def _launch(
         rows.stride(0),
         eps,
         scales,
-        sums,
-        *((None, None, 1, 0, 0) if form is None else quantize.rounding(form, width)),
+        *((None, None, 1, 0) if form is None else quantize.rounding(form, width)),
         SIZE=size,
         WIDTH=width,
         num_warps=_warps(width),
@@ -67,11 +65,9 @@ def _rms_norm(
     row_stride,
     eps,
     scales,
-    sums,
     largest,
     by,
     PARTS: tl.constexpr,
-    GROUP: tl.constexpr,
     SHARE: tl.constexpr,
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -88,4 +84,4 @@ def _rms_norm(
         tl.store(out + row * SIZE + column, values * scale * w.to(tl.float32), mask=inside)
     else:
         rounded = (values * scale * w.to(tl.float32)).to(x.dtype.element_ty).to(tl.float32)
-        quantize.store_quantized(rounded, row, out, scales, sums, largest, by, PARTS, GROUP, SHARE, SIZE, WIDTH)
+        quantize.store_quantized(rounded, row, out, scales, largest, by, PARTS, SHARE, SIZE, WIDTH)

@@ -19,16 +19,13 @@ def empty(num_rows: int, size: int, form: RowScaled, *, device: torch.device) ->
     """Room for rows in this form."""
     values = torch.empty((num_rows * form.parts, size), dtype=form.dtype, device=device)
     shape = (num_rows,) if form.share is None else (triton.cdiv(size, form.share), num_rows)
-    scales = torch.empty(shape, dtype=torch.float32, device=device)
-    if form.group is None:
-        return Quantized(values, scales)
-    return Quantized(values, scales, torch.empty((size // form.group, num_rows), dtype=torch.float32, device=device))
+    return Quantized(values, torch.empty(shape, dtype=torch.float32, device=device))
 
 
-def rounding(form: RowScaled, width: int) -> tuple[float, Tensor | None, int, int, int]:
+def rounding(form: RowScaled, width: int) -> tuple[float, Tensor | None, int, int]:
     """What a kernel that holds so many values must be told of the form, for `store_quantized`: the largest value, the scale for all, and,
-    as constants, parts, groups that are added up and groups that share a scale."""
-    return form.largest, form.by, form.parts, form.group or 0, min(form.share or 0, width)
+    as constants, parts and groups that share a scale."""
+    return form.largest, form.by, form.parts, min(form.share or 0, width)
 
 
 def warps_for(width: int) -> int:
@@ -55,7 +52,7 @@ def quantize(x_NI: Tensor, form: RowScaled) -> Quantized:
 
 @triton.jit
 def _quantize(
-    x, out, scales, sums, largest, by, PARTS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr,
+    x, out, scales, largest, by, PARTS: tl.constexpr, SHARE: tl.constexpr,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -63,7 +60,7 @@ def _quantize(
     wait(OVERLAP)
     if SIZE <= WIDTH:
         values = tl.load(x + row * SIZE + column, mask=column < SIZE, other=0.0).to(tl.float32)
-        store_quantized(values, row, out, scales, sums, largest, by, PARTS, GROUP, SHARE, SIZE, WIDTH)
+        store_quantized(values, row, out, scales, largest, by, PARTS, SHARE, SIZE, WIDTH)
     elif SHARE:
         for start in tl.range(0, SIZE, WIDTH):
             values = tl.load(x + row * SIZE + start + column, mask=start + column < SIZE, other=0.0).to(tl.float32)
@@ -76,20 +73,20 @@ def _quantize(
         factor = _store_scale(peaks, row, scales, largest, by)
         for start in tl.range(0, SIZE, WIDTH):
             values = tl.load(x + row * SIZE + start + column, mask=start + column < SIZE, other=0.0).to(tl.float32)
-            _store(_times(values, factor), row, start, out, sums, by, PARTS, GROUP, SIZE, WIDTH)
+            _store(_times(values, factor), row, start, out, by, PARTS, SIZE, WIDTH)
 
 
 @triton.jit
 def store_quantized(
-    values, row, out, scales, sums, largest, by,
-    PARTS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    values, row, out, scales, largest, by,
+    PARTS: tl.constexpr, SHARE: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Quantizes a whole row of float32 values, zeros behind its end, in the form that `rounding` tells of."""
     if SHARE:
         _store_groups(values, row, 0, out, scales, largest, SHARE, SIZE, WIDTH)
     else:
         factor = _store_scale(tl.abs(values), row, scales, largest, by)
-        _store(_times(values, factor), row, 0, out, sums, by, PARTS, GROUP, SIZE, WIDTH)
+        _store(_times(values, factor), row, 0, out, by, PARTS, SIZE, WIDTH)
 
 
 @triton.jit
@@ -103,7 +100,7 @@ def _store_groups(
     at = scales + group * tl.num_programs(0).to(tl.int64) + row
     tl.store(at, tl.div_rn(peak, largest), mask=group < (SIZE + SHARE - 1) // SHARE)
     steps = tl.reshape(_times(groups, tl.div_rn(largest, peak)[:, None]), (WIDTH,))
-    _store(steps, row, start, out, None, None, 1, 0, SIZE, WIDTH)
+    _store(steps, row, start, out, None, 1, SIZE, WIDTH)
 
 
 @triton.jit
@@ -121,17 +118,13 @@ def _store_scale(magnitudes, row, scales, largest, by):
 
 @triton.jit
 def _store(
-    steps, row, start, out, sums, by,
-    PARTS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    steps, row, start, out, by,
+    PARTS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Rounds and stores the steps of a row from the column `start` on."""
     column = start + tl.arange(0, WIDTH)
     inside = column < SIZE
     num_rows = tl.num_programs(0).to(tl.int64)
-    if GROUP:
-        group = start // GROUP + tl.arange(0, WIDTH // GROUP)
-        found = tl.sum(tl.reshape(steps, (WIDTH // GROUP, GROUP)), 1)
-        tl.store(sums + group * num_rows + row, found, mask=group < SIZE // GROUP)
     if out.dtype.element_ty == tl.int8:
         if by is not None:
             steps = tl.minimum(tl.maximum(steps, -128.0), 127.0)

@@ -40,8 +40,9 @@ def as_rounded(name: WeightFormat, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("num_rows", [1, 5])
 def test_products_are_those_of_the_kept_weights(name: WeightFormat, num_rows: int) -> None:
     """Plain, with a bias and something to add; and gated."""
-    weight, x = torch.randn(OUTPUTS, INPUTS) / 20, torch.randn(num_rows, INPUTS)
-    bias, add = torch.randn(OUTPUTS), torch.randn(num_rows, OUTPUTS)
+    dtype = torch.float16 if name.startswith("int4") else torch.float32  # in which its kernel multiplies
+    weight, x = (torch.randn(OUTPUTS, INPUTS) / 20).to(dtype), torch.randn(num_rows, INPUTS).to(dtype)
+    bias, add = torch.randn(OUTPUTS).to(dtype), torch.randn(num_rows, OUTPUTS).to(dtype)
     matrix = linear(name, weight, bias)
     expected = as_rounded(name, x) @ kept(FORMATS[name], weight).T + bias
     torch.testing.assert_close(matrix(x, add=add.clone()).double(), expected + add, rtol=1e-2, atol=1e-2)
@@ -51,7 +52,7 @@ def test_products_are_those_of_the_kept_weights(name: WeightFormat, num_rows: in
     torch.testing.assert_close(found.double(), F.silu(gate) * up, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if not name.startswith("int4")])
 def test_a_norm_hands_over_what_a_format_takes(name: WeightFormat) -> None:
     """And the product is that of plain rows, which the format rounds itself; of a single row nearly."""
     matrix, norm_weight = linear(name, torch.randn(OUTPUTS, INPUTS)), torch.randn(INPUTS)
