@@ -308,9 +308,12 @@ def _rows_search(shape: Shape, load: Load, name: str, matrices: Matrices) -> Sea
     if form == "w4a16":
         start = int4.tiling_of(outputs, inputs // int4.SPAN, lines)._asdict()
         serving = label(start)
-        axes[0] = {"rows": (64, 128, 256), "split": (1, 2, 4), "warps": (4, 8)}
-        axes[1] = {"spans": (1, 2, 4), "block": tuple({min(lines, size) for size in (64, 128, 256)})}
-        axes[2] = {"stages": (2, 3, 4, 6)}
+        blocks = sorted({min(lines, size) for size in (64, 128)})
+        axes = [
+            {"rows": (64, 128, 256), "block": blocks, "warps": (4, 8)},
+            {"spans": (1, 2), "stages": (2, 3, 4, 5)},
+            {"split": (1, 2, 4)},
+        ]
         calls = partial(_skinny4, x, matrices)
         others = {"cuBLAS": [partial(_widened4, x, four) for four in matrices.four]}
         expected = partial(_product, x, matrices.exact())

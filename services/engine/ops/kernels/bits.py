@@ -53,19 +53,19 @@ def widened(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def plane(words, pair, PLACE: tl.constexpr, HALF: tl.constexpr, SYMMETRIC: tl.constexpr, DTYPE: tl.constexpr):
+def plane(words, pair, PLACE: tl.constexpr, HALF: tl.constexpr, PAIRED: tl.constexpr, DTYPE: tl.constexpr):
     """Of words that hold four numbers from 0 to 15 the ones at this place, less 8, times their scales, and with their offsets where there are
-    any; in 16 bits, rounded once. A pair is a word of 32 bits: two scales, of which this half is taken, 0 the low one; or a scale and, in
-    the high half, its offset."""
+    any; in 16 bits, rounded once. A pair is a word of 32 bits: two scales, of which this half is taken, 0 the low one; or the scale and, in
+    the high half, the offset."""
     if _IS_COMPILED:
         if DTYPE == tl.float16:
-            text: tl.constexpr = _widening(PLACE, HALF, SYMMETRIC, True)
-            return tl.inline_asm_elementwise(text, "=r,r,r,r", [words, pair], dtype=tl.float16, is_pure=True, pack=2)
-        text: tl.constexpr = _widening(PLACE, HALF, SYMMETRIC, False)
+            halves: tl.constexpr = _widening(PLACE, HALF, PAIRED, True)
+            return tl.inline_asm_elementwise(halves, "=r,r,r,r", [words, pair], dtype=tl.float16, is_pure=True, pack=2)
+        text: tl.constexpr = _widening(PLACE, HALF, PAIRED, False)
         return tl.inline_asm_elementwise(text, "=r,r,r,r", [words, pair], dtype=tl.bfloat16, is_pure=True, pack=2)
     number = ((words.to(tl.int32) >> 4 * PLACE & 15) - 8).to(tl.float32)
     found = number * _low_half(pair >> 16 * HALF, DTYPE)
-    if not SYMMETRIC:
+    if not PAIRED:
         found += _low_half(pair >> 16, DTYPE)
     return found.to(DTYPE)
 
@@ -79,11 +79,11 @@ def _low_half(pair, DTYPE: tl.constexpr):
 
 
 @triton.constexpr_function
-def _widening(place: int, half: int, symmetric: bool, is_half: bool) -> str:
+def _widening(place: int, half: int, paired: bool, is_half: bool) -> str:
     """Two words at a time. The numbers become the last places of 128 in bfloat16 (0x4300), or of 1024 in float16 (0x6400), and are these plus
     8 too large."""
     kind, base, over = ("f16x2", "0x64006400", "0x64086408") if is_half else ("bf16x2", "0x43004300", "0x43084308")
-    scaled = "mul.rn.KIND $0, n, s;" if symmetric else "prmt.b32 o, $2, $3, 0x7632; fma.rn.KIND $0, n, s, o;"
+    scaled = "mul.rn.KIND $0, n, s;" if paired else "prmt.b32 o, $2, $3, 0x7632; fma.rn.KIND $0, n, s, o;"
     text = f"""{{ .reg .b32 n, s, o;
         shr.u32 n, $1, {4 * place};
         lop3.b32 n, n, 0x000f000f, {base}, 0xea;

@@ -36,9 +36,9 @@ class Packed(NamedTuple):
     weight_OW: Tensor
     """int16: numbers from 0 to 15, which are 8 too large."""
     terms_TO2: Tensor
-    """In the dtype of activations: the scales of two groups; or the scale and the offset of one."""
-    symmetric: bool
-    """Whether there are no offsets. An odd number of groups has some, all zero."""
+    """In the dtype of activations: the scales of two groups of a span; or the scale and the offset of one."""
+    paired: bool
+    """Whether they are scales of two groups. A group of a whole span has an offset, if only zero."""
     counters: Tensor
     group: int
     """So many inputs share a scale: 32, 64 or 128."""
@@ -47,7 +47,7 @@ class Packed(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """How a product is cut: as `scaled.Tiling`, with so many spans of columns at a time, an even number of them where there is one."""
+    """How a product is cut: as `scaled.Tiling`, with so many spans of columns at a time."""
 
     block: int
     rows: int
@@ -66,16 +66,14 @@ def packed(values_OI: Tensor, scales_OG: Tensor, offsets_OG: Tensor | None, *, d
     weight = sum((planes[:, :, place] << 4 * place for place in range(1, SPAN // PLANE)), planes[:, :, 0])
     assert isinstance(weight, Tensor)
     num_groups = planes.shape[1] * SPAN // group
-    scales_OG, offsets_OG = (
-        None if each is None else F.pad(each, (0, num_groups - each.shape[1])) for each in (scales_OG, offsets_OG)
-    )
-    if symmetric := offsets_OG is None and num_groups % 2 == 0:
-        terms_OT2 = scales_OG.view(outputs, -1, 2)
-    else:
-        terms_OT2 = torch.stack((scales_OG, torch.zeros_like(scales_OG) if offsets_OG is None else offsets_OG), 2)
+    paired = offsets_OG is None and group < SPAN
+    terms = scales_OG[..., None]
+    if not paired:
+        terms = torch.stack((scales_OG, torch.zeros_like(scales_OG) if offsets_OG is None else offsets_OG), 2)
+    terms_OT2 = F.pad(terms, (0, 0, 0, num_groups - scales_OG.shape[1])).reshape(outputs, -1, 2)
     terms_TO2 = terms_OT2.transpose(0, 1).to(dtype).contiguous()
     weight_OW = weight.to(torch.int16).view(outputs, -1)
-    return Packed(weight_OW, terms_TO2, symmetric, skinny.counters_of(weight_OW), group, inputs)
+    return Packed(weight_OW, terms_TO2, paired, skinny.counters_of(weight_OW), group, inputs)
 
 
 def matmul(
@@ -110,7 +108,7 @@ def matmul(
         O=outputs,
         I=inputs,
         GROUP=matrix.group,
-        SYMMETRIC=matrix.symmetric,
+        PAIRED=matrix.paired,
         SPAN=SPAN,
         PLANE=PLANE,
         M=cut.block,
@@ -129,13 +127,15 @@ def matmul(
 
 @cache
 def tiling_of(outputs: int, spans: int, padded_rows: int) -> Tiling:
-    """For so many rows of x and a matrix of so many spans of columns (not measured yet)."""
-    block, rows = min(padded_rows, 128), 128
-    programs = triton.cdiv(outputs, rows)
-    most_split = 1 if padded_rows > block else 4 if programs <= 48 else 2 if programs <= 96 else 1
-    at_once = 1 if spans % 2 else 2
+    """For so many rows of x and a matrix of so many spans of columns (measured on an H200 with the matrices of Llama-3.1-8B, up to 32
+    rows)."""
+    few = padded_rows <= 16
+    block, rows = min(padded_rows, 128), 64 if few else 128
+    tiles = triton.cdiv(outputs, rows)
+    most_split = 1 if padded_rows > block else 4 if tiles <= 64 else 2 if few or tiles <= 96 else 1
+    at_once = 2 if spans % 2 == 0 and block <= 32 else 1
     split = next(split for split in (4, 2, 1) if split <= most_split and spans % (at_once * split) == 0)
-    return Tiling(block, rows, at_once, split, warps=4 if block <= 32 else 8, stages=3)
+    return Tiling(block, rows, at_once, split, warps=4 if block <= 32 else 8, stages=3 if block <= 32 else 4)
 
 
 @triton.jit
@@ -152,7 +152,7 @@ def _matmul(
     O: tl.constexpr,
     I: tl.constexpr,
     GROUP: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
+    PAIRED: tl.constexpr,
     SPAN: tl.constexpr,
     PLANE: tl.constexpr,
     M: tl.constexpr,
@@ -166,6 +166,7 @@ def _matmul(
 ):
     ALL: tl.constexpr = (I + SPAN - 1) // SPAN
     SHARE: tl.constexpr = ALL // SPLIT
+    PAIRS: tl.constexpr = SPAN // (2 * GROUP if PAIRED else GROUP)
     tile, block = skinny.placed(num_rows, O, M, ROWS, 1, MANY)
     output = skinny.outputs_of(tile, O, ROWS)
     row, inside = skinny.rows_of(block, num_rows, M, 1, MANY)
@@ -180,18 +181,15 @@ def _matmul(
             span = first + start + step
             words = tl.load(weights + span * PLANE)
             for at in tl.static_range(SPAN // PLANE):
-                group = span * (SPAN // GROUP) + at * PLANE // GROUP
-                if at * PLANE % (2 * GROUP if SYMMETRIC else GROUP) == 0:
-                    # Two scales are loaded at once: nothing narrower than a word is copied ahead of its use.
-                    pair = tl.load(pairs + (group // 2 if SYMMETRIC else group) * O + output)
+                if at * PLANE % (2 * GROUP if PAIRED else GROUP) == 0:
+                    # The words of a span follow one another. Nothing narrower than a word is copied ahead of its use.
+                    pair = tl.load(pairs + (span * PAIRS + at * PLANE * PAIRS // SPAN) * O + output)
                     pair = tl.broadcast_to(pair[:, None], (ROWS, PLANE))
                 column = span * SPAN + at * PLANE
                 there = inside[None, :] if I % SPAN == 0 else inside[None, :] & (column + place < I)[:, None]
                 few = tl.load(values + column, mask=there, other=0.0)
-                wide = plane(
-                    words, pair, at, (step * SPAN + at * PLANE) // GROUP % 2 if SYMMETRIC else 0, SYMMETRIC, x.dtype.element_ty
-                )  # fmt: skip
-                total = tl.dot(wide, few, total)
+                half = at * PLANE // GROUP % 2 if PAIRED else 0
+                total = tl.dot(plane(words, pair, at, half, PAIRED, x.dtype.element_ty), few, total)
     skinny.finish(
         total, tile, block, out, bias, add, shares, counters, None, None, num_rows,
         O, M, ROWS, SPLIT, 1, MANY, BIAS, ADD,

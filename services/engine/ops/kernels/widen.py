@@ -26,7 +26,7 @@ def int4(matrix: Packed, indices_R: Tensor | None = None, *, dtype: torch.dtype)
     outputs = len(matrix.weight_OW)
     num_rows = outputs if indices_R is None else len(indices_R)
     out = torch.empty((num_rows, matrix.inputs), dtype=dtype, device=matrix.weight_OW.device)
-    _launch(matrix.weight_OW, matrix.terms_TO2, indices_R, out, outputs, group=matrix.group, symmetric=matrix.symmetric)
+    _launch(matrix.weight_OW, matrix.terms_TO2, indices_R, out, outputs, group=matrix.group, paired=matrix.paired)
     return out
 
 
@@ -38,20 +38,20 @@ def _launch(
     outputs: int,
     *,
     group: int = 0,
-    symmetric: bool = True,
+    paired: bool = True,
 ) -> None:
     num_rows, inputs = out.shape
     if num_rows:
         _widen[(num_rows, triton.cdiv(inputs, _COLUMNS))](
             weight, terms, indices_R, out,
-            O=outputs, I=inputs, GROUP=group, SYMMETRIC=symmetric, SPAN=SPAN, PLANE=PLANE, COLUMNS=_COLUMNS, num_warps=4, **overlapped(out),
+            O=outputs, I=inputs, GROUP=group, PAIRED=paired, SPAN=SPAN, PLANE=PLANE, COLUMNS=_COLUMNS, num_warps=4, **overlapped(out),
         )  # fmt: skip
 
 
 @triton.jit
 def _widen(
     weight, terms, indices, out,
-    O: tl.constexpr, I: tl.constexpr, GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, SPAN: tl.constexpr, PLANE: tl.constexpr,
+    O: tl.constexpr, I: tl.constexpr, GROUP: tl.constexpr, PAIRED: tl.constexpr, SPAN: tl.constexpr, PLANE: tl.constexpr,
     COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -64,9 +64,9 @@ def _widen(
         words = tl.load(weight + line * PITCH + column // SPAN * PLANE + column % PLANE, mask=inside, other=0)
         number = (words.to(tl.int32) >> column % SPAN // PLANE * 4 & 15) - 8
         group = column // GROUP
-        at = terms + ((group // 2 * O + line) * 2 + group % 2 if SYMMETRIC else (group * O + line) * 2)
+        at = terms + ((group // 2 * O + line) * 2 + group % 2 if PAIRED else (group * O + line) * 2)
         found = number.to(tl.float32) * tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        if not SYMMETRIC:
+        if not PAIRED:
             found += tl.load(at + 1, mask=inside, other=0.0).to(tl.float32)
     else:
         found = tl.load(weight + line * I + column, mask=inside, other=0).to(tl.float32) * tl.load(terms + line)
