@@ -17,6 +17,12 @@ from services.engine.ops.rotary import Angles
 _HEADS = 8
 """Heads a program."""
 
+_MANY = 1024
+"""From so many tokens on values in 8 bits go into the cache some tokens at a time: in a page, tokens lie side by side."""
+
+_TOKENS = 32
+"""Those that a program takes then."""
+
 
 def prepare(
     qkv_NHD: Tensor,
@@ -36,7 +42,9 @@ def prepare(
     q_weight, k_weight = norm_weights if norm_weights is not None else (qkv_NHD, qkv_NHD)
     kept = cache.layers[layer]
     kv, scales = kept.kv, kept.scales
-    _prepare[(num_tokens, triton.cdiv(num_all, _HEADS))](
+    apart = scales is not None and num_tokens >= _MANY
+    most = heads + kv_heads if apart else num_all
+    _prepare[(num_tokens, triton.cdiv(most, _HEADS))](
         qkv_NHD,
         q_NHD,
         kv,
@@ -53,6 +61,7 @@ def prepare(
         eps,
         H=heads,
         K=kv_heads,
+        MOST=most,
         D=head_dim,
         HALF=triton.next_power_of_2(head_dim // 2),
         T=cache.block_size,
@@ -62,6 +71,14 @@ def prepare(
         num_warps=2,
         **overlapped(q_NHD),
     )
+    if apart:
+        assert scales is not None
+        _keep_values[(triton.cdiv(num_tokens, _TOKENS), kv_heads)](
+            qkv_NHD, kv, scales, write_slots_N, num_tokens,
+            kv.stride(0), kv.stride(1), kv.stride(2), scales.stride(0),
+            H=heads, K=kv_heads, D=head_dim, WIDTH=triton.next_power_of_2(head_dim), T=cache.block_size,
+            PEAK=PEAKS[kept.format], TOKENS=_TOKENS, num_warps=4, **overlapped(q_NHD),
+        )  # fmt: skip
     return q_NHD
 
 
@@ -83,6 +100,7 @@ def _prepare(
     eps,
     H: tl.constexpr,
     K: tl.constexpr,
+    MOST: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
     T: tl.constexpr,
@@ -91,11 +109,11 @@ def _prepare(
     HEADS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Some heads of one token, in two halves: the two coordinates that are turned."""
+    """Some heads of one token, of the first MOST, in two halves: the two coordinates that are turned."""
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     place = tl.arange(0, HALF)[None, :]
-    inside = (place < D // 2) & (head < H + 2 * K)
+    inside = (place < D // 2) & (head < MOST)
     turned = head < H + K
     source = qkv + (token * (H + 2 * K) + head) * D + place
     # Where tokens stand is older than the kernel before this one.
@@ -122,6 +140,8 @@ def _prepare(
     target = q_out + (token * H + head) * D + place
     tl.store(target, low, mask=is_query)
     tl.store(target + D // 2, high, mask=is_query)
+    if (tl.program_id(1) + 1) * HEADS <= H:
+        return
     kept = inside & (head >= H)
     kv_head = tl.where(turned, head - H, head - H - K)
     if scales is None:
@@ -139,4 +159,28 @@ def _prepare(
         target += tl.where(turned, D // 2, D // 2 * T)
         tl.store(target, quantized(y, scale, is_finite, kv.dtype.element_ty), mask=kept)
         target = scales + (slot // T) * scale_stride + (tl.where(turned, 0, K) + kv_head) * T + slot % T
-        tl.store(target, tl.where(is_finite, scale, float("nan")), mask=(head >= H) & (head < H + 2 * K))
+        tl.store(target, tl.where(is_finite, scale, float("nan")), mask=(head >= H) & (head < MOST))
+
+
+@triton.jit
+def _keep_values(
+    qkv, kv, scales, write_slots, num_tokens, block_stride, v_stride, head_stride, scale_stride,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, T: tl.constexpr, PEAK: tl.constexpr,
+    TOKENS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """The values of one head of some tokens, in 8 bits."""
+    token, head = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.program_id(1)
+    place = tl.arange(0, WIDTH)
+    there = token < num_tokens
+    inside = there[:, None] & (place < D)[None, :]
+    slot = tl.load(write_slots + token, mask=there, other=0)
+    wait(OVERLAP)
+    source = qkv + (token.to(tl.int64) * (H + 2 * K) + H + K + head)[:, None] * D + place[None, :]
+    x = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    scale, is_finite = scale_of(x, x, PEAK)
+    values = quantized(x, scale, is_finite, kv.dtype.element_ty)
+    start = (slot // T) * block_stride + v_stride + head * head_stride + slot % T
+    # By dimension and then by token: so a warp writes tokens that lie side by side.
+    tl.store(kv + start[None, :] + place[:, None] * T, values.T, mask=inside.T)
+    target = scales + (slot // T) * scale_stride + (K + head) * T + slot % T
+    tl.store(target[:, None], tl.where(is_finite, scale, float("nan")), mask=there[:, None])

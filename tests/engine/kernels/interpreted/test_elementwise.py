@@ -77,9 +77,13 @@ def test_queries_keys_and_values_come_to_their_places(
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("many", [1, 1024], ids=["values-apart", "together"])
 @pytest.mark.parametrize("format", [KVFormat.FP8_E4M3, KVFormat.INT8])
-def test_keys_and_values_become_the_8_bits_of_the_specification(format: KVFormat) -> None:
+def test_keys_and_values_become_the_8_bits_of_the_specification(
+    format: KVFormat, many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bit for bit: of tokens of any size, zeros, halves that round to even, and what is no number."""
+    monkeypatch.setattr(qkv, "_MANY", many)
     batch = batch_of(Chunk([0] * 40, 3, [5, 2, 0]), block_size=16)
     still = Angles(torch.ones(40, 1, 16), torch.zeros(40, 1, 16))
     projected = torch.randn(40, 2 + 2 * 2, 16) * torch.logspace(-38, 30, 40)[:, None, None]
