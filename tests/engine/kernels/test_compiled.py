@@ -269,22 +269,22 @@ def four_bits(outputs: int, inputs: int, group: int, *, symmetric: bool) -> int4
     return int4.packed(values, scales, None if symmetric else scales, dtype=torch.bfloat16)
 
 
+FOUR_BITS = ((128, True, 1), (128, True, 32), (128, True, 64), (32, False, 128), (64, True, 16), (32, False, 256))
+"""The inputs of a group, whether they are symmetric, and rows."""
+
+
 @pytest.mark.timeout(300)
 def test_four_bits_are_widened_in_the_registers_of_the_matrix_units() -> None:
-    """Two at a time, of words and scales that were copied ahead, and never by way of shared memory; without a spill."""
+    """Two at a time, of words and scales that were copied ahead, and never by way of shared memory; without a spill. Scales are the low halves of
+    pairs, or every other time the high ones, where those are no offsets."""
     with offline() as kernels:
-        for group, symmetric, num_rows in (
-            (128, 1, 1),
-            (128, 1, 32),
-            (128, 1, 64),
-            (128, 0, 256),
-            (64, 1, 16),
-            (32, 0, 16),
-        ):
+        for group, symmetric, num_rows in FOUR_BITS:
             x = torch.zeros(num_rows, 4096, dtype=torch.bfloat16)
-            int4.matmul(x, four_bits(6144, 4096, group, symmetric=bool(symmetric)), dtype=torch.bfloat16)
-    for kernel in kernels:
+            int4.matmul(x, four_bits(6144, 4096, group, symmetric=symmetric), dtype=torch.bfloat16)
+    for (group, symmetric, _), kernel in zip(FOUR_BITS, kernels, strict=True):
         each = described(kernel)
+        low, high = (len(re.findall(rf"prmt\.b32 s, \S+ \S+ {half};", each.ptx)) for half in ("0x5410", "0x7632"))
+        assert low and high == (low if symmetric and group < 128 else 0)
         assert re.search(r"wgmma\.mma_async\S+\.m64n(\d+)k16\.f32\.bf16\.bf16", each.ptx)
         loop = each.ptx[each.ptx.index("wgmma.fence") : each.ptx.rindex("wgmma.mma_async")]
         assert "st.shared" not in loop and "ld.global" not in loop and "cvt.rn.bf16" not in loop

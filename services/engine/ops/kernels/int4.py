@@ -29,6 +29,9 @@ from services.engine.ops.kernels.overlap import overlapped, wait
 SPAN, PLANE = 128, 32
 """Inputs that words share out among their places, and those of one place."""
 
+_MANY_OUTPUTS = 16384
+"""With so many a block of 64 rows leaves enough programs, and more of them in a multiprocessor."""
+
 
 class Packed(NamedTuple):
     """A matrix as the kernels want it."""
@@ -127,15 +130,20 @@ def matmul(
 
 @cache
 def tiling_of(outputs: int, spans: int, padded_rows: int) -> Tiling:
-    """For so many rows of x and a matrix of so many spans of columns (measured on an H200 with the matrices of Llama-3.1-8B, up to 32
-    rows)."""
-    few = padded_rows <= 16
-    block, rows = min(padded_rows, 128), 64 if few else 128
+    """For so many rows of x and a matrix of so many spans of columns (measured on an H200 with the matrices of Llama-3.1-8B, in groups of
+    128). Programs share a tile where there are few."""
+    rows = 128 if padded_rows == 32 else 64
+    block = 64 if padded_rows > 128 or (padded_rows == 128 and outputs >= _MANY_OUTPUTS) else padded_rows
     tiles = triton.cdiv(outputs, rows)
-    most_split = 1 if padded_rows > block else 4 if tiles <= 64 else 2 if few or tiles <= 96 else 1
-    at_once = 2 if spans % 2 == 0 and block <= 32 else 1
+    if block < padded_rows:
+        most_split = 1
+    elif padded_rows > 32:
+        most_split = 2 if tiles <= 64 else 1
+    else:
+        most_split = 4 if tiles <= 64 else 2 if padded_rows == 16 else 1
+    at_once = 1 if spans % 2 else 2
     split = next(split for split in (4, 2, 1) if split <= most_split and spans % (at_once * split) == 0)
-    return Tiling(block, rows, at_once, split, warps=4 if block <= 32 else 8, stages=3 if block <= 32 else 4)
+    return Tiling(block, rows, at_once, split, warps=4, stages=3)
 
 
 @triton.jit
@@ -188,8 +196,9 @@ def _matmul(
                 column = span * SPAN + at * PLANE
                 there = inside[None, :] if I % SPAN == 0 else inside[None, :] & (column + place < I)[:, None]
                 few = tl.load(values + column, mask=there, other=0.0)
-                half = at * PLANE // GROUP % 2 if PAIRED else 0
-                total = tl.dot(plane(words, pair, at, half, PAIRED, x.dtype.element_ty), few, total)
+                # In the call: what is given a name is no constant any more.
+                wide = plane(words, pair, at, at * PLANE // GROUP % 2 if PAIRED else 0, PAIRED, x.dtype.element_ty)
+                total = tl.dot(wide, few, total)
     skinny.finish(
         total, tile, block, out, bias, add, shares, counters, None, None, num_rows,
         O, M, ROWS, SPLIT, 1, MANY, BIAS, ADD,
