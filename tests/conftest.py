@@ -33,8 +33,9 @@ class ByFile(LoadFileScheduling):
         return "gpu" if nodeid.startswith("tests/gpu/") else super()._split_scope(nodeid)
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
-    return ByFile(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile | None:
+    """For `--dist loadfile` alone: a large GPU's tests may well be shared out, by another way."""
+    return ByFile(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def missing(what: str) -> None:
