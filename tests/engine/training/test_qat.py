@@ -50,7 +50,7 @@ def test_activations_of_eight_bits_are_rounded_row_by_row() -> None:
     layer.add_module("up_proj", nn.Linear(64, 8, bias=False))
     prepare(layer, Rules("*=int8"))
     x = torch.randn(2, 5, 64, requires_grad=True)
-    values, scales, _ = by_torch(x.detach().view(-1, 64), RowScaled(torch.int8))
+    values, scales = by_torch(x.detach().view(-1, 64), RowScaled(torch.int8))
     weight = layer.get_submodule("up_proj").weight
     expected = (values.float() * scales[:, None]).view(2, 5, 64) @ weight.T
     out = layer(x)
