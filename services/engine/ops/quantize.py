@@ -30,15 +30,15 @@ def by_torch(x_NI: Tensor, form: RowScaled) -> Quantized:
     """`quantize` on any device and in any thread, where a kernel of ours wants the thread's device to be that of x."""
     if form.share is not None:
         return _by_groups(x_NI, form, form.share)
-    peaks_N = x_NI.abs().amax(-1).float().clamp_(min=SMALLEST)
+    x_NI = x_NI.float()  # once: every operation on numbers of two kinds does it again
+    peaks_N1 = x_NI.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST)
     if form.by is None:
         largest = _as_tensor(form.largest, x_NI.device)
-        scales_N, factors_N = peaks_N / largest, largest / peaks_N
+        scales_N1, factors_N1 = peaks_N1 / largest, largest / peaks_N1
     else:
-        scales_N = form.by + peaks_N.mul_(0)
-        factors_N = scales_N.reciprocal()
-    steps_NI = x_NI * factors_N[:, None]
-    return Quantized(_rounded(steps_NI, form), scales_N)
+        scales_N1 = form.by + peaks_N1.mul_(0)
+        factors_N1 = scales_N1.reciprocal()
+    return Quantized(_rounded(x_NI * factors_N1, form), scales_N1.squeeze(1))
 
 
 def plain(x: Quantized, form: RowScaled) -> Tensor:
