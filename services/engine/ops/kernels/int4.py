@@ -1,8 +1,7 @@
 """Rows in 16 bits times a matrix in four bits.
 
 The product is computed as `skinny` does; but a tile of the matrix is widened to 16 bits, and multiplied with its scales, in the registers of
-whoever multiplies it (as Frantar et al. 2024, "MARLIN", section 3.3). Tiles are tall: x is read again for each, and in four bits the
-matrix is less to read than x from 64 rows on.
+whoever multiplies it (as Frantar et al. 2024, "MARLIN", section 3.3).
 
 A word of 16 bits holds four inputs that lie a plane apart: of every 128 inputs, a span, the word j has the inputs j, 32 + j,
 64 + j and 96 + j, the first in its lowest bits. So a word stands where one number in 16 bits would, and gives four of them, each for
@@ -65,9 +64,11 @@ def packed(values_OI: Tensor, scales_OG: Tensor, offsets_OG: Tensor | None, *, d
     in `dtype`."""
     (outputs, inputs), group = values_OI.shape, values_OI.shape[1] // scales_OG.shape[1]
     assert group in (32, 64, 128) and inputs % group == 0
-    planes = F.pad(values_OI.to(torch.int32) + 8, (0, -inputs % SPAN)).view(outputs, -1, SPAN // PLANE, PLANE)
-    weight = sum((planes[:, :, place] << 4 * place for place in range(1, SPAN // PLANE)), planes[:, :, 0])
-    assert isinstance(weight, Tensor)
+    planes = F.pad(values_OI.to(torch.int16) + 8, (0, -inputs % SPAN)).view(outputs, -1, SPAN // PLANE, PLANE)
+    weight_OW = planes[:, :, 0].clone()
+    for place in range(1, SPAN // PLANE):
+        weight_OW |= planes[:, :, place] << 4 * place
+    weight_OW = weight_OW.view(outputs, -1)
     num_groups = planes.shape[1] * SPAN // group
     paired = offsets_OG is None and group < SPAN
     terms = scales_OG[..., None]
@@ -75,7 +76,6 @@ def packed(values_OI: Tensor, scales_OG: Tensor, offsets_OG: Tensor | None, *, d
         terms = torch.stack((scales_OG, torch.zeros_like(scales_OG) if offsets_OG is None else offsets_OG), 2)
     terms_OT2 = F.pad(terms, (0, 0, 0, num_groups - scales_OG.shape[1])).reshape(outputs, -1, 2)
     terms_TO2 = terms_OT2.transpose(0, 1).to(dtype).contiguous()
-    weight_OW = weight.to(torch.int16).view(outputs, -1)
     return Packed(weight_OW, terms_TO2, paired, skinny.counters_of(weight_OW), group, inputs)
 
 
