@@ -150,7 +150,6 @@ class Group:
 
     def _seen(self) -> Tensor | None:
         device = self._rows.device
-        keys_C = torch.arange(self.num_keys, device=device)
         if self.num_queries > 1:
             last = torch.arange(self._begin, self._begin + self.num_queries, device=device)[:, None]
         elif self._ends_S is not None:
@@ -159,6 +158,7 @@ class Group:
             last = torch.full((1, 1, 1, 1), self.num_keys - 1, device=device)
         else:
             return None
+        keys_C = torch.arange(self.num_keys, device=device)
         seen = keys_C <= last
         return seen & (keys_C > last - self._window) if self._window is not None else seen
 
