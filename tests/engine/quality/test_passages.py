@@ -31,6 +31,8 @@ def test_a_text_may_be_packed(tmp_path: Path) -> None:
         (b"words \0", "is no text: it holds characters NUL"),
         (gzip.compress(TEXT.encode())[:-20], "cannot be read"),
     ],
+    # By names: packed bytes hold the time at which they were packed, and several processes must know a test by the same name.
+    ids=["empty", "spaces", "packed-empty", "no-utf-8", "nul", "cut-short"],
 )
 def test_what_is_no_text_is_refused(content: bytes, says: str, tmp_path: Path) -> None:
     """By the file's name."""
