@@ -335,7 +335,7 @@ def _rows_search(shape: Shape, load: Load, name: str, matrices: Matrices) -> Sea
         expected = partial(_product, x, matrices.exact())
     return Search(
         f"{name} {form}", load, serving, start, axes, calls, expected,
-        fits=partial(_product_fits, outputs, inputs, lines, {"bf16": 2, "w4a16": 2}.get(form, 1)), others=others,
+        fits=partial(_product_fits, outputs, inputs, lines, 1 if form in ROUNDED else 2), others=others,
     )  # fmt: skip
 
 

@@ -69,12 +69,10 @@ def blocks(scales_TU: Tensor, tile: tuple[int, int], shape: Sequence[int]) -> Te
 
 
 def takes_row(x: Activations, weight: Tensor) -> TypeGuard[Tensor | Unnormed]:
-    """Whether `row_linear` multiplies these activations: a single row on a GPU that is not in eight bits. The matrix may hold two inputs
-    in a byte, but not fewer than it has room for."""
+    """Whether `row_linear` multiplies these activations: a single row on a GPU that is not in eight bits."""
     if isinstance(x, Quantized) or not weight.is_cuda:
         return False
-    num_rows, inputs = (x.x_1I if isinstance(x, Unnormed) else x).shape
-    if num_rows > 1 or inputs % weight.shape[1]:
+    if len(x.x_1I if isinstance(x, Unnormed) else x) > 1:
         return False
     from services.engine.ops.kernels import gemv
 

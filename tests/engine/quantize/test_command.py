@@ -25,15 +25,6 @@ RULES = "*.down_proj=int8-weight,int4-g32"
 SHOWN = ("--tokens", "192", "--window", "48", "--quality-tokens", "0")
 
 
-@pytest.fixture
-def text(shared: Path, tmp_path: Path) -> Path:
-    """Enough of one for a toy."""
-    path = tmp_path / "text.txt"
-    published = (shared / "data" / "checkpoints" / "stories260k" / "expected_greedy_200.txt").read_text()
-    path.write_text(published * 4)
-    return path
-
-
 def run(*arguments: object) -> None:
     command.main([str(each) for each in arguments])
 

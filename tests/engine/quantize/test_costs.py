@@ -30,14 +30,6 @@ INT8, INT8_WEIGHT, INT4, INT4_G64 = (
 
 
 @pytest.fixture
-def text(shared: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    published = (shared / "data" / "checkpoints" / "stories260k" / "expected_greedy_200.txt").read_text()
-    path.write_text(published * 4)
-    return path
-
-
-@pytest.fixture
 def windows(text: Path, stories260k: Path) -> list[Passage]:
     return windows_of(text.read_text(), tokenizer_of(stories260k), length=WINDOW, most_tokens=4 * WINDOW)
 

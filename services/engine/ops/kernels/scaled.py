@@ -79,6 +79,9 @@ def tiling(outputs: int, inputs: int, padded_rows: int) -> Tiling:
     if padded_rows > MOST_ROWS:
         return WIDE
     many = padded_rows > 128
+    if padded_rows > _MOST_ROWS_OF_MANY and outputs >= _MANY_OUTPUTS and inputs % 128 == 0:
+        # Whole numbers alone: in fp8 torch's own kernel serves there.
+        return Tiling(padded_rows, 128 if many else 64, 128, 1, warps=8, stages=4)
     most_split = min(skinny.programs_for(outputs), 4 if padded_rows <= 64 else 2)
     columns, split = next(
         (
@@ -92,9 +95,6 @@ def tiling(outputs: int, inputs: int, padded_rows: int) -> Tiling:
         (64, 1),
     )
     stages = 6 if split > 1 and padded_rows <= 32 else 4
-    if padded_rows > _MOST_ROWS_OF_MANY and outputs >= _MANY_OUTPUTS and inputs % 128 == 0:
-        # In fp8 torch's own kernel serves there.
-        return Tiling(padded_rows, 128 if many else 64, 128, 1, warps=8, stages=4)
     return Tiling(padded_rows, 64, columns, split, warps=8 if many else 4, stages=stages)
 
 

@@ -8,10 +8,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from holdfast.errors import ConfigurationError
 from services.engine.models import load
 from services.engine.quality.sizes import bytes_of
 from services.engine.shard import ALONE, Shard
@@ -68,6 +70,12 @@ def write(folder: Path, content: Mapping[str, Tensor], quantization_config: Mapp
         {name: each.contiguous() for name, each in (others() | dict(content)).items()}, folder / "model.safetensors"
     )
     return folder
+
+
+def assert_refused(folder: Path, message: str) -> None:
+    """Loading what is there raises ConfigurationError with this message, a regular expression."""
+    with pytest.raises(ConfigurationError, match=message):
+        load(folder)
 
 
 def corrupt(folder: Path, name: str, change: Callable[[Tensor], Tensor | None]) -> None:
