@@ -11,7 +11,7 @@ from services.engine.layers.linear import Linear
 from services.engine.layers.norm import RMSNorm
 from services.engine.ops import qkv
 from services.engine.ops.attention import AttentionPlan, paged_attention
-from services.engine.ops.forms import Activations, Form
+from services.engine.ops.forms import Activations, Form, Terms
 from services.engine.ops.rotary import Angles
 from services.engine.weights import Weights
 
@@ -47,9 +47,7 @@ class Attention:
     def takes(self) -> Form:
         return self._qkv.takes
 
-    def __call__(
-        self, x_NI: Activations, angles: Angles, plan: AttentionPlan, cache: KVCache, *, add: Tensor
-    ) -> Tensor:
+    def __call__(self, x_NI: Activations, angles: Angles, plan: AttentionPlan, cache: KVCache, *, add: Tensor) -> Terms:
         num_tokens = add.shape[0]
         q_NHD = qkv.prepare(
             self._qkv(x_NI).view(num_tokens, -1, self._head_dim),
@@ -62,4 +60,4 @@ class Attention:
             eps=self._eps,
         )
         out_NHD = paged_attention(q_NHD, cache, self._layer, plan, scale=self._scale, window=self._window)
-        return self._shard.all_reduce(self._o(out_NHD.view(num_tokens, -1), add=self._shard.once(add)))
+        return self._o.terms(out_NHD.view(num_tokens, -1), add, self._shard)

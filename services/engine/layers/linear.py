@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import ConfigurationError
-from services.engine.ops.forms import Activations, Form
+from services.engine.ops.forms import Activations, Form, Terms, Unsummed
 from services.engine.quant import Format, Weight
 from services.engine.quant.matrix import QuantizedMatrix, joined, nearest, plain
-from services.engine.shard import Part
+from services.engine.shard import Part, Shard
 from services.engine.weights import Weights
 
 
@@ -76,6 +76,12 @@ class Linear:
     def __call__(self, x: Activations, *, add: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The product, plus `add` where there is one: in the dtype of activations, or another one where the format can."""
         return self._format.apply(x, self._buffers, bias_O=self._bias_O, add=add, dtype=dtype or self._dtype)
+
+    def terms(self, x: Activations, add: Tensor, shard: Shard) -> Terms:
+        """The product, summed over the ranks, and `add`: their sum where that costs no kernel of its own."""
+        if shard.is_alone and not self._format.adds(self._buffers, num_rows=len(add)):
+            return Unsummed(self(x), add)
+        return shard.all_reduce(self(x, add=shard.once(add)))
 
     def gated(self, x: Activations, form: Form) -> Activations:
         """silu(gate) * up, where the product is gate and then up, in this form if it is rows in eight bits."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from services.engine.layers.linear import Linear
-from services.engine.ops.forms import Activations, Form
+from services.engine.ops.forms import Activations, Form, Terms
 from services.engine.weights import Weights
 
 
@@ -31,6 +31,6 @@ class GatedMLP:
     def takes(self) -> Form:
         return self._gate_up.takes
 
-    def __call__(self, x_NI: Activations, *, add: Tensor | None = None) -> Tensor:
+    def __call__(self, x_NI: Activations, *, add: Tensor) -> Terms:
         gated = self._gate_up.gated(x_NI, self._down.takes)
-        return self._shard.all_reduce(self._down(gated, add=self._shard.once(add)))
+        return self._down.terms(gated, add, self._shard)

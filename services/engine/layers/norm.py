@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from services.engine.ops.forms import Activations, Form, Unnormed
-from services.engine.ops.norm import rms_norm_as
+from services.engine.ops.forms import Activations, Form, Terms, Unnormed
+from services.engine.ops.norm import rms_norm_as, rms_norm_of_sum
 from services.engine.weights import Weights
 
 
@@ -21,3 +21,9 @@ class RMSNorm:
         if form is not None and x.is_cuda and x.shape[0] == 1:
             return Unnormed(x, self.weight, self._eps)
         return rms_norm_as(x, self.weight, self._eps, form)
+
+    def of_sum(self, terms: Terms, form: Form) -> tuple[Activations, Tensor]:
+        """The scaled rows of the sum, and the sum."""
+        if isinstance(terms, Tensor):
+            return self(terms, form), terms
+        return rms_norm_of_sum(terms, self.weight, self._eps, form), terms.add_NI

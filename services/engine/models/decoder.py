@@ -21,6 +21,7 @@ from services.engine.layers.rotary import Rotary
 from services.engine.loading import build_layers
 from services.engine.models.spec import ModelSpec
 from services.engine.ops import attention
+from services.engine.ops.forms import Terms, summed
 from services.engine.ops.rotary import Angles
 from services.engine.weights import Weights
 
@@ -48,8 +49,14 @@ class Layer:
             )
 
     def __call__(self, x_NI: Tensor, angles: Angles, plan: attention.AttentionPlan, cache: KVCache) -> Tensor:
-        x_NI = self._attention(self._attention_norm(x_NI, self._attention.takes), angles, plan, cache, add=x_NI)
-        return self._mlp(self._mlp_norm(x_NI, self._mlp.takes), add=x_NI)
+        return summed(self.terms(x_NI, angles, plan, cache))
+
+    def terms(self, terms: Terms, angles: Angles, plan: attention.AttentionPlan, cache: KVCache) -> Terms:
+        """What it gives, before the last sum where the next layer's norm may take it."""
+        normed, x_NI = self._attention_norm.of_sum(terms, self._attention.takes)
+        terms = self._attention(normed, angles, plan, cache, add=x_NI)
+        normed, x_NI = self._mlp_norm.of_sum(terms, self._mlp.takes)
+        return self._mlp(normed, add=x_NI)
 
 
 class Decoder:
@@ -77,10 +84,10 @@ class Decoder:
         """The float32 logits of the rows to sample, [R, V], in `out_RV` where there is one. Writes the keys and values of
         the batch's tokens."""
         shared = self.prepare(batch, cache)
-        x_NI = self.embed(batch)
+        terms: Terms = self.embed(batch)
         for layer in self.layers:
-            x_NI = layer(x_NI, *shared)
-        return self.logits(x_NI, batch, out_RV)
+            terms = layer.terms(terms, *shared)
+        return self.logits(summed(terms), batch, out_RV)
 
     def parts(self) -> dict[str, object]:
         """What holds weights, by the names of the checkpoint; norms beside the layers apart. What is kept once is in both the

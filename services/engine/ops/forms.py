@@ -55,11 +55,26 @@ class Unnormed(NamedTuple):
     eps: float
 
 
+class Unsummed(NamedTuple):
+    """Rows whose sum with `add_NI` is left to the norm that reads it: a kernel less."""
+
+    x_NI: Tensor
+    add_NI: Tensor
+
+
+Terms = Tensor | Unsummed
+"""What a part of a layer gives: the sum with what came in, or both."""
+
 Activations = Tensor | Quantized | Unnormed
 """What a matrix is multiplied with."""
 
 Form = RowScaled | type[Unnormed] | None
 """What a matrix takes beside plain activations: rows in eight bits, a row before its norm, or nothing else."""
+
+
+def summed(terms: Terms) -> Tensor:
+    """The sum, which may take the place of what is added."""
+    return terms.add_NI.add_(terms.x_NI) if isinstance(terms, Unsummed) else terms
 
 
 def rounds(form: Form, num_rows: int) -> TypeGuard[RowScaled]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.engine.ops.forms import Form, Quantized, rounds
+from services.engine.ops.forms import Form, Quantized, Unsummed, rounds, summed
 from services.engine.ops.quantize import quantize
 
 # Up to so many rows, torch's eight kernels for the norm cost more on a CPU than the work they do.
@@ -36,3 +36,14 @@ def rms_norm_as(x_NI: Tensor, weight: Tensor, eps: float, form: Form) -> Tensor 
 
         return norm.rms_norm_quantized(x_NI, weight, eps, form)
     return quantize(rms_norm(x_NI, weight, eps), form)
+
+
+def rms_norm_of_sum(terms: Unsummed, weight: Tensor, eps: float, form: Form) -> Tensor | Quantized:
+    """`rms_norm_as` of the sum, which takes the place of what is added, rounded to its dtype."""
+    if not terms.x_NI.is_cuda:
+        return rms_norm_as(summed(terms), weight, eps, form)
+    from services.engine.ops.kernels import norm
+
+    if rounds(form, len(terms.x_NI)):
+        return norm.rms_norm_quantized(terms.x_NI, weight, eps, form, add_NI=terms.add_NI)
+    return norm.rms_norm(terms.x_NI, weight, eps, add=terms.add_NI)

@@ -53,6 +53,11 @@ def scaled_linear(
     return linear.plus(out_NO.mul_(x.scales_N[:, None]), bias_O, add).to(dtype)
 
 
+def adds(weight_OI: Tensor, scales_O: Tensor, *, num_rows: int) -> bool:
+    """Whether `scaled_linear` of so many rows adds `add` in the kernel that multiplies; on a CPU there is nothing to gain otherwise."""
+    return not weight_OI.is_cuda or not _is_for_torch(weight_OI, scales_O, num_rows)
+
+
 def blocks(scales_TU: Tensor, tile: tuple[int, int], shape: Sequence[int]) -> Tensor:
     """The scales of a matrix of this shape in such tiles as a GPU wants them: of each block of 64 x 128, [I / 128, O / 64]. Raises
     ValueError where a block lies in several tiles."""
@@ -127,8 +132,7 @@ def _on_gpu(
 ) -> Tensor:
     from services.engine.ops.kernels import scaled
 
-    of_torch = x.values_NI.dtype is not torch.int8 and scales_O.dim() == 1
-    if not of_torch or x.values_NI.shape[0] <= scaled.most_rows(weight_OI.shape[0]):
+    if not _is_for_torch(weight_OI, scales_O, x.values_NI.shape[0]):
         return scaled.matmul(x, weight_OI, scales_O, counters, bias_O=bias_O, add=add, dtype=dtype)
     out_NO = torch._scaled_mm(
         x.values_NI,
@@ -141,3 +145,10 @@ def _on_gpu(
     if bias_O is not None:
         out_NO.add_(bias_O)
     return out_NO if add is None else out_NO.add_(add)
+
+
+def _is_for_torch(weight_OI: Tensor, scales_O: Tensor, num_rows: int) -> bool:
+    """Whether a GPU multiplies so many rows by torch's own kernel: many of them, of fp8 with a scale for each output."""
+    from services.engine.ops.kernels import scaled
+
+    return weight_OI.dtype is not torch.int8 and scales_O.dim() == 1 and num_rows > scaled.most_rows(weight_OI.shape[0])

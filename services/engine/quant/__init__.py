@@ -76,6 +76,10 @@ class Format(Protocol):
         result may take the place of `add`."""
         ...
 
+    def adds(self, buffers: Buffers, *, num_rows: int) -> bool:
+        """Whether `apply` to so many rows adds `add` in the kernel that multiplies, so that whoever reads the sum need not."""
+        ...
+
     def gated(
         self, x: Activations, buffers: Buffers, *, bias_O: Tensor | None, dtype: torch.dtype, form: Form
     ) -> Activations:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from services.engine.ops import linear
+from services.engine.ops import linear, scaled
 from services.engine.ops.forms import Quantized, RowScaled
 from services.engine.ops.linear import counters_for
 from services.engine.ops.quantize import plain
@@ -46,6 +46,10 @@ class Fp8(Rounding):
         matrix = matrix.in_tiles(1, inputs)
         values_OI = matrix.values_OI.contiguous()
         return packed(values_OI, dtype=dtype), matrix.scales_TU.view(outputs), *counters_for(values_OI)
+
+    def adds(self, buffers: Buffers, *, num_rows: int) -> bool:
+        weight_OI, scales_O = buffers[:2]
+        return scaled.adds(weight_OI, scales_O, num_rows=num_rows)
 
 
 class Fp8Tensor(Fp8):

@@ -59,6 +59,9 @@ class Rounding(ABC):
             x = rms_norm_as(*x, self.form(buffers))
         return self._products(x, buffers, bias_O=bias_O, add=add, dtype=dtype)
 
+    def adds(self, buffers: Buffers, *, num_rows: int) -> bool:
+        return True
+
     def gated(
         self, x: Activations, buffers: Buffers, *, bias_O: Tensor | None, dtype: torch.dtype, form: Form
     ) -> Activations:

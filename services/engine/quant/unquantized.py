@@ -24,6 +24,9 @@ class Unrounded(ABC):
     rounds_products = False
     needs_input_scale = False
 
+    def adds(self, buffers: Buffers, *, num_rows: int) -> bool:
+        return True
+
     def form(self, buffers: Buffers) -> Form:
         return self.takes
 

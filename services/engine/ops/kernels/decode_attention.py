@@ -5,7 +5,8 @@ cut into as few chunks as none is longer than the limit, all of one length, so t
 depends on no other sequence. The last chunk of a sequence to be done adds up all of them ("split-KV", Dao et al. 2023,
 "Flash-Decoding"; the counter instead of a second launch is stream-K's, Osama et al. 2023).
 
-Rows of a tile are the G query heads that share one kv head, padded to 16, the least that tensor cores take.
+Rows of a tile of scores are the G query heads that share one kv head, padded to 16, the least that matrix units take. In 8 bits, where
+to multiply takes longer than to read, these heads are columns, padded to 8: half the products and weights of nobody.
 """
 
 from __future__ import annotations
@@ -93,9 +94,9 @@ def tuning(num_sequences: int, kv_heads: int, itemsize: int) -> Tuning:
     return next(tuning for most, tuning in by_pairs.items() if num_sequences * kv_heads <= most)
 
 
-def _rows(group: int) -> int:
-    """Rows of a tile."""
-    return max(16, triton.next_power_of_2(group))
+def _rows(group: int, *, is_narrow: bool) -> int:
+    """Queries of a tile: rows of it where keys have 16 bits, columns where they have 8."""
+    return max(8 if is_narrow else 16, triton.next_power_of_2(group))
 
 
 def scratch(work: Work, *, heads: int, cache: KVCache) -> Scratch:
@@ -172,7 +173,7 @@ def attend(
         K=kv_heads,
         D=head_dim,
         WIDTH=max(16, triton.next_power_of_2(head_dim)),
-        ROWS=_rows(heads // kv_heads),
+        ROWS=_rows(heads // kv_heads, is_narrow=scales is not None),
         T=cache.block_size,
         TILE=64 if scales is None else min(64, cache.block_size),  # in 8 bits never more than a page
         WINDOW=window or 0,
@@ -246,23 +247,24 @@ def _attend(
 ):
     """One item, or as many as fall to this program."""
     item, head = tl.program_id(0), tl.program_id(1)
-    wait(OVERLAP)
     num_items = tl.load(first + num_sequences)
     if ONE_EACH:
         if item >= num_items:
+            wait(OVERLAP)
             return
         _attend_item(
             item, head, q, kv, scales, out, tables, items, parts, sums, counters, scale, chunk, table_stride,
             block_stride, v_stride, head_stride, scale_stride, G, K, D, WIDTH, ROWS, T, TILE, WINDOW, GROUP, PARTS,
-            PRECISION,
+            PRECISION, OVERLAP,
         )  # fmt: skip
     else:
+        wait(OVERLAP)
         # What does not change from item to item is computed again: kept, it would not fit into the registers.
         for at in tl.range(item, num_items, tl.num_programs(0), disable_licm=True):
             _attend_item(
                 tl.cast(at, tl.int32), head, q, kv, scales, out, tables, items, parts, sums, counters, scale, chunk, table_stride,
                 block_stride, v_stride, head_stride, scale_stride, G, K, D, WIDTH, ROWS, T, TILE, WINDOW, GROUP, PARTS,
-                PRECISION,
+                PRECISION, False,
             )  # fmt: skip
 
 
@@ -297,8 +299,10 @@ def _attend_item(
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """What one chunk gives the heads that share a kv head."""
+    """What one chunk gives the heads that share a kv head. The list of items and the tables are made before the layers, so that they may
+    be read before the kernel is done that writes the newest keys."""
     sequence, slot = tl.load(items + item * 4), tl.load(items + item * 4 + 1)
     length, number = tl.load(items + item * 4 + 2), tl.load(items + item * 4 + 3)
     num_chunks = tl.cdiv(length, chunk)
@@ -307,6 +311,10 @@ def _attend_item(
     start = number * chunk_tiles * TILE
     end = tl.minimum(start + chunk_tiles * TILE, length)
 
+    if WINDOW > 0:
+        start = tl.maximum(start, (tl.maximum(length - WINDOW, 0) // TILE) * TILE)
+    block = tl.load(table + start // T)
+    wait(OVERLAP)
     row = tl.arange(0, ROWS)
     place = tl.arange(0, WIDTH)
     held = (row < G)[:, None] & (place < D)[None, :]
@@ -314,13 +322,12 @@ def _attend_item(
     queries = tl.load(q + at, mask=held, other=0.0)
     peak = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    found = tl.zeros((ROWS, WIDTH), tl.float32)
-    if scales is not None:
+    if scales is None:
+        found = tl.zeros((ROWS, WIDTH), tl.float32)
+    else:
+        found = tl.zeros((WIDTH, ROWS), tl.float32)
         queries, largest = kv_quant.normed(queries)
-        row_scale = largest * scale
-    if WINDOW > 0:
-        start = tl.maximum(start, (tl.maximum(length - WINDOW, 0) // TILE) * TILE)
-    block = tl.load(table + start // T)
+        queries, query_scale = queries.T, largest * scale
     if scales is not None:
         # Nothing behind the end but scales must be hidden.
         for tile in range(start, end, TILE):
@@ -335,7 +342,7 @@ def _attend_item(
             )  # fmt: skip
             block = tl.load(table + (tile + TILE) // T, mask=tile + TILE < end, other=0)
             peak, total, found = kv_quant.take_in(
-                queries, keys, values, key_scales, value_scales, seen, peak, total, found, row_scale, False, PRECISION,
+                queries, keys, values, key_scales, value_scales, seen, peak, total, found, query_scale, False, PRECISION, 0,
             )  # fmt: skip
     else:
         # Tiles that are seen as a whole, and then the one at the end; in a window all are taken for such.
@@ -362,6 +369,8 @@ def _attend_item(
             seen = (token < end) & (token >= begin)
             peak, total, weights, fade = softmax.take_in(scores, seen[None, :], peak, total, True)
             found = found * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
+    if scales is not None:
+        found = found.T
     if num_chunks == 1:
         tl.store(out + at, found / total[:, None], mask=held)
     else:

@@ -62,17 +62,17 @@ def load_tile(
     kv, scales, block, inside, seen, head, place, block_stride, v_stride, head_stride, scale_stride,
     K: tl.constexpr, D: tl.constexpr, T: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values of the tokens `inside` a page, both [tokens, dims], and their scales: 0 where they are not `seen`
+    """Keys, [tokens, dims], and values, [dims, tokens], of the tokens `inside` a page, and their scales: 0 where they are not `seen`
     (None: all are). What a page holds behind a sequence's end are numbers at least, so values need no mask."""
     of_keys = kv + block.to(tl.int64) * block_stride + head * head_stride + inside[:, None] * D + place[None, :]
     # Tokens lie side by side, so that two of them come as one operand of the matrix units.
     of_values = kv + block.to(tl.int64) * block_stride + head * head_stride + v_stride
-    of_values = of_values + place[None, :] * T + inside[:, None]
+    of_values = of_values + place[:, None] * T + inside[None, :]
     if WIDTH == D:
         keys, values = tl.load(of_keys), tl.load(of_values)
     else:
         keys = tl.load(of_keys, mask=place[None, :] < D, other=0.0)
-        values = tl.load(of_values, mask=place[None, :] < D, other=0.0)
+        values = tl.load(of_values, mask=place[:, None] < D, other=0.0)
     of_scales = scales + block.to(tl.int64) * scale_stride + head * T + inside
     if seen is None:
         key_scales, value_scales = tl.load(of_scales), tl.load(of_scales + K * T)
@@ -85,16 +85,25 @@ def load_tile(
 @triton.jit
 def take_in(
     queries, keys, values, key_scales, value_scales, seen, peak, total, found, scale,
-    SOME_HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
+    SOME_HIDDEN: tl.constexpr, PRECISION: tl.constexpr, AXIS: tl.constexpr = 1,
 ):  # fmt: skip
-    """One more tile of keys and values: the highest score of each row so far, with the scale of its value in it; the sum of
-    its weights; and what it found by them. `scale` is of a row. Keys with a scale of 0 weigh nothing; `seen` is looked at where
-    others are hidden."""
-    scores = tl.dot(queries, widened(keys, queries.dtype).T, input_precision=PRECISION)
+    """One more tile of keys and values: the highest score of each query so far, with the scale of its value in it; the sum of
+    its weights; and what it found by them. `scale` is of a query. Keys with a scale of 0 weigh nothing; `seen` is looked at where
+    others are hidden. Queries are rows where keys are along axis 1, and columns where they are along axis 0, as is what is found."""
+    keys, values = widened(keys, queries.dtype), widened(values, queries.dtype)
+    if AXIS == 1:
+        scores = tl.dot(queries, keys.T, input_precision=PRECISION)
+    else:
+        scores = tl.dot(keys, queries, input_precision=PRECISION)
     powers = _log2(value_scales)
-    scores = scores * scale[:, None] * key_scales[None, :] + powers[None, :]
+    scores = scores * tl.expand_dims(scale, AXIS) * tl.expand_dims(key_scales, 1 - AXIS) + tl.expand_dims(
+        powers, 1 - AXIS
+    )
     counts = tl.exp2(tl.minimum(-powers, 126.0))
-    peak, total, weights, fade = softmax.take_in(scores, seen, peak, total, SOME_HIDDEN, counts)
-    found = found * fade[:, None]
-    found = tl.dot(weights.to(queries.dtype), widened(values, queries.dtype), found, input_precision=PRECISION)
+    peak, total, weights, fade = softmax.take_in(scores, seen, peak, total, SOME_HIDDEN, counts, AXIS)
+    found, weights = found * tl.expand_dims(fade, AXIS), weights.to(queries.dtype)
+    if AXIS == 1:
+        found = tl.dot(weights, values.T, found, input_precision=PRECISION)
+    else:
+        found = tl.dot(values, weights, found, input_precision=PRECISION)
     return peak, total, found
