@@ -11,14 +11,20 @@ from torch import Tensor
 
 from services.engine.kv_cache import KVCache, KVLayer, KVShape
 from services.engine.kv_format import KVFormat
+from services.engine.layers.linear import Linear
 from services.engine.ops import moe
 from services.engine.ops import sampling as specified
 from services.engine.ops.activation import silu_mul
 from services.engine.ops.attention import paged_attention, plan
+from services.engine.ops.forms import Unsummed
+from services.engine.ops.kernels import scaled
 from services.engine.ops.linear import counters_for, linear, products
 from services.engine.ops.moe import Experts
-from services.engine.ops.norm import rms_norm
+from services.engine.ops.norm import rms_norm, rms_norm_of_sum
+from services.engine.quant.rules import FORMATS
+from services.engine.shard import Shard
 from services.engine.state import Batch, Selection
+from services.engine.weight_format import WeightFormat
 from tests.engine.batches import fill
 
 SHAPES = [(32, 8, 128, 64, None), (16, 8, 128, 32, None), (9, 3, 64, 16, None), (8, 4, 8, 32, 40)]
@@ -35,6 +41,22 @@ def test_norm_and_gate(dtype: torch.dtype) -> None:
     gate, up = gate_up.double().chunk(2, -1)
     expected = F.silu(gate) * up
     torch.testing.assert_close(silu_mul(gate_up).double(), expected, atol=ERRORS[dtype], rtol=ERRORS[dtype])
+
+
+@pytest.mark.parametrize("num_rows", [2, 256, 3000])
+def test_a_product_and_its_sum_are_those_of_two_kernels(num_rows: int) -> None:
+    """Whether the product's kernel adds, or the norm behind it; to the bit where torch's product is added to."""
+    layer = Linear(torch.randn(4096, 1024, device="cuda").bfloat16() * 0.02, format=FORMATS[WeightFormat.FP8])
+    x, add = (torch.randn(num_rows, width, device="cuda").bfloat16() for width in (1024, 4096))
+    weight, product = torch.randn(4096, device="cuda").bfloat16(), layer(x)
+    terms = layer.terms(x, add.clone(), Shard())
+    assert isinstance(terms, Unsummed) == (num_rows > scaled.most_rows(4096))
+    if isinstance(terms, Unsummed):
+        normed, total = rms_norm_of_sum(terms, weight, 1e-5, None), terms.add_NI
+        assert torch.equal(total, product + add)
+        assert torch.equal(normed, rms_norm(total, weight, 1e-5))
+    else:
+        torch.testing.assert_close(terms, product + add, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 17, 32, 100])

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from services.engine.ops.kernels import skinny
 from services.engine.ops.kernels.bits import plane
-from services.engine.ops.kernels.overlap import overlapped, wait
+from services.engine.ops.kernels.overlap import bytes_ahead, overlapped, prefetch, wait
 
 SPAN, PLANE = 128, 32
 """Inputs that words share out among their places, and those of one place."""
@@ -121,6 +121,7 @@ def matmul(
         MANY=num_blocks > 1,
         BIAS=bias_O is not None,
         ADD=add is not None,
+        AHEAD=bytes_ahead(matrix.weight_OW.shape[1] * 2 // cut.split),
         num_warps=cut.warps,
         num_stages=cut.stages,
         **overlapped(out),
@@ -170,6 +171,7 @@ def _matmul(
     MANY: tl.constexpr,
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
+    AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     ALL: tl.constexpr = (I + SPAN - 1) // SPAN
@@ -182,6 +184,8 @@ def _matmul(
     weights = weight + output.to(tl.int64)[:, None] * (ALL * PLANE) + place[None, :]
     values = x + row[None, :] * I + place[:, None]
     first = tl.program_id(1) * SHARE
+    if OVERLAP:
+        prefetch(weight + output.to(tl.int64) * (ALL * PLANE) + first * PLANE, AHEAD)
     wait(OVERLAP)
     total = tl.zeros((ROWS, M), tl.float32)
     for start in tl.range(0, SHARE, SPANS):

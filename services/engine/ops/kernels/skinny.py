@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.ops.forms import FINER
-from services.engine.ops.kernels.overlap import overlapped, wait
+from services.engine.ops.kernels.overlap import bytes_ahead, overlapped, prefetch, wait
 
 MOST_ROWS = 32
 """Of x: with more, cuBLAS is as fast."""
@@ -110,6 +110,7 @@ def matmul(
         MANY=num_blocks > 1,
         BIAS=bias_O is not None,
         ADD=add is not None,
+        AHEAD=bytes_ahead(inputs // split * weight_OI.itemsize),
         num_warps=warps,
         num_stages=stages,
         **overlapped(x_MI),
@@ -140,6 +141,7 @@ def _matmul(
     MANY: tl.constexpr,
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
+    AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     SHARE: tl.constexpr = (I + COLUMNS * SPLIT - 1) // (COLUMNS * SPLIT) * COLUMNS
@@ -150,6 +152,8 @@ def _matmul(
     column = tl.program_id(1) * SHARE + tl.arange(0, COLUMNS)
     weights = weight + output.to(tl.int64)[:, None] * I + column[None, :]
     values = x + row[None, :] * I + column[:, None]
+    if OVERLAP:
+        prefetch(weight + output.to(tl.int64) * I + tl.program_id(1) * SHARE, AHEAD)
     wait(OVERLAP)
     total = tl.zeros((ROWS, M), SUMS)
     for start in tl.range(0, SHARE, COLUMNS):

@@ -27,6 +27,20 @@ def test_the_norm_is_the_norm(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(norm.rms_norm(x, weight, 1e-5), rms_norm(x, weight, 1e-5))
 
 
+def test_a_norm_adds_up_what_was_left_to_it() -> None:
+    """Rounded as if another had added it, and left where it was asked for."""
+    x, add, weight = (torch.randn(*shape).half() for shape in ((5, 576), (5, 576), (576,)))
+    total = x + add
+    form = RowScaled(torch.float8_e4m3fn)
+    plain, rounded = add.clone(), add.clone()
+    assert torch.equal(norm.rms_norm(x, weight, 1e-5, add=plain), norm.rms_norm(total, weight, 1e-5))
+    got = norm.rms_norm_quantized(x, weight, 1e-5, form, add_NI=rounded)
+    expected = norm.rms_norm_quantized(total, weight, 1e-5, form)
+    assert torch.equal(got.scales_N, expected.scales_N)
+    assert torch.equal(got.values_NI.view(torch.uint8), expected.values_NI.view(torch.uint8))
+    assert torch.equal(plain, total) and torch.equal(rounded, total)
+
+
 def test_the_gate_is_the_gate() -> None:
     """Of rows wider than one program."""
     gate_up = torch.randn(3, 2 * 1500)
