@@ -166,7 +166,7 @@ def searches(shape: Shape, loads: Sequence[Load]) -> Iterator[Search]:
                 yield from product_searches(shape, loads, name, outputs, inputs, form)
     if shape.spec.moe is not None:
         yield from experts_searches(shape, loads, shape.spec.moe)
-    for format in (KVFormat.AUTO, KVFormat.INT8):
+    for format in KVFormat:
         yield from (prefill_search(shape, load, format) for load in prefills)
 
 
@@ -191,7 +191,8 @@ def decode_search(shape: Shape, load: Load, format: KVFormat) -> Search:
 
 def prefill_search(shape: Shape, load: Load, format: KVFormat) -> Search:
     """Prefill attention: tiles of queries and of keys."""
-    start = prefill_attention.TUNING[2]._asdict()
+    itemsize = 1 if format.is_quantized else 2
+    start = prefill_attention.TUNING[itemsize]._asdict()
     calls, expected = _attention(shape, load, format)
     return Search(
         f"attention {format}",
@@ -201,7 +202,7 @@ def prefill_search(shape: Shape, load: Load, format: KVFormat) -> Search:
         [{"rows": (64, 128), "warps": (4, 8)}, {"keys": (32, 64), "stages": (2, 3, 4)}],
         lambda _: calls(),
         expected,
-        under=lambda each: replaced(prefill_attention, TUNING={2: prefill_attention.Tuning(**each)}),
+        under=lambda each: replaced(prefill_attention, TUNING={itemsize: prefill_attention.Tuning(**each)}),
     )
 
 

@@ -89,7 +89,8 @@ def launch_attention(cache: KVCache, *, heads: int, chunks: tuple[int, ...]) -> 
         decode_attention.attend(q, q, cache, 1, work, scratch, scale=0.1, window=None)
     works = (tables, rows[:ROWS], rows[:ROWS], rows, rows[:ROWS])
     group = heads // cache.shape.kv_heads
-    prompts = prefill_attention.plan(*works, most_tokens=2048, group=group, dtype=q.dtype)
+    tuning = prefill_attention.tuning(q.dtype, cache.layers[1].kv.itemsize)
+    prompts = prefill_attention.plan(*works, most_tokens=2048, group=group, tuning=tuning)
     prefill_attention.attend(q, q, cache, 1, prompts, scale=0.1, window=None)
 
 
@@ -136,7 +137,7 @@ def test_deterministic_products_and_attention_use_the_matrix_units(model: dict[s
         invariant.matmul(x, weight, dtype=torch.float32)
         works = prefill_attention.plan(
             tables, rows[:ROWS], rows[:ROWS], rows, rows[:ROWS],
-            most_tokens=2048, group=heads // kv_heads, dtype=q.dtype,
+            most_tokens=2048, group=heads // kv_heads, tuning=prefill_attention.tuning(q.dtype, 2),
         )  # fmt: skip
         prefill_attention.attend(q, q, cache, 1, works, scale=0.1, window=None, alike=True)
     found = [each for each in map(described, kernels) if each.name in ("_matmul_invariant", "_attend")]

@@ -103,7 +103,7 @@ class PagedPlan:
         if not (num_decodes := len(works.decode_rows_D)):
             return None
         longest, kv_heads = tables.shape[1] * cache.block_size, cache.shape.kv_heads
-        narrowest = min(layer.kv.itemsize for layer in cache.layers)
+        narrowest = _narrowest(cache)
         chunk = decode_attention.chunk_size(num_decodes, kv_heads, longest, itemsize=narrowest)
         return decode_attention.plan(
             tables,
@@ -130,5 +130,10 @@ class PagedPlan:
                 works.prefill_counts_P,
                 most_tokens=works.most_prefill,
                 group=heads // cache.shape.kv_heads,
-                dtype=q_NHD.dtype,
+                tuning=prefill_attention.tuning(q_NHD.dtype, _narrowest(cache)),
             )
+
+
+def _narrowest(cache: KVCache) -> int:
+    """Bytes of a number of the layer that has the fewest."""
+    return min(layer.kv.itemsize for layer in cache.layers)

@@ -33,8 +33,14 @@ class Tuning(NamedTuple):
     stages: int
 
 
-TUNING = {2: Tuning(64, 64, 4, 3), 4: Tuning(32, 32, 4, 2)}
-"""By the bytes of a number (measured on an H200)."""
+TUNING = {1: Tuning(64, 64, 4, 3), 2: Tuning(64, 64, 4, 3), 4: Tuning(32, 32, 4, 2)}
+"""By the bytes of a cached number (measured on an H200)."""
+
+
+def tuning(dtype: torch.dtype, itemsize: int) -> Tuning:
+    """What `TUNING` has for queries in this dtype and a cache whose narrowest numbers have so many bytes: layers that differ share their
+    tiles."""
+    return TUNING[4 if dtype.itemsize == 4 else itemsize]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,7 @@ class Work:
     """int32, of each tile: its work, and its number in it."""
     tokens: int
     """Of a tile."""
+    tuning: Tuning
 
 
 def plan(
@@ -66,18 +73,18 @@ def plan(
     *,
     most_tokens: int,
     group: int,
-    dtype: torch.dtype,
+    tuning: Tuning,
 ) -> Work:
     """Lists the tiles of these works, which have `counts_P` tokens (int32; those that have none are passed over) and
     `most_tokens` together at most."""
-    tokens = max(1, TUNING[dtype.itemsize].rows // triton.next_power_of_2(group))
+    tokens = max(1, tuning.rows // triton.next_power_of_2(group))
     num_works, device = len(rows_P), rows_P.device
     first_P1 = torch.empty(num_works + 1, dtype=torch.int32, device=device)
     most_tiles = most_tokens // tokens + min(num_works, most_tokens)
     tiles_M2 = torch.empty((most_tiles, 2), dtype=torch.int32, device=device)
     number_items[(1,)](counts_P, first_P1, num_works, tokens, S=triton.next_power_of_2(num_works))
     _list[(num_works,)](first_P1, tiles_M2, B=64, num_warps=1)
-    return Work(tables, rows_P, lengths_P, query_starts, first_P1, tiles_M2, tokens)
+    return Work(tables, rows_P, lengths_P, query_starts, first_P1, tiles_M2, tokens, tuning)
 
 
 def attend(
@@ -98,7 +105,7 @@ def attend(
     kv_heads = cache.shape.kv_heads
     group = heads // kv_heads
     kv, scales = cache.layers[layer].kv, cache.layers[layer].scales
-    _, keys, warps, stages = TUNING[q_NHD.dtype.itemsize]
+    _, keys, warps, stages = work.tuning
     _attend[(len(work.tiles_M2), kv_heads)](
         q_NHD,
         kv,

@@ -48,7 +48,7 @@ def test_a_token_attends_alike_however_its_prompt_is_cut(dtype: torch.dtype, win
         starts, out = torch.tensor((0, *cuts), dtype=torch.int32), torch.zeros_like(q)
         work = prefill_attention.plan(
             tables, torch.zeros(len(cuts), dtype=torch.int64), ends, starts, counts,
-            most_tokens=length, group=heads // kv_heads, dtype=dtype,
+            most_tokens=length, group=heads // kv_heads, tuning=prefill_attention.tuning(dtype, dtype.itemsize),
         )  # fmt: skip
         prefill_attention.attend(q, out, cache, 0, work, scale=0.25, window=window, alike=True)
         return out
