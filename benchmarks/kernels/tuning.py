@@ -309,7 +309,10 @@ def _rows_search(shape: Shape, load: Load, name: str, matrices: Matrices) -> Sea
     if form == "w4a16":
         start = int4.tiling_of(outputs, inputs // int4.SPAN, lines)._asdict()
         serving = label(start)
-        blocks = sorted({min(lines, size) for size in (64, 128)})
+        if lines > 64:
+            # Large tiles fit with few columns alone: from there on they are tried.
+            start |= {"spans": 1, "stages": 2, "split": 1}
+        blocks = sorted({min(lines, size) for size in (64, 128, 256)})
         axes = [
             {"rows": (64, 128, 256), "block": blocks, "warps": (4, 8)},
             {"spans": (1, 2), "stages": (2, 3, 4, 5)},
