@@ -39,7 +39,7 @@ class Tuning(NamedTuple):
 _FEW, _SOME, _ALL = 64, 256, sys.maxsize
 
 TUNING = {
-    1: {_FEW: Tuning(128, 1, 2), _SOME: Tuning(640, 2, 3), _ALL: Tuning(4096, 1, 2)},
+    1: {_FEW: Tuning(128, 1, 2), _FEW * 2: Tuning(640, 2, 3), _SOME: Tuning(4096, 2, 3), _ALL: Tuning(4096, 1, 2)},
     2: {_FEW: Tuning(192, 2, 3), _FEW * 2: Tuning(384, 2, 2), _SOME: Tuning(1280, 2, 4), _ALL: Tuning(4096, 2, 3)},
 }
 """By the bytes of a cached number, for batches of at most so many pairs of a sequence and a kv head (measured on an H200 with 8 kv

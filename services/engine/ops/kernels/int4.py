@@ -29,7 +29,9 @@ SPAN, PLANE = 128, 32
 """Inputs that words share out among their places, and those of one place."""
 
 _MANY_OUTPUTS = 16384
-"""With so many a block of 64 rows leaves enough programs, and more of them in a multiprocessor."""
+"""With so many, large tiles leave enough programs, and read x half as often."""
+_FEW_TILES = 64
+"""Of so many some programs share each, or all would be too few to have the memory's whole bandwidth."""
 
 
 class Packed(NamedTuple):
@@ -133,18 +135,19 @@ def matmul(
 def tiling_of(outputs: int, spans: int, padded_rows: int) -> Tiling:
     """For so many rows of x and a matrix of so many spans of columns (measured on an H200 with the matrices of Llama-3.1-8B, in groups of
     128). Programs share a tile where there are few."""
+    if padded_rows > 64 and outputs >= _MANY_OUTPUTS:
+        return Tiling(128, rows=128, spans=1, split=1, warps=8, stages=3)
     rows = 128 if padded_rows == 32 else 64
-    block = 64 if padded_rows > 128 or (padded_rows == 128 and outputs >= _MANY_OUTPUTS) else padded_rows
-    tiles = triton.cdiv(outputs, rows)
-    if block < padded_rows:
-        most_split = 1
-    elif padded_rows > 32:
-        most_split = 2 if tiles <= 64 else 1
+    is_low = triton.cdiv(outputs, rows) <= _FEW_TILES
+    if padded_rows > (128 if is_low else 64):
+        return Tiling(64, rows, spans=1, split=1, warps=4, stages=4)
+    if is_low:
+        most_split = 4 if padded_rows <= 32 else 2
     else:
-        most_split = 4 if tiles <= 64 else 2 if padded_rows == 16 else 1
+        most_split = 2 if padded_rows == 16 else 1
     at_once = 1 if spans % 2 else 2
     split = next(split for split in (4, 2, 1) if split <= most_split and spans % (at_once * split) == 0)
-    return Tiling(block, rows, at_once, split, warps=4, stages=3)
+    return Tiling(padded_rows, rows, at_once, split, warps=4, stages=3)
 
 
 @triton.jit
