@@ -90,10 +90,11 @@ def take_in(
     """One more tile of keys and values: the highest score of each query so far, with the scale of its value in it; the sum of
     its weights; and what it found by them. `scale` is of a query. Keys with a scale of 0 weigh nothing; `seen` is looked at where
     others are hidden. Queries are rows where keys are along axis 1, and columns where they are along axis 0, as is what is found."""
-    keys, values = widened(keys, queries.dtype), widened(values, queries.dtype)
+    keys = widened(keys, queries.dtype)
     if AXIS == 1:
         scores = tl.dot(queries, keys.T, input_precision=PRECISION)
     else:
+        values = widened(values, queries.dtype)
         scores = tl.dot(keys, queries, input_precision=PRECISION)
     powers = _log2(value_scales)
     scores = scores * tl.expand_dims(scale, AXIS) * tl.expand_dims(key_scales, 1 - AXIS) + tl.expand_dims(
@@ -103,7 +104,8 @@ def take_in(
     peak, total, weights, fade = softmax.take_in(scores, seen, peak, total, SOME_HIDDEN, counts, AXIS)
     found, weights = found * tl.expand_dims(fade, AXIS), weights.to(queries.dtype)
     if AXIS == 1:
-        found = tl.dot(weights, values.T, found, input_precision=PRECISION)
+        # Values of a large tile are not widened before: where powers of two are taken there is room for that.
+        found = tl.dot(weights, widened(values, queries.dtype).T, found, input_precision=PRECISION)
     else:
         found = tl.dot(values, weights, found, input_precision=PRECISION)
     return peak, total, found
