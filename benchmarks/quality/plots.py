@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,14 +34,14 @@ def draw(folder: Path, points: Sequence[Point], sensitivity: Mapping[str, Mappin
 
     folder.mkdir(parents=True, exist_ok=True)
     # No pyplot: it keeps figures, and looks for a screen.
-    figure = figures.Figure(figsize=(7, 4.5), layout="constrained")
+    figure = figures.Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    for point in points:
-        axes.scatter(point.bits, point.perplexity)
-        axes.annotate(point.name, (point.bits, point.perplexity), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    # Nine markers for ten colours: no two of ninety points look alike.
+    for point, marker in zip(points, cycle("os^Dv<>pX"), strict=False):
+        axes.scatter(point.bits, point.perplexity, marker=marker, label=point.name)
     axes.axhline(points[0].perplexity, linestyle=":", color="grey", linewidth=1)
     axes.set(xlabel="bits in memory for each weight of the model", ylabel="perplexity")
-    axes.margins(x=0.3, y=0.15)
+    figure.legend(loc="outside right upper", fontsize=8)
     written = [folder / "bits.svg"]
     figure.savefig(written[0])
     if sensitivity:

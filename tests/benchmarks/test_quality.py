@@ -95,6 +95,7 @@ def test_one_run_tells_all_that_is_asked_for(
     drawn = {path.name: path.read_text() for path in plots.iterdir()}
     assert drawn.keys() == {"bits.svg", "sensitivity.svg"}
     assert all("</svg>" in each for each in drawn.values())
+    assert "quantization=fp8" in drawn["bits.svg"]
     assert "windows: 1 of 1" in capsys.readouterr().out
 
 
