@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
@@ -32,8 +32,8 @@ class Waiting:
 
     last: asyncio.Future[float]
     """When its last token came."""
-    first: float = 0.0
-    """When its first token came; 0 before."""
+    times: list[float] = field(default_factory=list)
+    """When each of its tokens came."""
 
 
 class EngineAlone:
@@ -53,6 +53,7 @@ class EngineAlone:
             max_step_tokens=capacity.max_step_tokens,
             lookahead=computer.facts.lookahead,
             itl_target=settings.itl_target_ms / 1000,
+            economy=settings.economy_targets(),
         )
         metrics = EngineMetrics(CollectorRegistry())
         self.scheduler = Scheduler(pool, limits)
@@ -73,9 +74,15 @@ class EngineAlone:
         """Computes so many tokens greedily, and returns when the first and the last of them came, in seconds. Raises
         ConfigurationError where they do not fit."""
         start = time.perf_counter()
+        times = await self.token_times(prompt_ids, output_tokens)
+        return times[0] - start, times[-1] - start
+
+    async def token_times(self, prompt_ids: list[int], output_tokens: int) -> list[float]:
+        """Computes so many tokens greedily, and returns when each of them came, by `time.perf_counter`. Raises ConfigurationError where
+        they do not fit."""
         (waiting,) = self._begin([self._sequence(prompt_ids, output_tokens)])
-        last = await waiting.last
-        return waiting.first - start, last - start
+        await waiting.last
+        return waiting.times
 
     async def answers(self, prompts: Seq[list[int]], output_tokens: Seq[int]) -> list[list[int]]:
         """Computes so many tokens of each prompt greedily, all begun at once. Raises ConfigurationError where they do not fit."""
@@ -114,7 +121,7 @@ class EngineAlone:
         now = time.perf_counter()
         for each in news:
             waiting = self._waiting[each.sequence]
-            waiting.first = waiting.first or now
+            waiting.times.extend(now for _ in each.token_ids)
             if each.finish is not None:
                 del self._waiting[each.sequence]
                 waiting.last.set_result(now)
