@@ -77,10 +77,16 @@ class EngineAlone:
         times = await self.token_times(prompt_ids, output_tokens)
         return times[0] - start, times[-1] - start
 
-    async def token_times(self, prompt_ids: list[int], output_tokens: int) -> list[float]:
-        """Computes so many tokens greedily, and returns when each of them came, by `time.perf_counter`. Raises ConfigurationError where
-        they do not fit."""
-        (waiting,) = self._begin([self._sequence(prompt_ids, output_tokens)])
+    async def token_times(
+        self, prompt_ids: list[int], output_tokens: int, *, within: float | None = None
+    ) -> list[float]:
+        """Computes so many tokens greedily, and returns when each of them came, by `time.perf_counter`; where a number is given,
+        those that came within so many seconds. Raises ConfigurationError where they do not fit."""
+        sequence = self._sequence(prompt_ids, output_tokens)
+        (waiting,) = self._begin([sequence])
+        if within is not None:
+            await asyncio.wait([waiting.last], timeout=within)
+            self.steps.cancel([sequence])
         await waiting.last
         return waiting.times
 

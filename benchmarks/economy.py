@@ -4,8 +4,8 @@
 
 First clients that ask one thing after the other, as many as there are slots, tell the capacity of the full copy. Then the same Poisson
 arrivals, at a multiple of that, meet an engine without the second copy and one with it, turn by turn, each a new one: what else the
-machine does shows in how far the turns of one kind differ. Goodput counts what came while the load lasted; what is left then is computed to its
-end, so that every wait is known. The engine alone, without services.
+machine does shows in how far the turns of one kind differ, and in how much of a processor they had. What has not come when the load ends is given up;
+a first token that is still missing counts as if it came then. The engine alone, without services.
 """
 
 from __future__ import annotations
@@ -35,24 +35,28 @@ WARM = 0.25
 class Turn:
     """What became of a load. Times are in seconds."""
 
-    seconds: float
-    """How long requests came."""
+    requests: Sequence[Request]
     answers: Sequence[Sequence[float]]
     """When each token came, from when its request was due."""
-    dues: Sequence[float]
+    seconds: float
+    """How long the load lasted."""
+    processor: float
+    """Time that the process had of a processor."""
     economical: float
     """Share of all tokens that the second copy computed."""
 
     def row(self) -> list[Cell]:
         """As `COLUMNS`."""
-        ends = [due + times[-1] for due, times in zip(self.dues, self.answers, strict=True)]
-        came = [due + at for due, times in zip(self.dues, self.answers, strict=True) for at in times]
-        firsts = [times[0] for times in self.answers]
+        tokens = sum(map(len, self.answers))
+        both = list(zip(self.requests, self.answers, strict=True))
+        whole = sum(len(times) == request.output_tokens for request, times in both)
+        firsts = [times[0] if times else self.seconds - request.due for request, times in both]
         gaps = [late - early for times in self.answers for early, late in pairwise(times)]
         return [
-            sum(at <= self.seconds for at in came) / self.seconds,
-            sum(end <= self.seconds for end in ends) / self.seconds,
-            max(ends),
+            tokens / self.seconds,
+            tokens / self.processor,
+            100 * self.processor / self.seconds,
+            whole / self.seconds,
             percentile(firsts, 0.5),
             percentile(firsts, 0.99),
             1000 * percentile(gaps, 0.5),
@@ -62,8 +66,16 @@ class Turn:
 
 
 COLUMNS = (
-    "tokens/s", "answers/s", "all done, s", "first token p50, s", "p99, s", "between tokens p50, ms", "p99, ms", "second copy, %",
-)  # fmt: skip
+    "tokens/s",
+    "tokens/processor s",
+    "processor, %",
+    "answers/s",
+    "first token p50, s",
+    "first token p99, s",
+    "between tokens p50, ms",
+    "between tokens p99, ms",
+    "second copy, %",
+)
 
 
 async def capacity(engine: EngineAlone, options: argparse.Namespace) -> float:
@@ -71,19 +83,17 @@ async def capacity(engine: EngineAlone, options: argparse.Namespace) -> float:
     draw = random.Random(options.seed)
     begin = time.perf_counter() + WARM * options.capacity_seconds
     end = begin + (1 - WARM) * options.capacity_seconds
-    tokens = 0
+    came: list[float] = []
 
     async def client() -> None:
-        nonlocal tokens
         while time.perf_counter() < end:
             request = Request(0.0, options.prompt, options.output)
-            times = await engine.token_times(prompt_of(engine, request, draw), options.output)
-            tokens += sum(begin <= each <= end for each in times)
+            came.extend(await engine.token_times(prompt_of(engine, request, draw), options.output))
 
     async with asyncio.TaskGroup() as group:
         for _ in range(engine.scheduler.limits.max_sequences):
             group.create_task(client())
-    return tokens / options.output / (end - begin)
+    return sum(begin <= at <= end for at in came) / float(options.output * (end - begin))
 
 
 def prompt_of(engine: EngineAlone, request: Request, draw: random.Random) -> list[int]:
@@ -91,22 +101,25 @@ def prompt_of(engine: EngineAlone, request: Request, draw: random.Random) -> lis
 
 
 async def turn(engine: EngineAlone, requests: Sequence[Request], *, seconds: float, seed: int) -> Turn:
-    """Sends every request when it is due and waits for all answers."""
+    """Sends every request when it is due, and counts what came within so many seconds."""
     draw = random.Random(seed)
     for _ in range(2):
         await engine.token_times(prompt_of(engine, requests[0], draw), 16)
     prompts = [prompt_of(engine, request, draw) for request in requests]
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
 
     async def send(request: Request, prompt: list[int]) -> list[float]:
         due = start + request.due
         await asyncio.sleep(due - time.perf_counter())
-        return [at - due for at in await engine.token_times(prompt, request.output_tokens)]
+        left = start + seconds - time.perf_counter()
+        times = await engine.token_times(prompt, request.output_tokens, within=left)
+        return [at - due for at in times]
 
     answers = await asyncio.gather(*map(send, requests, prompts))
+    used = time.process_time() - used
     totals = engine.scheduler.totals  # its thread has nothing to do any more
     share = totals.num_economical_tokens / totals.num_generated_tokens
-    return Turn(seconds, answers, [request.due for request in requests], share)
+    return Turn(requests, answers, seconds, used, share)
 
 
 async def measure(options: argparse.Namespace) -> Report:
@@ -119,17 +132,19 @@ async def measure(options: argparse.Namespace) -> Report:
         rate = options.times * answers
         rows: list[list[Cell]] = []
         for seed in range(options.seed, options.seed + options.turns):
-            requests = poisson(
-                max(1, round(rate * options.seconds)),
+            arrivals = poisson(
+                max(1, round(2 * rate * options.seconds)),
                 rate=rate,
                 prompt_tokens=options.prompt,
                 output_tokens=options.output,
                 seed=seed,
             )
+            requests = [request for request in arrivals if request.due < options.seconds] or arrivals[:1]
             for name, more in (("one copy", {}), ("two copies", {"economy": options.economy, "economy_for": "all"})):
                 async with engine_alone(folder, plain | more) as engine:
-                    found = await turn(engine, requests, seconds=requests[-1].due, seed=seed)
+                    found = await turn(engine, requests, seconds=options.seconds, seed=seed)
                 rows.append([name, *found.row()])
+                print(rows[-1], flush=True)
         title = f"{slots} slots: {rate:.2f} requests/s, {options.times:g} times what one copy does"
         report.table(title, ["", *COLUMNS], rows)
     return report
