@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
@@ -32,8 +32,8 @@ class Waiting:
 
     last: asyncio.Future[float]
     """When its last token came."""
-    times: list[float] = field(default_factory=list)
-    """When each of its tokens came."""
+    first: float = 0.0
+    """When its first token came; 0 before."""
 
 
 class EngineAlone:
@@ -74,21 +74,9 @@ class EngineAlone:
         """Computes so many tokens greedily, and returns when the first and the last of them came, in seconds. Raises
         ConfigurationError where they do not fit."""
         start = time.perf_counter()
-        times = await self.token_times(prompt_ids, output_tokens)
-        return times[0] - start, times[-1] - start
-
-    async def token_times(
-        self, prompt_ids: list[int], output_tokens: int, *, within: float | None = None
-    ) -> list[float]:
-        """Computes so many tokens greedily, and returns when each of them came, by `time.perf_counter`; where a number is given,
-        those that came within so many seconds. Raises ConfigurationError where they do not fit."""
-        sequence = self._sequence(prompt_ids, output_tokens)
-        (waiting,) = self._begin([sequence])
-        if within is not None:
-            await asyncio.wait([waiting.last], timeout=within)
-            self.steps.cancel([sequence])
-        await waiting.last
-        return waiting.times
+        (waiting,) = self._begin([self._sequence(prompt_ids, output_tokens)])
+        last = await waiting.last
+        return waiting.first - start, last - start
 
     async def answers(self, prompts: Seq[list[int]], output_tokens: Seq[int]) -> list[list[int]]:
         """Computes so many tokens of each prompt greedily, all begun at once. Raises ConfigurationError where they do not fit."""
@@ -127,7 +115,7 @@ class EngineAlone:
         now = time.perf_counter()
         for each in news:
             waiting = self._waiting[each.sequence]
-            waiting.times.extend(now for _ in each.token_ids)
+            waiting.first = waiting.first or now
             if each.finish is not None:
                 del self._waiting[each.sequence]
                 waiting.last.set_result(now)
