@@ -53,6 +53,7 @@ class EngineAlone:
             max_step_tokens=capacity.max_step_tokens,
             lookahead=computer.facts.lookahead,
             itl_target=settings.itl_target_ms / 1000,
+            economy=settings.economy_targets(),
         )
         metrics = EngineMetrics(CollectorRegistry())
         self.scheduler = Scheduler(pool, limits)

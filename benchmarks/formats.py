@@ -3,7 +3,8 @@
     python -m benchmarks.formats --with '*=int8' --with '*=int4-g64' --batches 1,16 --out results/formats.json
 
 One process has the model in every format, the reference first. A turn computes some decode steps of a batch, forward and the
-likeliest tokens, in each of them, one right after the other, and who is first goes round: what else the machine does meets all alike.
+likeliest tokens as the sampler finds them, in each of them, one right after the other, and who is first goes round: what else the
+machine does meets all alike.
 A ratio is reference / format of one turn, and the median of the turns is what counts.
 """
 
@@ -24,6 +25,7 @@ from benchmarks.report import Report
 from holdfast import models
 from services.engine.kv_cache import KVCache
 from services.engine.models import Model, load
+from services.engine.ops.sampling import argmax
 from services.engine.quality.sizes import bytes_of
 from services.engine.state import Batch, Selection
 
@@ -56,7 +58,7 @@ def seconds_of(model: Model, cache: KVCache, *, batch: int, context: int, steps:
     tokens_S = torch.arange(batch) + 100
     start = time.perf_counter()
     for _ in range(steps):
-        tokens_S = model.forward(decode_batch(tokens_S, context=context), cache).argmax(-1)
+        tokens_S, _ = argmax(model.forward(decode_batch(tokens_S, context=context), cache))
     return (time.perf_counter() - start) / steps
 
 

@@ -24,7 +24,6 @@ from holdfast.topics import TOPICS
 from holdfast.v1 import engine_pb2
 from services.engine.blocks import BlockPool
 from services.engine.build import Facts, build_apart, device_of
-from services.engine.economy import Economy
 from services.engine.engine import Engine, running
 from services.engine.identity import fingerprint, num_parameters
 from services.engine.loop import Runner
@@ -122,21 +121,10 @@ def _limits(settings: EngineSettings, capacity: Capacity) -> Limits:
             max_sequences=capacity.max_sequences,
             max_step_tokens=capacity.max_step_tokens,
             itl_target=settings.itl_target_ms / 1000,
-            economy=_economy(settings),
+            economy=settings.economy_targets(),
         )
     except ValueError as error:
         raise ConfigurationError(str(error)) from error
-
-
-def _economy(settings: EngineSettings) -> Economy | None:
-    if not settings.economy:
-        return None
-    return Economy(
-        interactive=settings.economy_for != "batch",
-        batch=settings.economy_for != "interactive",
-        itl_target=settings.itl_target_ms / 1000,
-        wait_target=settings.economy_wait_ms / 1000,
-    )
 
 
 def _kafka(settings: EngineSettings) -> Any:

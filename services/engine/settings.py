@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field
 
 from holdfast.settings import Settings
 from services.engine import kv_format, weight_format
+from services.engine.economy import Economy
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,17 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     kernel for every number of rows, and bfloat16, float16 or float32 throughout; on a CPU tokens are computed one by one."""
     tensor_parallel: Annotated[int, Field(ge=1, le=MOST_RANKS)] = 1
     """Over how many devices of this machine each layer is split, a process for each: GPUs, or processes alone on a CPU."""
+
+    def economy_targets(self) -> Economy | None:
+        """When the second copy computes, and for whom; None where there is none."""
+        if not self.economy:
+            return None
+        return Economy(
+            interactive=self.economy_for != "batch",
+            batch=self.economy_for != "interactive",
+            itl_target=self.itl_target_ms / 1000,
+            wait_target=self.economy_wait_ms / 1000,
+        )
 
     def capacity(self, device_type: str) -> Capacity:
         """What is said of it here, and the rest as suits such a device."""

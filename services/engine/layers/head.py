@@ -14,6 +14,7 @@ from services.engine.layers.embedding import Embedding
 from services.engine.layers.linear import Linear, named
 from services.engine.ops.forms import Activations, Form
 from services.engine.ops.linear import products
+from services.engine.ops.sampling import likeliest
 from services.engine.quant import Weight
 from services.engine.quant.matrix import plain
 from services.engine.quant.unquantized import Unquantized
@@ -92,6 +93,6 @@ class Head:
 
 def _refined(logits_RV: Tensor, x_RI: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor:
     """The same, the best candidates computed again, by rows of the matrix."""
-    best_RC = logits_RV.topk(min(_CANDIDATES, logits_RV.shape[1]), dim=1, sorted=False).indices
+    _, best_RC = likeliest(logits_RV, min(_CANDIDATES, logits_RV.shape[1]))
     exact_RC = torch.bmm(rows(best_RC).float(), x_RI.float().unsqueeze(2)).squeeze(2)
     return logits_RV.scatter_(1, best_RC, exact_RC)

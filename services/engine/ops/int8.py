@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from services.engine.ops.forms import FINER, Form, Quantized, RowScaled, rounds
-from services.engine.ops.linear import in_dtype, plus
+from services.engine.ops.linear import in_dtype
 from services.engine.ops.quantize import by_torch, quantize
-from services.engine.ops.scaled import scaled_linear, whole_products
+from services.engine.ops.scaled import scaled, scaled_linear, whole_products
 
 _FORM = RowScaled(torch.int8, parts=2, most_rows=256)
 """With more rows on a GPU a matrix that is widened once for all of them is multiplied sooner (not measured yet)."""
@@ -46,6 +46,5 @@ def linear(
     assert isinstance(x, Tensor)
     rows = by_torch(x, _FORM)
     coarse, fine = whole_products(rows.values_NI, values_OI).float().chunk(2)
-    out_NO = torch.add(coarse, fine, alpha=1 / FINER)
-    out_NO.mul_(scales_O).mul_(rows.scales_N[:, None])
-    return plus(out_NO, bias_O, add).to(dtype)
+    sums_NO = torch.add(coarse, fine, alpha=1 / FINER)
+    return scaled(sums_NO, rows.scales_N, scales_O, bias_O=bias_O, add=add, dtype=dtype)

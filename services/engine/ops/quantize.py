@@ -31,9 +31,9 @@ def by_torch(x_NI: Tensor, form: RowScaled) -> Quantized:
     if form.share is not None:
         return _by_groups(x_NI, form, form.share)
     x_NI = x_NI.float()  # once: every operation on numbers of two kinds does it again
-    peaks_N1 = x_NI.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST)
+    peaks_N1 = x_NI.abs().amax(-1, keepdim=True).clamp_min_(SMALLEST)
     if form.by is None:
-        largest = _as_tensor(form.largest, x_NI.device)
+        largest = _largest(form.dtype, x_NI.device)
         scales_N1, factors_N1 = peaks_N1 / largest, largest / peaks_N1
     else:
         scales_N1 = form.by + peaks_N1.mul_(0)
@@ -62,10 +62,10 @@ def _by_groups(x_NI: Tensor, form: RowScaled, share: int) -> Quantized:
 
 
 @cache
-def _as_tensor(value: float, device: torch.device) -> Tensor:
-    """By a number torch divides by multiplying with its reciprocal, and rounds twice."""
+def _largest(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`RowScaled.largest`, as a tensor: by a number torch divides by multiplying with its reciprocal, and rounds twice."""
     with torch.inference_mode(False):
-        return torch.full((1,), value, device=device)
+        return torch.full((1,), RowScaled(dtype).largest, device=device)
 
 
 def _rounded(steps_NI: Tensor, form: RowScaled) -> Tensor:

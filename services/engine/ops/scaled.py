@@ -47,10 +47,33 @@ def scaled_linear(
     if weight_OI.is_cuda:
         return _on_gpu(x, weight_OI, scales_O, *counters, bias_O=bias_O, add=add, dtype=dtype)
     if weight_OI.dtype is torch.int8:
-        out_NO = whole_products(x.values_NI, weight_OI) * scales_O
+        sums_NO = whole_products(x.values_NI, weight_OI)
     else:
-        out_NO = linear.linear(_widened(x.values_NI, weight_OI.dtype), weight_OI).float().mul_(scales_O)
-    return linear.plus(out_NO.mul_(x.scales_N[:, None]), bias_O, add).to(dtype)
+        sums_NO = linear.linear(_widened(x.values_NI, weight_OI.dtype), weight_OI)
+    return scaled(sums_NO.float(), x.scales_N, scales_O, bias_O=bias_O, add=add, dtype=dtype)
+
+
+def scaled(
+    sums_NO: Tensor,
+    scales_N: Tensor,
+    scales_O: Tensor,
+    *,
+    bias_O: Tensor | None,
+    add: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """sums * scales of rows * scales of outputs + bias + add, in `dtype`, rounded once, by as few operations as torch has. Overwrites the
+    float32 sums; the result may take the place of `add`."""
+    sums_NO.mul_(scales_O)
+    scales_N1 = scales_N.unsqueeze(1)
+    if bias_O is not None:
+        return linear.plus(sums_NO.mul_(scales_N1), bias_O, add).to(dtype)
+    if add is not None:
+        out_NO = add if add.dtype is dtype else torch.empty_like(add, dtype=dtype)
+        return torch.addcmul(add, sums_NO, scales_N1, out=out_NO)
+    if dtype is torch.float32:
+        return sums_NO.mul_(scales_N1)
+    return torch.mul(sums_NO, scales_N1, out=torch.empty_like(sums_NO, dtype=dtype))
 
 
 def adds(weight_OI: Tensor, scales_O: Tensor, *, num_rows: int) -> bool:
