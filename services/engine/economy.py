@@ -27,7 +27,11 @@ class Economy:
         """Whether a sequence of this class may."""
         return self.interactive if interactive else self.batch
 
-    def is_due(self, *, decode_seconds: float | None, waited: float) -> bool:
-        """Whether a target is in danger. `decode_seconds`: how long the full weights are expected to take for one token of each
-        running sequence, None where that is not known yet; `waited`: by the first of those in line who may."""
+    def is_due(self, *, decode_seconds: float | None, waited: float, gain: float | None = None) -> bool:
+        """Whether a target is in danger that the smaller copy would help to meet. `decode_seconds`: how long the full weights are expected to
+        take for one token of each running sequence, None where that is not known yet; `waited`: by the first of those in line who
+        may; `gain`: seconds by which the next step would end sooner, None where that is not known yet. What has to be widened may
+        take longer than what has not, where rows are many."""
+        if gain is not None and gain <= 0:
+            return False
         return waited > self.wait_target or (decode_seconds is not None and decode_seconds > self.itl_target)

@@ -301,18 +301,27 @@ class Scheduler:
     # Economy.
 
     def _is_in_danger(self, now: float) -> bool:
-        """Whether a target is, as things stand before the next step."""
+        """Whether a target is, as things stand before the next step, and the smaller copy would help."""
         economy = self.limits.economy
         if economy is None:
             return False
         heads = [head for line in self._waiting.values() if (head := line.first) and self._may_save(head)]
         decoding = [each for each in self._running if each.num_remaining == 1]
+        kv_tokens = sum(each.num_planned + 1 for each in decoding)
+        prefill = sum(each.num_remaining for each in (*self._running, *heads) if each.num_remaining > 1)
+        tokens = min(len(decoding) + prefill, self.limits.max_step_tokens)
         return economy.is_due(
-            decode_seconds=self.paces[False].seconds(
-                tokens=len(decoding), kv_tokens=sum(each.num_planned + 1 for each in decoding)
-            ),
+            decode_seconds=self.paces[False].seconds(tokens=len(decoding), kv_tokens=kv_tokens),
             waited=max((now - head.arrival for head in heads), default=0.0),
+            gain=self._gain(tokens=tokens, kv_tokens=kv_tokens),
         )
+
+    def _gain(self, *, tokens: int, kv_tokens: int) -> float | None:
+        """Seconds by which the smaller copy is expected to compute such a step sooner, None where that is not known yet."""
+        full, small = (
+            self.paces[economical].seconds(tokens=tokens, kv_tokens=kv_tokens) for economical in (False, True)
+        )
+        return None if full is None or small is None else full - small
 
     def _may_save(self, sequence: Sequence) -> bool:
         return self.limits.economy is not None and self.limits.economy.may(interactive=sequence.interactive)

@@ -54,6 +54,19 @@ def test_steps_are_computed_in_few_bits_while_tokens_would_come_too_slowly(secon
     assert next_step(driver).economical is saves
 
 
+@pytest.mark.parametrize(("num_sequences", "saves"), [(2, True), (12, False)])
+def test_a_copy_that_would_be_slower_is_not_asked(num_sequences: int, saves: bool) -> None:
+    """It takes less for a step, and more for each row of it."""
+    driver = Driver(num_blocks=64, max_sequences=16, economy=economy())
+    for tokens in range(1, 20):
+        for economical, seconds in ((False, 0.010 + 0.001 * tokens), (True, 0.004 + 0.002 * tokens)):
+            driver.scheduler.paces[economical].observe(tokens=tokens, kv_tokens=0, seconds=seconds, prefills=False)
+    for number in range(num_sequences):
+        driver.add(sequence([number], max_tokens=9, arrival=driver.now))
+    next_step(driver)
+    assert next_step(driver).economical is saves
+
+
 def test_a_long_wait_is_a_reason_too_as_long_as_it_lasts() -> None:
     """Both slots are taken, and a third sequence waits."""
     driver = Driver(max_sequences=2, economy=economy())
