@@ -37,6 +37,9 @@ from services.engine.sequence import FinishReason, Phase, Sequence, TokenLogprob
 
 _ENDED_UNANSWERED = (FinishReason.CANCELLED, FinishReason.DEADLINE, FinishReason.ERROR)
 
+_FULL_EACH = 8
+"""Of so many steps one is computed by the full weights, whatever is in danger."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -272,8 +275,10 @@ class Scheduler:
         assigned = self._assign()
         if not assigned:
             return None
-        self._economical = in_danger and all(self._may_save(sequence) for sequence, _ in assigned)
         self._num_steps += 1
+        may_save = in_danger and all(self._may_save(sequence) for sequence, _ in assigned)
+        # Now and then in full: what that takes is learnt from steps like those that are left to the other copy.
+        self._economical = may_save and self._num_steps % _FULL_EACH != 0
         sequences, works = zip(*assigned, strict=True)
         step = self._delta.step(self._num_steps, works, economical=self._economical)
         self._delta = _Delta()
@@ -308,7 +313,8 @@ class Scheduler:
         heads = [head for line in self._waiting.values() if (head := line.first) and self._may_save(head)]
         decoding = [each for each in self._running if each.num_remaining == 1]
         kv_tokens = sum(each.num_planned + 1 for each in decoding)
-        prefill = sum(each.num_remaining for each in (*self._running, *heads) if each.num_remaining > 1)
+        starting = heads if len(self._running) < self.limits.max_sequences else []
+        prefill = sum(each.num_remaining for each in (*self._running, *starting) if each.num_remaining > 1)
         tokens = min(len(decoding) + prefill, self.limits.max_step_tokens)
         return economy.is_due(
             decode_seconds=self.paces[False].seconds(tokens=len(decoding), kv_tokens=kv_tokens),
