@@ -38,7 +38,7 @@ from services.engine.sequence import FinishReason, Phase, Sequence, TokenLogprob
 _ENDED_UNANSWERED = (FinishReason.CANCELLED, FinishReason.DEADLINE, FinishReason.ERROR)
 
 _FULL_EACH = 8
-"""Of so many steps one is computed by the full weights, whatever is in danger."""
+"""Of so many steps one is computed by the full weights, whatever is in danger, once both copies' paces are known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,10 +275,8 @@ class Scheduler:
         assigned = self._assign()
         if not assigned:
             return None
+        self._economical = in_danger and all(self._may_save(sequence) for sequence, _ in assigned)
         self._num_steps += 1
-        may_save = in_danger and all(self._may_save(sequence) for sequence, _ in assigned)
-        # Now and then in full: what that takes is learnt from steps like those that are left to the other copy.
-        self._economical = may_save and self._num_steps % _FULL_EACH != 0
         sequences, works = zip(*assigned, strict=True)
         step = self._delta.step(self._num_steps, works, economical=self._economical)
         self._delta = _Delta()
@@ -316,10 +314,14 @@ class Scheduler:
         starting = heads if len(self._running) < self.limits.max_sequences else []
         prefill = sum(each.num_remaining for each in (*self._running, *starting) if each.num_remaining > 1)
         tokens = min(len(decoding) + prefill, self.limits.max_step_tokens)
+        gain = self._gain(tokens=tokens, kv_tokens=kv_tokens)
+        if gain is not None and self._num_steps % _FULL_EACH == 0:
+            # What the full weights take is learnt from steps like those that are left to the other copy.
+            return False
         return economy.is_due(
             decode_seconds=self.paces[False].seconds(tokens=len(decoding), kv_tokens=kv_tokens),
             waited=max((now - head.arrival for head in heads), default=0.0),
-            gain=self._gain(tokens=tokens, kv_tokens=kv_tokens),
+            gain=gain,
         )
 
     def _gain(self, *, tokens: int, kv_tokens: int) -> float | None:
