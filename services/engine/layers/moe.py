@@ -34,7 +34,7 @@ class MoE:
     takes: Form = None
     """The router sees activations as they are."""
 
-    def __call__(self, x_NI: Activations, *, add: Tensor) -> Tensor:
+    def __call__(self, x_NI: Activations, *, add: Tensor | None = None) -> Tensor:
         assert isinstance(x_NI, Tensor)
         spec, once = self._spec, self._shard.once(add)
         out = moe.mixture(x_NI, self._router(x_NI), self._experts, top_k=spec.top_k, normalize=spec.normalize, add=once)
