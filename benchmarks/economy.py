@@ -106,12 +106,7 @@ def turn(folder: Path, given: Mapping[str, object], requests: Seq[Request], *, s
         result = computer.runner.collect(computer.runner.launch(step))
         took = time.process_time() - began
         now += took
-        scheduler.paces[step.economical].observe(
-            tokens=step.num_tokens,
-            kv_tokens=sum(work.end for work in step.works),
-            seconds=took,
-            prefills=step.num_decodes < len(step.works),
-        )
+        scheduler.learn(step, took)
         for sequence in scheduler.commit(result, now):
             answers[sequence] += [now - sequence.arrival] * len(sequence.tell().token_ids)
     computer.runner.stop()

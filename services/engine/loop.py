@@ -239,12 +239,7 @@ class StepLoop(Generic[L]):
         seconds = now - max(self._launched_at.popleft(), self._committed_at)
         self._committed_at = now
         self._metrics.step(step, seconds)
-        self._scheduler.paces[step.economical].observe(
-            tokens=step.num_tokens,
-            kv_tokens=sum(work.end for work in step.works),
-            seconds=seconds,
-            prefills=step.num_decodes < len(step.works),
-        )
+        self._scheduler.learn(step, seconds)
 
     def _snapshot(self) -> Load:
         scheduler, pool, totals = self._scheduler, self._scheduler.pool, self._scheduler.totals

@@ -301,6 +301,15 @@ class Scheduler:
         self._give_back()
         return self.take_news()
 
+    def learn(self, step: Step, seconds: float) -> None:
+        """The step took so long, which the copy of the weights that computed it will take again."""
+        self.paces[step.economical].observe(
+            tokens=step.num_tokens,
+            kv_tokens=sum(work.end for work in step.works),
+            seconds=seconds,
+            prefills=step.num_decodes < len(step.works),
+        )
+
     # Economy.
 
     def _is_in_danger(self, now: float) -> bool:
@@ -312,7 +321,7 @@ class Scheduler:
         decoding = [each for each in self._running if each.num_remaining == 1]
         kv_tokens = sum(each.num_planned + 1 for each in decoding)
         starting = heads if len(self._running) < self.limits.max_sequences else []
-        prefill = sum(each.num_remaining for each in (*self._running, *starting) if each.num_remaining > 1)
+        prefill = sum(self._prefilling().values()) + sum(head.num_remaining for head in starting)
         tokens = min(len(decoding) + prefill, self.limits.max_step_tokens)
         gain = self._gain(tokens=tokens, kv_tokens=kv_tokens)
         if gain is not None and self._num_steps % _FULL_EACH == 0:

@@ -36,8 +36,8 @@ class MoE:
 
     def __call__(self, x_NI: Activations, *, add: Tensor | None = None) -> Tensor:
         assert isinstance(x_NI, Tensor)
-        spec, once = self._spec, self._shard.once(add)
-        out = moe.mixture(x_NI, self._router(x_NI), self._experts, top_k=spec.top_k, normalize=spec.normalize, add=once)
+        spec, add = self._spec, self._shard.once(add)
+        out = moe.mixture(x_NI, self._router(x_NI), self._experts, top_k=spec.top_k, normalize=spec.normalize, add=add)
         return self._shard.all_reduce(out)
 
 
