@@ -291,7 +291,7 @@ def _row_search(shape: Shape, load: Load, name: str, matrices: Matrices) -> Sear
         [{"rows": (2, 4, 8, 16), "columns": (512, 1024, 2048, 4096)}, {"side": (8, 16)}, {"warps": (4, 8), "stages": (2, 3, 4)}],
         partial(_always, calls),
         partial(_product, x, matrices.exact()),
-        under=lambda each: replaced(gemv, EIGHT_BITS=gemv.Tile(**each)),
+        under=lambda each: replaced(gemv, tile_of=lambda _: gemv.Tile(**each)),
         fits=lambda each: outputs % each["rows"] == 0 and columns % each["columns"] == 0,
     )  # fmt: skip
 

@@ -125,15 +125,17 @@ def test_one_row_times_a_matrix() -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int8])
-def test_one_row_times_a_matrix_in_8_bits(kind: torch.dtype) -> None:
-    """The row as it is, normed and gated on the way or not; the matrix by a scale for each of its rows."""
-    x, norm_weight, bias, add = (torch.randn(*shape).half() for shape in ((1, 1536), (1536,), (8,), (1, 8)))
-    matrix = quantize.by_torch(torch.randn(8, 1536) * 0.05, RowScaled(kind))
+@pytest.mark.parametrize(("outputs", "inputs"), [(8, 1536), (16, 8192), (8, 8192)])
+def test_one_row_times_a_matrix_in_8_bits(kind: torch.dtype, outputs: int, inputs: int) -> None:
+    """The row as it is, normed and gated on the way or not; the matrix by a scale for each of its rows, whatever tile serves."""
+    shapes = ((1, inputs), (inputs,), (outputs,), (1, outputs))
+    x, norm_weight, bias, add = (torch.randn(*shape).half() for shape in shapes)
+    matrix = quantize.by_torch(torch.randn(outputs, inputs) * 0.05, RowScaled(kind))
     plain = matrix.values_NI.double() * matrix.scales_N[:, None]
     same = {"scales": matrix.scales_N, "bias_O": bias, "dtype": torch.float32}
     got = gemv.gemv(x, matrix.values_NI, add=add, **same)
     torch.testing.assert_close(got.double(), x.double() @ plain.T + bias + add, atol=1e-4, rtol=1e-4)
-    normed = F.rms_norm(x.double(), (1536,), norm_weight.double(), 1e-5)
+    normed = F.rms_norm(x.double(), (inputs,), norm_weight.double(), 1e-5)
     gate, up = F.linear(normed, plain, bias.double()).chunk(2, -1)
     got = gemv.gemv(Unnormed(x, norm_weight, 1e-5), matrix.values_NI, gated=True, **same)
     torch.testing.assert_close(got.double(), F.silu(gate) * up, atol=1e-4, rtol=1e-4)
