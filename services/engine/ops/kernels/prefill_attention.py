@@ -20,6 +20,7 @@ from torch import Tensor
 from services.engine.kv_cache import KVCache
 from services.engine.ops.kernels import kv_quant, softmax
 from services.engine.ops.kernels.decode_attention import LOG2_E, number_items
+from services.engine.ops.kernels.pages import Pages
 
 
 class Tuning(NamedTuple):
@@ -96,6 +97,7 @@ def attend(
     *,
     scale: float,
     window: int | None,
+    pages: Pages | None = None,
     alike: bool = False,
 ) -> None:
     """As `ops.attention.paged_attention` for these works; writes their rows of `out_NHD`. `alike`: tiles of keys that all
@@ -111,6 +113,9 @@ def attend(
         kv,
         scales,
         out_NHD,
+        None if pages is None else pages.wide,
+        None if pages is None else pages.first_P1,
+        None if pages is None else pages.order_W,
         work.tables,
         work.rows_P,
         work.lengths_P,
@@ -158,6 +163,9 @@ def _attend(
     kv,
     scales,
     out,
+    wide,
+    first_pages,
+    order,
     tables,
     slots,
     lengths,
@@ -200,10 +208,59 @@ def _attend(
     at = (first + token).to(tl.int64)[:, None] * token_stride + (head * G + row % GROUP)[:, None] * D + place[None, :]
     queries = tl.load(q + at, mask=held, other=0.0)
     position = length - count + token
+    lowest = length - count + tile_of * TOKENS
+    if wide is None:
+        total, found = _gathered(
+            queries, position, kv, scales, table, head, place, lowest, length, scale, block_stride, v_stride, head_stride,
+            scale_stride, D, WIDTH, TOKENS, T, TILE, WINDOW, ALIKE, PRECISION,
+        )  # fmt: skip
+    else:
+        first_page = tl.load(first_pages + work)
+        if first_page >= 0:
+            kv_heads = tl.num_programs(1)
+            total, found = _gathered(
+                queries, position, wide, None, order + first_page, head, place, lowest, length, scale, 2 * kv_heads * T * D,
+                kv_heads * T * D, T * D, None, D, WIDTH, TOKENS, T, TILE, WINDOW, ALIKE, PRECISION,
+            )  # fmt: skip
+        else:
+            total, found = _gathered(
+                queries, position, kv, scales, table, head, place, lowest, length, scale, block_stride, v_stride, head_stride,
+                scale_stride, D, WIDTH, TOKENS, T, TILE, WINDOW, ALIKE, PRECISION,
+            )  # fmt: skip
+    tl.store(out + at, found / tl.where(total > 0, total, 1.0)[:, None], mask=held)
+
+
+@triton.jit
+def _gathered(
+    queries,
+    position,
+    kv,
+    scales,
+    table,
+    head,
+    place,
+    lowest,
+    length,
+    scale,
+    block_stride,
+    v_stride,
+    head_stride,
+    scale_stride,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    T: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ALIKE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The sum of the weights of each query, which stands at this position, the first of them at the lowest; and what it found by
+    them."""
+    ROWS: tl.constexpr = queries.shape[0]
     peak = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     found = tl.zeros((ROWS, WIDTH), tl.float32)
-    lowest = length - count + tile_of * TOKENS
     end = tl.minimum(lowest + TOKENS, length)
     start = 0
     if WINDOW > 0:
@@ -266,7 +323,7 @@ def _attend(
             )  # fmt: skip
         else:
             peak, total, found = _take_in(queries, keys, values, seen, peak, total, found, scale, True, PRECISION)
-    tl.store(out + at, found / tl.where(total > 0, total, 1.0)[:, None], mask=held)
+    return total, found
 
 
 @triton.jit
