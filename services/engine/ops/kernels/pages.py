@@ -22,9 +22,9 @@ from services.engine.ops.kernels.bits import widened
 from services.engine.ops.kernels.overlap import overlapped, wait
 
 FEWEST = 256
-"""Tokens of a chunk whose pages are widened. By what 8,192 tokens of prompts of 2,048 take on an H200 (8 kv heads of 128), a key read in 8 bits costs
-each query some 25 ps more than one in 16, and to widen it 2 ns: it must be seen by 80 tokens, and one of a prompt is seen by half of
-them. The rest is for the launch."""
+"""Tokens of a chunk whose pages are widened. By what prompts of 2,048 tokens took on an H200 (8 kv heads of 128), a key read in 8 bits costs
+each token that sees it some 25 ps more than one in 16; to widen it should take 2 ns, by the bytes that are moved. So 80 tokens must see
+it, however long the context is, and one of a prompt is seen by half of them. The rest is for the launch."""
 
 REACH = 4
 """How many tokens there is room for, by those of a step: one of 8,192 may widen 32,768, of a Llama-3.1-8B 128 MiB. What has no room is read in

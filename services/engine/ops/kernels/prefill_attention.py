@@ -1,8 +1,9 @@
 """Causal attention of chunks of prompts over their pages ("FlashAttention-2", Dao 2023, with paged keys and values).
 
 A tile holds the queries of all G heads that share a kv head, for as many tokens as fit; keys are always taken in tiles
-that begin at multiples of their size, so what a token gets does not depend on how its prompt was cut. `plan` lists once a
-step which tiles there are; every layer then works through that list.
+that begin at multiples of their size, so what a token gets does not depend on how its prompt was cut - but for a rounding of keys and
+values in 8 bits, which a chunk of many tokens reads from where they were widened (`pages`). `plan` lists once a step which tiles there
+are; every layer then works through that list.
 
 Shapes: N tokens of the step, H query heads, K kv heads, G = H / K, D head size, P works, M tiles at most.
 """
@@ -100,7 +101,8 @@ def attend(
     pages: Pages | None = None,
     alike: bool = False,
 ) -> None:
-    """As `ops.attention.paged_attention` for these works; writes their rows of `out_NHD`. `alike`: tiles of keys that all
+    """As `ops.attention.paged_attention` for these works; writes their rows of `out_NHD`. `pages`: in which some works find what this
+    layer keeps in 8 bits; there is no window then. `alike`: tiles of keys that all
     rows see as a whole go the way of the others, so that a compiler's choices for the one way or the other - which product
     is added without being rounded, for one - cannot tell rows apart."""
     _, heads, head_dim = q_NHD.shape
@@ -215,6 +217,8 @@ def _attend(
             scale_stride, D, WIDTH, TOKENS, T, TILE, WINDOW, ALIKE, PRECISION,
         )  # fmt: skip
     else:
+        # One launch for both ways: they take the same room, and a program of another one that is not needed takes as long as reading
+        # some pages.
         first_page = tl.load(first_pages + work)
         if first_page >= 0:
             kv_heads = tl.num_programs(1)
@@ -255,8 +259,7 @@ def _gathered(
     ALIKE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The sum of the weights of each query, which stands at this position, the first of them at the lowest; and what it found by
-    them."""
+    """The sum of each query's weights, and what it found by them. Queries stand at these positions, the first at `lowest`."""
     ROWS: tl.constexpr = queries.shape[0]
     peak = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
