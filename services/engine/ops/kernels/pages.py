@@ -30,8 +30,8 @@ REACH = 4
 """How many tokens there is room for, by those of a step: one of 8,192 may widen 32,768, of a Llama-3.1-8B 128 MiB. What has no room is read in
 8 bits."""
 
-_PROGRAMS = 2048
-"""That a launch has at most; where there are more pages they take turns."""
+_PROGRAMS = 512
+"""That a launch has at most, so that an H200 runs all at a time: a step may have nothing to widen. Each takes as many pages as fall to it."""
 
 
 @dataclass(frozen=True, slots=True)
