@@ -369,7 +369,8 @@ def test_pages_are_widened_in_wide_loads_and_stores(eight_bits: dict[KVFormat, d
 
 @pytest.mark.timeout(300)
 def test_two_ways_in_one_kernel_take_the_room_of_one(eight_bits: dict[KVFormat, dict[str, Compiled]]) -> None:
-    """Two programs share a multiprocessor, as in 16 bits: half of its registers and of its shared memory, 1 KiB of which is its own."""
+    """Two programs share a multiprocessor: each has half of its registers and of its shared memory, 1 KiB of which is not the
+    program's."""
     for kernels in eight_bits.values():
         both = kernels["prefill of widened"]
         assert "wgmma" in both.ptx
