@@ -10,7 +10,8 @@ them, so that what is measured is what serves. `timing` says how it is measured.
 Counted is what must move and be computed at least, from the shapes alone:
 
     product     the matrix, its inputs and outputs (and what is added to them) once; 2 FLOPs a number of the matrix and row
-    attention   keys and values that are seen once for each sequence, queries, results; 4 FLOPs a head, feature, query and key
+    attention   keys and values that are seen once for each sequence, queries, results; 4 FLOPs a head, feature, query and key.
+                Its time is of prompts in 8 bits with the widening of their pages, a call after the other
     qkv         queries, keys and values in and out, keys and values as the cache keeps them
     experts     the matrices of the experts that are wanted by these random tokens, inputs and outputs; 2 FLOPs as in a product
     norm, gate, quantize    numbers in and out; a single row on a GPU is normed and gated where it is multiplied, and counts there

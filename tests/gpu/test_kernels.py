@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,9 +15,10 @@ from services.engine.layers.linear import Linear
 from services.engine.ops import moe
 from services.engine.ops import sampling as specified
 from services.engine.ops.activation import silu_mul
-from services.engine.ops.attention import paged_attention, plan
+from services.engine.ops.attention import AttentionPlan, paged_attention, plan
 from services.engine.ops.forms import Unsummed
 from services.engine.ops.kernels import scaled
+from services.engine.ops.kernels.attention import Works
 from services.engine.ops.linear import counters_for, linear, products
 from services.engine.ops.moe import Experts
 from services.engine.ops.norm import rms_norm, rms_norm_of_sum
@@ -103,7 +104,91 @@ def test_attention(
     torch.testing.assert_close(got.double(), expected, atol=ERRORS[dtype], rtol=ERRORS[dtype])
 
 
-@pytest.mark.parametrize("format", [KVFormat.FP8_E4M3, KVFormat.INT8])
+EIGHT_BITS = [KVFormat.FP8_E4M3, KVFormat.INT8]
+WIDENED = [
+    ([300, 700, 24], [300, 700, 1200], [0, 5, -1, 16]),
+    ([1024, 0, 0], [1300, 70, 0], [-1, -1, -1, 0]),
+    ([200, 256, 512], [900, 600, 520], [-1, 0, -1, 10]),
+    ([0, 0, 256], [70, 900, 256], [-1, -1, 0, 4]),
+]
+"""Tokens of three chunks, the keys they see, and their first pages among 16 that are widened: all but few tokens, none for want of room, one, and
+the last."""
+
+
+@pytest.mark.parametrize("format", EIGHT_BITS)
+@pytest.mark.parametrize("shape", [(32, 8, 128), (9, 3, 64)])
+def test_captured_chunks_see_pages_widened_or_not_as_they_come(
+    shape: tuple[int, int, int], format: KVFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay widens the pages of the chunks that it then holds, as far as there is room; either way attention is what it should be."""
+    from services.engine.ops.kernels import pages
+
+    monkeypatch.setattr(pages, "REACH", 1)
+    heads, kv_heads, head_dim = shape
+    formats = (KVFormat.AUTO, format)
+    cache = KVCache(
+        KVShape(2, kv_heads, head_dim, torch.bfloat16), num_blocks=80, block_size=64, device="cuda", formats=formats
+    )
+    fill(cache)
+    tables = torch.randperm(80, dtype=torch.int32, device="cuda")[:63].view(3, 21)
+    q = torch.randn(1024, heads, head_dim, device="cuda").bfloat16()
+    works, step = captured_works(WIDENED[0][0], WIDENED[0][1], tables=tables, most=1024)
+
+    def attend() -> tuple[AttentionPlan, Tensor]:
+        shared = plan(step, cache)
+        return shared, paged_attention(q, cache, 1, shared, scale=head_dim**-0.5)
+
+    attend()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        shared, out = attend()
+    for counts, lengths, first in WIDENED:
+        update(works, counts, lengths)
+        graph.replay()
+        assert shared.kernels._pages is not None and shared.kernels._pages.first_P1.tolist() == first
+        expected = definition(q[: sum(counts)], cache, tables, counts, lengths, window=None)
+        error = ERRORS[torch.bfloat16]
+        torch.testing.assert_close(out[: sum(counts)].double(), expected, atol=error, rtol=error)
+
+
+def captured_works(counts: list[int], lengths: list[int], *, tables: Tensor, most: int) -> tuple[Works, Batch]:
+    """Chunks of which the host knows only how many and how long they may be, and the step of them."""
+    nobody = torch.zeros(0, dtype=torch.int32, device="cuda")
+    rows, zeros = (torch.arange(len(counts), device="cuda"), torch.zeros(len(counts) + 1, device="cuda").int())
+    works = Works(nobody, nobody, rows, zeros[1:].clone(), zeros[1:].clone(), zeros.clone(), most_prefill=most)
+    update(works, counts, lengths)
+    return works, replace(batch_of(tables, counts, lengths, num_decodes=0), works=works)
+
+
+def update(works: Works, counts: list[int], lengths: list[int]) -> None:
+    """Makes others of them, in place."""
+    works.prefill_counts_P.copy_(torch.tensor(counts))
+    works.prefill_lengths_P.copy_(torch.tensor(lengths))
+    works.query_starts[1:] = works.prefill_counts_P.cumsum(0)
+
+
+@pytest.mark.parametrize("format", EIGHT_BITS)
+@pytest.mark.parametrize("shape", [(8, 128), (3, 64)])
+def test_pages_are_widened_to_what_they_stand_for(shape: tuple[int, int], format: KVFormat) -> None:
+    """To the last bit, where there are more pages than programs too."""
+    from services.engine.ops.kernels import pages
+
+    formats = (KVFormat.AUTO, format)
+    cache = KVCache(KVShape(2, *shape, torch.bfloat16), num_blocks=1000, block_size=64, device="cuda", formats=formats)
+    fill(cache)
+    tables = torch.randperm(1000, dtype=torch.int32, device="cuda")[None]
+    length = torch.tensor([64000], dtype=torch.int32, device="cuda")
+    found = pages.plan(
+        tables, torch.zeros_like(length), length, length, most_tokens=64000, cache=cache, dtype=torch.bfloat16
+    )
+    assert found is not None and found.first_P1.tolist() == [0, 1000]
+    pages.widen(cache, 1, found)
+    for got, wanted in zip(found.wide[:1000].unbind(1), cache.layers[1].read(tables[0].long()), strict=True):
+        assert torch.equal(got.view(wanted.shape), wanted)
+
+
+@pytest.mark.parametrize("format", EIGHT_BITS)
 @pytest.mark.parametrize("dtype", ERRORS)
 def test_keys_and_values_become_8_bits(dtype: torch.dtype, format: KVFormat) -> None:
     """As the specification makes them, but for the last place of a division; what is no number is NaN."""

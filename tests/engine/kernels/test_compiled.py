@@ -22,6 +22,7 @@ from services.engine.ops.kernels import (
     invariant,
     moe,
     norm,
+    pages,
     pairs,
     prefill_attention,
     qkv,
@@ -80,7 +81,7 @@ def launch_all(
 
 
 def launch_attention(cache: KVCache, *, heads: int, chunks: tuple[int, ...]) -> None:
-    """Of decodes, then of prompts."""
+    """Of decodes, then of prompts; in 8 bits also of those whose pages are widened."""
     tables, rows = torch.zeros(SLOTS, CONTEXT // 64, dtype=torch.int32), torch.zeros(ROWS + 1, dtype=torch.int32)
     q = torch.zeros(ROWS, heads, cache.shape.head_dim, dtype=cache.shape.dtype)
     for chunk, most_items in zip(chunks, (99, 9999), strict=False):  # a program for each item, and many for a program
@@ -92,6 +93,11 @@ def launch_attention(cache: KVCache, *, heads: int, chunks: tuple[int, ...]) -> 
     tuning = prefill_attention.tuning(q.dtype, cache.layers[1].kv.itemsize)
     prompts = prefill_attention.plan(*works, most_tokens=2048, group=group, tuning=tuning)
     prefill_attention.attend(q, q, cache, 1, prompts, scale=0.1, window=None)
+    if cache.layers[1].scales is not None:
+        wide = pages.plan(tables, *[rows[:ROWS]] * 3, most_tokens=2048, cache=cache, dtype=q.dtype)
+        assert wide is not None
+        pages.widen(cache, 1, wide)
+        prefill_attention.attend(q, q, cache, 1, prompts, scale=0.1, window=None, pages=wide)
 
 
 @pytest.fixture(scope="module", params=[LLAMA_8B, QWEN_600M, SMOLLM], ids=["llama-8b", "qwen3-0.6b", "smollm2-135m"])
@@ -313,7 +319,8 @@ def test_one_row_meets_whole_numbers_that_are_widened_by_permutes() -> None:
 
 @pytest.fixture(scope="module", params=[LLAMA_8B, SMOLLM], ids=["llama-8b", "smollm2-135m"])
 def eight_bits(request: pytest.FixtureRequest) -> dict[KVFormat, dict[str, Compiled]]:
-    """The kernels that write and read keys and values in 8 bits; of attention that of decodes and that of prompts."""
+    """The kernels that write and read keys and values in 8 bits; of attention that of decodes, that of prompts, and that of prompts whose
+    pages are widened."""
     heads, kv_heads, head_dim = (request.param[name] for name in ("heads", "kv_heads", "head_dim"))
     angles = Angles(torch.zeros(ROWS, 1, head_dim), torch.zeros(ROWS, 1, head_dim))
     projected = torch.zeros(ROWS, heads + 2 * kv_heads, head_dim, dtype=torch.bfloat16)
@@ -321,11 +328,13 @@ def eight_bits(request: pytest.FixtureRequest) -> dict[KVFormat, dict[str, Compi
     for format in (KVFormat.FP8_E4M3, KVFormat.INT8):
         shape = KVShape(2, kv_heads, head_dim, torch.bfloat16)
         cache = KVCache(shape, num_blocks=4, block_size=64, formats=[format] * 2)
-        with offline() as kernels:
+        with offline() as kernels, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pages, "overlapped", lambda _: {"OVERLAP": True, "launch_pdl": True})
             qkv.prepare(projected, angles, cache, 1, slots, heads=heads, norm_weights=None, eps=1e-5)
             launch_attention(cache, heads=heads, chunks=(64, 1024))
-        named = [each for each in map(described, kernels) if each.name in ("_prepare", "_attend")]
-        found[format] = dict(zip(("prepare", "decode", "decode in turns", "prefill"), named, strict=True))
+        named = [each for each in map(described, kernels) if each.name in ("_prepare", "_attend", "_widen")]
+        names = ("prepare", "decode", "decode in turns", "prefill", "widen", "prefill of widened")
+        found[format] = dict(zip(names, named, strict=True))
     return found
 
 
@@ -335,8 +344,8 @@ def test_8_bits_are_read_in_wide_loads_and_spill_nothing(eight_bits: dict[KVForm
     for kernels in eight_bits.values():
         assert [each.name for each in kernels.values() if each.spilled_bytes] == []
         assert "wgmma" in kernels["prefill"].ptx
-        for name in kernels.keys() - {"prepare"}:
-            assert not re.search(r"ld\.global(\.\w+)*\.[bsu]8\b", kernels[name].ptx)
+        assert [name for name, each in kernels.items() if re.search(r"ld\.global(\.\w+)*\.[bsu]8\b", each.ptx)] == []
+        for name in kernels.keys() - {"prepare", "widen"}:
             copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+)", kernels[name].ptx)
             assert copies.count("0x10") >= 4
 
@@ -348,3 +357,24 @@ def test_8_bits_are_widened_more_than_one_at_a_time(eight_bits: dict[KVFormat, d
         assert "cvt.rn.f16x2.e4m3x2" in eight_bits[KVFormat.FP8_E4M3][name].ptx
         assert "prmt.b32" in eight_bits[KVFormat.INT8][name].ptx
         assert "cvt.rn.f16.s16" not in eight_bits[KVFormat.INT8][name].ptx
+
+
+@pytest.mark.timeout(300)
+def test_pages_are_widened_in_wide_loads_and_stores(eight_bits: dict[KVFormat, dict[str, Compiled]]) -> None:
+    """All of a page sixteen bytes at a time, both ways, behind the kernel that writes it."""
+    for kernels in eight_bits.values():
+        widen = kernels["widen"]
+        assert set(re.findall(r"st\.global\.(\S+)", widen.ptx)) == {"v4.b32"}
+        assert widen.ptx.count("ld.global.v4.b32") >= 4
+        assert widen.ptx.count("griddepcontrol.wait") == 1
+        assert widen.registers <= 128
+
+
+@pytest.mark.timeout(300)
+def test_two_ways_in_one_kernel_take_the_room_of_one(eight_bits: dict[KVFormat, dict[str, Compiled]]) -> None:
+    """Two programs share a multiprocessor: each has half of its registers and of its shared memory, 1 KiB of which is not the
+    program's."""
+    for kernels in eight_bits.values():
+        both = kernels["prefill of widened"]
+        assert "wgmma" in both.ptx
+        assert both.registers <= 256 and 2 * (both.shared_bytes + 1024) <= 228 << 10

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from services.engine.kv_cache import KVCache
-from services.engine.ops.kernels import decode_attention, prefill_attention
+from services.engine.ops.kernels import decode_attention, pages, prefill_attention
 
 if TYPE_CHECKING:
     from services.engine.state import Batch
@@ -80,6 +80,7 @@ class PagedPlan:
         self._decodes = self._listed_decodes(cache)
         self._scratch: decode_attention.Scratch | None = None
         self._prefill: prefill_attention.Work | None = None
+        self._pages: pages.Pages | None = None
         self._out_NHD: Tensor | None = None
 
     def attend(self, q_NHD: Tensor, cache: KVCache, layer: int, *, scale: float, window: int | None) -> Tensor:
@@ -93,9 +94,11 @@ class PagedPlan:
                 q_NHD, self._out_NHD, cache, layer, self._decodes, self._scratch, scale=scale, window=window
             )
         if self._prefill is not None:
+            widened = self._widened(q_NHD, cache, layer) if window is None else None
             prefill_attention.attend(
-                q_NHD, self._out_NHD, cache, layer, self._prefill, scale=scale, window=window, alike=self._invariant
-            )
+                q_NHD, self._out_NHD, cache, layer, self._prefill,
+                scale=scale, window=window, pages=widened, alike=self._invariant,
+            )  # fmt: skip
         return self._out_NHD
 
     def _listed_decodes(self, cache: KVCache) -> decode_attention.Work | None:
@@ -132,6 +135,26 @@ class PagedPlan:
                 group=heads // cache.shape.kv_heads,
                 tuning=prefill_attention.tuning(q_NHD.dtype, _narrowest(cache)),
             )
+
+    def _widened(self, q_NHD: Tensor, cache: KVCache, layer: int) -> pages.Pages | None:
+        """Pages of 8 bits in those of the queries, where they have 16. Never where all works are treated alike: whether there is room for a
+        chunk's depends on those beside it."""
+        works = self._works
+        if self._invariant or cache.layers[layer].scales is None or q_NHD.dtype.itemsize != 2:
+            return None
+        if self._pages is None:
+            self._pages = pages.plan(
+                self._tables,
+                works.prefill_rows_P,
+                works.prefill_lengths_P,
+                works.prefill_counts_P,
+                most_tokens=works.most_prefill,
+                cache=cache,
+                dtype=q_NHD.dtype,
+            )
+        if self._pages is not None:
+            pages.widen(cache, layer, self._pages)
+        return self._pages
 
 
 def _narrowest(cache: KVCache) -> int:

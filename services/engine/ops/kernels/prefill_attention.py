@@ -1,8 +1,9 @@
 """Causal attention of chunks of prompts over their pages ("FlashAttention-2", Dao 2023, with paged keys and values).
 
 A tile holds the queries of all G heads that share a kv head, for as many tokens as fit; keys are always taken in tiles
-that begin at multiples of their size, so what a token gets does not depend on how its prompt was cut. `plan` lists once a
-step which tiles there are; every layer then works through that list.
+that begin at multiples of their size, so what a token gets does not depend on how its prompt was cut - but for a rounding of keys and
+values in 8 bits, which a chunk of many tokens reads from where they were widened (`pages`). `plan` lists once a step which tiles there
+are; every layer then works through that list.
 
 Shapes: N tokens of the step, H query heads, K kv heads, G = H / K, D head size, P works, M tiles at most.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from services.engine.kv_cache import KVCache
 from services.engine.ops.kernels import kv_quant, softmax
 from services.engine.ops.kernels.decode_attention import LOG2_E, number_items
+from services.engine.ops.kernels.pages import Pages
 
 
 class Tuning(NamedTuple):
@@ -96,9 +98,11 @@ def attend(
     *,
     scale: float,
     window: int | None,
+    pages: Pages | None = None,
     alike: bool = False,
 ) -> None:
-    """As `ops.attention.paged_attention` for these works; writes their rows of `out_NHD`. `alike`: tiles of keys that all
+    """As `ops.attention.paged_attention` for these works; writes their rows of `out_NHD`. `pages`: in which some works find what this
+    layer keeps in 8 bits; there is no window then. `alike`: tiles of keys that all
     rows see as a whole go the way of the others, so that a compiler's choices for the one way or the other - which product
     is added without being rounded, for one - cannot tell rows apart."""
     _, heads, head_dim = q_NHD.shape
@@ -111,6 +115,9 @@ def attend(
         kv,
         scales,
         out_NHD,
+        None if pages is None else pages.wide,
+        None if pages is None else pages.first_P1,
+        None if pages is None else pages.order_W,
         work.tables,
         work.rows_P,
         work.lengths_P,
@@ -158,6 +165,9 @@ def _attend(
     kv,
     scales,
     out,
+    wide,
+    first_pages,
+    order,
     tables,
     slots,
     lengths,
@@ -200,10 +210,60 @@ def _attend(
     at = (first + token).to(tl.int64)[:, None] * token_stride + (head * G + row % GROUP)[:, None] * D + place[None, :]
     queries = tl.load(q + at, mask=held, other=0.0)
     position = length - count + token
+    lowest = length - count + tile_of * TOKENS
+    if wide is None:
+        total, found = _gathered(
+            queries, position, kv, scales, table, head, place, lowest, length, scale, block_stride, v_stride, head_stride,
+            scale_stride, D, WIDTH, TOKENS, T, TILE, WINDOW, ALIKE, PRECISION,
+        )  # fmt: skip
+    else:
+        # One launch for both ways: they take the same room, and a program of another one that is not needed takes as long as reading
+        # some pages.
+        first_page = tl.load(first_pages + work)
+        if first_page >= 0:
+            kv_heads = tl.num_programs(1)
+            total, found = _gathered(
+                queries, position, wide, None, order + first_page, head, place, lowest, length, scale, 2 * kv_heads * T * D,
+                kv_heads * T * D, T * D, None, D, WIDTH, TOKENS, T, TILE, WINDOW, ALIKE, PRECISION,
+            )  # fmt: skip
+        else:
+            total, found = _gathered(
+                queries, position, kv, scales, table, head, place, lowest, length, scale, block_stride, v_stride, head_stride,
+                scale_stride, D, WIDTH, TOKENS, T, TILE, WINDOW, ALIKE, PRECISION,
+            )  # fmt: skip
+    tl.store(out + at, found / tl.where(total > 0, total, 1.0)[:, None], mask=held)
+
+
+@triton.jit
+def _gathered(
+    queries,
+    position,
+    kv,
+    scales,
+    table,
+    head,
+    place,
+    lowest,
+    length,
+    scale,
+    block_stride,
+    v_stride,
+    head_stride,
+    scale_stride,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    T: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ALIKE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The sum of each query's weights, and what it found by them. Queries stand at these positions, the first at `lowest`."""
+    ROWS: tl.constexpr = queries.shape[0]
     peak = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     found = tl.zeros((ROWS, WIDTH), tl.float32)
-    lowest = length - count + tile_of * TOKENS
     end = tl.minimum(lowest + TOKENS, length)
     start = 0
     if WINDOW > 0:
@@ -266,7 +326,7 @@ def _attend(
             )  # fmt: skip
         else:
             peak, total, found = _take_in(queries, keys, values, seen, peak, total, found, scale, True, PRECISION)
-    tl.store(out + at, found / tl.where(total > 0, total, 1.0)[:, None], mask=held)
+    return total, found
 
 
 @triton.jit

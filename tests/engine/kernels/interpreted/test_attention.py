@@ -9,7 +9,7 @@ from torch import Tensor
 from services.engine.kv_cache import KVCache, KVShape
 from services.engine.kv_format import KVFormat
 from services.engine.ops.attention import paged_attention, plan
-from services.engine.ops.kernels import decode_attention
+from services.engine.ops.kernels import decode_attention, pages
 from services.engine.ops.kernels.attention import PagedPlan
 from tests.engine.batches import Chunk, batch_of, fill
 
@@ -135,6 +135,78 @@ def test_what_is_no_number_spoils_those_alone_that_see_it(format: KVFormat, part
     batch = batch_of(*works, block_size=64)
     out = PagedPlan(batch, cache).attend(torch.randn(68, 8, 64), cache, 1, scale=0.2, window=None)
     assert out[0].isnan().all() and out[1].isfinite().all() and out[32:].isnan().all()
+
+
+MIXED = [(50, 1), (0, 70), (126, 7), (140, 66), (33, 64)]
+"""A decode, a chunk of few tokens, and three of enough: of 2, 4 and 2 pages of 64."""
+
+
+@pytest.mark.parametrize(("reach", "first"), [(4, [0, -1, 2, 6, 8]), (2, [0, -1, 2, -1, 6]), (1, [0, -1, -1, -1, 2])])
+@pytest.mark.parametrize("format", EIGHT_BITS)
+@pytest.mark.parametrize("shape", [(8, 2, 64, 64), (5, 1, 24, 64)])
+def test_chunks_of_many_tokens_see_their_pages_widened(
+    shape: tuple[int, int, int, int],
+    format: KVFormat,
+    reach: int,
+    first: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those for which there is room, in order; the others read 8 bits. Either way they find what they should; in float16, of
+    which the interpreter takes products as a GPU does."""
+    monkeypatch.setattr(pages, "FEWEST", 64)
+    monkeypatch.setattr(pages, "REACH", reach)
+    heads, kv_heads, head_dim, block_size = shape
+    cache = filled_cache(kv_heads, head_dim, block_size, format, torch.float16)
+    batch = batch_of(*chunks(MIXED, block_size=block_size), block_size=block_size)
+    q = torch.randn(len(batch.token_ids_N), heads, head_dim).half()
+    mine, expected = PagedPlan(batch, cache), plan(batch, cache)
+    for layer in (1, 0, 1):  # in 8 bits, in 16, and in 8 again
+        found = mine.attend(q, cache, layer, scale=0.2, window=None)
+        wanted = paged_attention(q, cache, layer, expected, scale=0.2)
+        torch.testing.assert_close(found, wanted, atol=4 * torch.finfo(torch.float16).eps, rtol=0)
+    assert mine._pages is not None and mine._pages.first_P1.tolist() == first
+
+
+@pytest.mark.parametrize("format", EIGHT_BITS)
+@pytest.mark.parametrize("shape", [(8, 2, 64, 64), (5, 1, 24, 32)])
+def test_pages_are_widened_to_what_they_stand_for(
+    shape: tuple[int, int, int, int], format: KVFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit; where there are more pages than programs too."""
+    monkeypatch.setattr(pages, "_PROGRAMS", 4)
+    _, kv_heads, head_dim, block_size = shape
+    cache = filled_cache(kv_heads, head_dim, block_size, format, torch.float16)
+    tables = torch.randperm(80, dtype=torch.int32).view(4, 20)
+    lengths, counts = (torch.tensor(each, dtype=torch.int32) for each in ([400, 300, 257, 9], [300, 255, 256, 0]))
+    found = pages.plan(
+        tables, torch.tensor([2, 0, 3, 1]), lengths, counts, most_tokens=811, cache=cache, dtype=torch.float16
+    )
+    assert found is not None
+    first, second = (-(-length // block_size) for length in (400, 257))
+    assert found.first_P1.tolist() == [0, -1, first, -1, first + second]
+    pages.widen(cache, 1, found)
+    blocks = torch.cat((tables[2, :first], tables[3, :second]))
+    for got, wanted in zip(found.wide[: first + second].unbind(1), cache.layers[1].read(blocks), strict=True):
+        assert torch.equal(got.view(wanted.shape), wanted)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "window", "invariant"),
+    [(torch.float32, None, False), (torch.float16, 40, False), (torch.float16, None, True)],
+    ids=["float32", "window", "deterministic"],
+)
+def test_some_never_see_pages_widened(
+    dtype: torch.dtype, window: int | None, invariant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries of more than 16 bits, layers with a window, and whoever must not notice what is computed beside."""
+    monkeypatch.setattr(pages, "widen", None)
+    monkeypatch.setattr(pages, "FEWEST", 64)
+    cache = filled_cache(2, 64, 64, KVFormat.INT8, dtype)
+    batch = batch_of(*chunks([(0, 1), (0, 70)], block_size=64), block_size=64)
+    q = torch.randn(71, 4, 64, dtype=dtype)
+    found = PagedPlan(batch, cache, invariant=invariant).attend(q, cache, 1, scale=0.2, window=window)
+    wanted = paged_attention(q, cache, 1, plan(batch, cache), scale=0.2, window=window)
+    torch.testing.assert_close(found, wanted, atol=4 * torch.finfo(torch.bfloat16).eps, rtol=0)
 
 
 def test_a_plan_lists_every_chunk_once() -> None:
