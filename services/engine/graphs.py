@@ -156,6 +156,8 @@ class Graphs:
             return self._model.forward(batch, self._cache, shared_RV), batch.selection
 
         (logits_RV, selection), model = self._capture(compute)
+        # Capturing computes nothing, and whose logits these are is looked up as soon as the sampler is tried.
+        model.replay()
         sampled, sampler = self._capture(lambda: self._draw(logits_RV, selection))
         return _Captured(form, packet, model, logits_RV, sampler, sampled)
 
