@@ -91,13 +91,13 @@ class Shape:
         dense = spec.layers - mixtures
 
         def norms(form: str, load: Load) -> int:
-            return 1 + mixtures if self.fuses(form, load) else 1 + 2 * spec.layers
+            return 1 + mixtures if self.fuses(load) else 1 + 2 * spec.layers
 
         def gates(form: str, load: Load) -> int:
-            return 0 if self.fuses(form, load) else dense
+            return 0 if self.fuses(load) else dense
 
         def roundings(form: str, load: Load) -> int:
-            return 0 if self.fuses(form, load) else spec.layers
+            return 0 if self.fuses(load) else spec.layers
 
         def every(layers: int) -> Callable[[Load], int]:
             return lambda _: layers
@@ -127,9 +127,9 @@ class Shape:
         yield Kernel("sample", "likeliest", once, always(partial(self._sample, 0.0)))
         yield Kernel("sample", "drawn", once, always(partial(self._sample, 1.0)))
 
-    def fuses(self, form: str, load: Load) -> bool:
-        """Whether the products of a layer norm and gate what they multiply: a single row on a GPU, but with four bits."""
-        return load.tokens == 1 and self.device.type == "cuda" and form != "w4a16"
+    def fuses(self, load: Load) -> bool:
+        """Whether the products of a layer norm and gate what they multiply: a single row on a GPU."""
+        return load.tokens == 1 and self.device.type == "cuda"
 
     def matrices(self) -> list[tuple[str, int, int]]:
         """Name, outputs, inputs of the products of a layer."""
@@ -155,7 +155,7 @@ class Shape:
         linears, adds = self.linears(outputs, inputs, form), name in ("o", "down")
 
         def timed(load: Load) -> Timed:
-            fuses = self.fuses(form, load)
+            fuses = self.fuses(load)
             gates = fuses and name == "gate_up"
             x: Activations = (rows := self.noise(load.tokens, inputs))
             if fuses and name in ("qkv", "gate_up"):

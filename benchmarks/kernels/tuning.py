@@ -33,7 +33,17 @@ from services.engine.models.spec import MoESpec
 from services.engine.ops import attention, moe
 from services.engine.ops.forms import Quantized, RowScaled
 from services.engine.ops.int4 import MOST_ROWS
-from services.engine.ops.kernels import decode_attention, gemv, grouped, int4, prefill_attention, scaled, skinny, widen
+from services.engine.ops.kernels import (
+    decode_attention,
+    gemv,
+    gemv4,
+    grouped,
+    int4,
+    prefill_attention,
+    scaled,
+    skinny,
+    widen,
+)
 from services.engine.ops.kernels import moe as moe_kernels
 from services.engine.ops.linear import in_dtype
 from services.engine.ops.quantize import by_torch, plain
@@ -240,6 +250,8 @@ def product_searches(
         most = {"w8a8": sys.maxsize, "w4a16": MOST_ROWS}.get(form, scaled.MOST_ROWS)
         if load.tokens == 1 and form in ROUNDED and gemv.is_supported(matrices.kept(0)):
             yield _row_search(shape, load, name, matrices)
+        elif load.tokens == 1 and form == "w4a16" and gemv4.is_supported(matrices.four[0], torch.bfloat16):
+            yield _row_search_in_four_bits(shape, load, name, matrices)
         elif (form == "w4a16" or load.tokens > 1) and load.tokens <= most:
             yield _rows_search(shape, load, name, matrices)
 
@@ -293,6 +305,22 @@ def _row_search(shape: Shape, load: Load, name: str, matrices: Matrices) -> Sear
         partial(_product, x, matrices.exact()),
         under=lambda each: replaced(gemv, tile_of=lambda _: gemv.Tile(**each)),
         fits=lambda each: outputs % each["rows"] == 0 and columns % each["columns"] == 0,
+    )  # fmt: skip
+
+
+def _row_search_in_four_bits(shape: Shape, load: Load, name: str, matrices: Matrices) -> Search:
+    x, (outputs, words) = shape.noise(1, matrices.plain[0].shape[1]), matrices.kept(0).shape
+    start = gemv4.tile_of(matrices.four[0])._asdict()
+    return Search(
+        f"{name} {matrices.form}",
+        load,
+        label(start),
+        start,
+        [{"rows": (4, 8, 16, 32), "words": (256, 512, 1024)}, {"warps": (2, 4, 8), "stages": (2, 3, 4)}],
+        partial(_always, [partial(gemv4.gemv, x, four) for four in matrices.four]),
+        partial(_product, x, matrices.exact()),
+        under=lambda each: replaced(gemv4, tile_of=lambda _: gemv4.Tile(**each)),
+        fits=lambda each: outputs % each["rows"] == 0 and words % each["words"] == 0,
     )  # fmt: skip
 
 

@@ -158,13 +158,12 @@ def test_every_kernel_has_a_row_of_positive_figures(config: dict[str, object], f
 
 
 def test_a_single_row_is_normed_and_gated_where_it_is_multiplied() -> None:
-    """On a GPU, as the layers do it: what is left is the norm before the head. But not in four bits."""
+    """On a GPU, as the layers do it: what is left is the norm before the head."""
     kernels = list(Shape(ModelSpec.from_config(DENSE), torch.device("cuda")).kernels())
     for batch, norms, gates in ((1, 1, 0), (2, 7, 3)):
         times = {(each.name, each.form): each.times(Load.decode(batch, 70)) for each in kernels}
-        for form in ("bf16", "fp8", "w8a8"):
+        for form in ("bf16", "fp8", "w8a8", "w4a16"):
             assert (times["norm", form], times["gate", form]) == (norms, gates)
-        assert (times["norm", "w4a16"], times["gate", "w4a16"]) == (7, 3)
         assert times["quantize", "fp8"] == gates and ("quantize", "w4a16") not in times
         assert times["head", ""] == 1
     assert {each.name for each in kernels if not each.times(Load.prefill(80))} == {"head", "sample"}

@@ -10,12 +10,13 @@ Shapes: O outputs, I inputs, G groups of inputs, N rows.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from services.engine.ops.forms import Activations, Quantized, Unnormed
 from services.engine.ops.linear import in_dtype, plus
 
 MOST_ROWS = 256
@@ -60,6 +61,32 @@ def linear(x: Tensor, matrix: Matrix, *, bias_O: Tensor | None, add: Tensor | No
     if outputs != out_NO.shape[1]:
         out_NO = out_NO[:, :outputs].contiguous()
     return plus(out_NO, bias_O, add).to(dtype)
+
+
+def takes_row(x: Activations, matrix: Matrix) -> TypeGuard[Tensor | Unnormed]:
+    """Whether `row_linear` multiplies these activations: a single row on a GPU."""
+    if isinstance(x, Quantized) or not matrix[0].is_cuda:
+        return False
+    from services.engine.ops.kernels import gemv4, int4
+
+    row = x.x_1I if isinstance(x, Unnormed) else x
+    return len(row) == 1 and gemv4.is_supported(int4.Packed(*matrix), row.dtype)
+
+
+def row_linear(
+    x: Tensor | Unnormed,
+    matrix: Matrix,
+    *,
+    bias_O: Tensor | None,
+    add: Tensor | None = None,
+    dtype: torch.dtype,
+    gated: bool = False,
+) -> Tensor:
+    """x @ weight.T + bias + add, [1, O], in `dtype`; gated, silu of the first half of that times the second. Weights are not rounded to 16 bits
+    there."""
+    from services.engine.ops.kernels import gemv4, int4
+
+    return gemv4.gemv(x, int4.Packed(*matrix), bias_O=bias_O, add=add, dtype=dtype, gated=gated)
 
 
 def rows(matrix: Matrix, indices: Tensor) -> Tensor:

@@ -4,11 +4,13 @@ they are (W4A16; Frantar et al. 2023, "GPTQ", section 4, for the groups).
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 
 from services.engine.ops import int4
-from services.engine.ops.forms import Quantized
+from services.engine.ops.forms import Activations, Quantized, Unnormed
 from services.engine.quant import Buffers, Format
 from services.engine.quant.matrix import QuantizedMatrix, Scheme, nearest
 from services.engine.quant.rounding import Rounding
@@ -18,6 +20,7 @@ class Int4(Rounding):
     """A quarter of the bytes of 16 bits to read, and a little for scales: with groups of 64, 4.5 bits a weight. Values of three bits
     are kept in four."""
 
+    takes = Unnormed
     rounds_products = True
 
     def __init__(self, group: int, *, bits: int = 4, symmetric: bool = True) -> None:
@@ -62,6 +65,22 @@ class Int4(Rounding):
         if order_I is not None:
             x = x.index_select(1, order_I)
         return int4.linear(x, tuple(matrix), bias_O=bias_O, add=add, dtype=dtype)
+
+    def _takes_row(self, x: Activations, buffers: Buffers) -> TypeGuard[Tensor | Unnormed]:
+        *matrix, order_I = buffers
+        return order_I is None and int4.takes_row(x, tuple(matrix))
+
+    def _row(
+        self,
+        x: Tensor | Unnormed,
+        buffers: Buffers,
+        *,
+        bias_O: Tensor | None,
+        add: Tensor | None = None,
+        dtype: torch.dtype,
+        gated: bool = False,
+    ) -> Tensor:
+        return int4.row_linear(x, tuple(buffers[:-1]), bias_O=bias_O, add=add, dtype=dtype, gated=gated)
 
     def rows(self, buffers: Buffers, indices: Tensor, *, dtype: torch.dtype) -> Tensor:
         *matrix, order_I = buffers

@@ -6,6 +6,7 @@ Shapes: O outputs, I inputs, N rows.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class Rounding(ABC):
     def apply(
         self, x: Activations, buffers: Buffers, *, bias_O: Tensor | None, add: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        if takes_row(x, buffers[0]):
+        if self._takes_row(x, buffers):
             return self._row(x, buffers, bias_O=bias_O, add=add, dtype=dtype)
         if isinstance(x, Unnormed):
             x = rms_norm_as(*x, self.form(buffers))
@@ -65,7 +66,7 @@ class Rounding(ABC):
     def gated(
         self, x: Activations, buffers: Buffers, *, bias_O: Tensor | None, dtype: torch.dtype, form: Form
     ) -> Activations:
-        if takes_row(x, buffers[0]):
+        if self._takes_row(x, buffers):
             return self._row(x, buffers, bias_O=bias_O, dtype=dtype, gated=True)
         return silu_mul_as(self.apply(x, buffers, bias_O=bias_O, add=None, dtype=dtype), form)
 
@@ -88,6 +89,10 @@ class Rounding(ABC):
         form = self.form(buffers)
         assert isinstance(form, RowScaled)
         return quantize(x, form)
+
+    def _takes_row(self, x: Activations, buffers: Buffers) -> TypeGuard[Tensor | Unnormed]:
+        """Whether `_row` multiplies these activations."""
+        return takes_row(x, buffers[0])
 
     def _row(
         self,

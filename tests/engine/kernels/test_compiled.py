@@ -16,6 +16,7 @@ from services.engine.ops.kernels import (
     activation,
     decode_attention,
     gemv,
+    gemv4,
     grouped,
     grouping,
     int4,
@@ -315,6 +316,20 @@ def test_one_row_meets_whole_numbers_that_are_widened_by_permutes() -> None:
     assert [each.spilled_bytes for each in found] == [0] * 5
     assert "prmt.b32" in found[0].ptx and "cvt.rn.f32.s" not in found[0].ptx
     assert not re.search(r"ld\.global(\.\w+)*\.[bsu]8\b", found[0].ptx)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("group", [32, 128])
+def test_one_row_meets_four_bits_that_are_widened_by_masks(group: int) -> None:
+    """Four words at a time and more, without a spill; not one number is converted but those of the row."""
+    x, long = torch.zeros(1, 4096, dtype=torch.bfloat16), torch.zeros(1, 14336, dtype=torch.bfloat16)
+    with offline() as kernels:
+        gemv4.gemv(Unnormed(x, x[0], 1e-5), four_bits(28672, 4096, group, symmetric=True), gated=True)
+        gemv4.gemv(long, four_bits(4096, 14336, group, symmetric=False), add=x)
+    for each in map(described, kernels):
+        assert each.spilled_bytes == 0 and each.shared_bytes <= 227 << 10
+        assert "lop3.b32" in each.ptx and "cvt.rn.f32.s" not in each.ptx
+        assert "ld.global.v4.b32" in each.ptx and not re.search(r"ld\.global(\.\w+)*\.[bsu]8\b", each.ptx)
 
 
 @pytest.fixture(scope="module", params=[LLAMA_8B, SMOLLM], ids=["llama-8b", "smollm2-135m"])

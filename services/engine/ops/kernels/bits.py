@@ -64,14 +64,33 @@ def plane(words, pair, PLACE: tl.constexpr, HALF: tl.constexpr, PAIRED: tl.const
         text: tl.constexpr = _widening(PLACE, HALF, PAIRED, False)
         return tl.inline_asm_elementwise(text, "=r,r,r,r", [words, pair], dtype=tl.bfloat16, is_pure=True, pack=2)
     number = ((words.to(tl.int32) >> 4 * PLACE & 15) - 8).to(tl.float32)
-    found = number * _low_half(pair >> 16 * HALF, DTYPE)
+    found = number * low_half(pair >> 16 * HALF, DTYPE)
     if not PAIRED:
-        found += _low_half(pair >> 16, DTYPE)
+        found += low_half(pair >> 16, DTYPE)
     return found.to(DTYPE)
 
 
 @triton.jit
-def _low_half(pair, DTYPE: tl.constexpr):
+def biased(words, PLACE: tl.constexpr):
+    """Of words that hold four numbers from 0 to 15 the ones at this place, in float32, and 128 with each."""
+    if _IS_COMPILED:
+        text: tl.constexpr = _biasing(PLACE)
+        return tl.inline_asm_elementwise(text, "=f,=f,r", [words], dtype=tl.float32, is_pure=True, pack=2)
+    return ((words.to(tl.int32) >> 4 * PLACE & 15) + 128).to(tl.float32)
+
+
+@triton.constexpr_function
+def _biasing(place: int) -> str:
+    """Two words at a time. The bit 16 of 128, which is 0x43000000, counts ones."""
+    return f"""{{ .reg .b32 n;
+        shl.b32 n, $2, {16 - 4 * place};
+        lop3.b32 $0, n, 0x000f0000, 0x43000000, 0xea;
+        shr.u32 n, $2, {4 * place};
+        lop3.b32 $1, n, 0x000f0000, 0x43000000, 0xea; }}"""
+
+
+@triton.jit
+def low_half(pair, DTYPE: tl.constexpr):
     """The number of 16 bits there, in float32."""
     if DTYPE == tl.bfloat16:
         return (pair << 16).to(tl.float32, bitcast=True)

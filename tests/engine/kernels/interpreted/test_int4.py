@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from services.engine.ops.kernels import int4, widen
+from services.engine.ops.forms import Unnormed
+from services.engine.ops.kernels import gemv4, int4, widen
 from services.engine.quant.matrix import QuantizedMatrix, Scheme, nearest
 
 GROUPS = [32, 64, 128]
@@ -70,6 +72,29 @@ def test_neither_outputs_nor_spans_need_be_whole(outputs: int, inputs: int, grou
 def test_a_matrix_is_shared_and_taken_in_as_one_likes(split: int, spans: int) -> None:
     """Each way to cut it computes the same."""
     check(5, drawn(128, 1024, 64, symmetric=split > 1), int4.Tiling(16, 64, spans, split, 4, 4))
+
+
+@both_kinds
+@pytest.mark.parametrize("group", GROUPS)
+def test_one_row(group: int, symmetric: bool) -> None:
+    """As it is, with a bias and something to add, or normed and gated on the way; by terms in 16 bits, and rounded no further."""
+    matrix = drawn(32, 3072, group, symmetric=symmetric)
+    four, spread = packed(matrix), matrix.tile[1]
+    scales, offsets = (
+        each.half().double().repeat_interleave(spread, 1) for each in (matrix.scales_TU, matrix.offsets_TU)
+    )
+    plain = matrix.values_OI.double() * scales + offsets
+    x, norm_weight, bias, add = (torch.randn(*shape).half() for shape in ((1, 3072), (3072,), (32,), (1, 32)))
+    assert gemv4.is_supported(four, x.dtype) and not gemv4.is_supported(four, torch.float32)
+    near = {"atol": 1e-5 * float(x.double().norm()), "rtol": 1e-5}
+    got = gemv4.gemv(x, four, dtype=torch.float32)
+    torch.testing.assert_close(got.double(), x.double() @ plain.T, **near)
+    got = gemv4.gemv(x, four, bias_O=bias, add=add, dtype=torch.float32)
+    torch.testing.assert_close(got.double(), x.double() @ plain.T + bias + add, **near)
+    normed = F.rms_norm(x.double(), (3072,), norm_weight.double(), 1e-5)
+    gate, up = F.linear(normed, plain, bias.double()).chunk(2, -1)
+    got = gemv4.gemv(Unnormed(x, norm_weight, 1e-5), four, bias_O=bias, dtype=torch.float32, gated=True)
+    torch.testing.assert_close(got.double(), F.silu(gate) * up, **near)
 
 
 def test_offsets_far_from_zero_are_added_as_they_are() -> None:
