@@ -33,7 +33,17 @@ from services.engine.models.spec import MoESpec
 from services.engine.ops import attention, moe
 from services.engine.ops.forms import Quantized, RowScaled
 from services.engine.ops.int4 import MOST_ROWS
-from services.engine.ops.kernels import decode_attention, gemv, grouped, int4, prefill_attention, scaled, skinny, widen
+from services.engine.ops.kernels import (
+    bulk,
+    decode_attention,
+    gemv,
+    grouped,
+    int4,
+    prefill_attention,
+    scaled,
+    skinny,
+    widen,
+)
 from services.engine.ops.kernels import moe as moe_kernels
 from services.engine.ops.linear import in_dtype
 from services.engine.ops.quantize import by_torch, plain
@@ -232,14 +242,16 @@ def _attention(
 def product_searches(
     shape: Shape, loads: Sequence[Load], name: str, outputs: int, inputs: int, form: str
 ) -> Iterator[Search]:
-    """Products of a matrix by the kernels of ours, beside what torch has: in bfloat16 that serves from 33 rows on, of fp8 above 256."""
+    """Products of a matrix by the kernels of ours, beside what torch has: in bfloat16 that serves from 33 rows on, of fp8 from 65 or 257."""
     count = min(FEW_COPIES, copies(product_cost(0, outputs, inputs, form=form).bytes_, shape.device))
     plain = [shape.noise(outputs, inputs, size=0.02) for _ in range(count)]
     matrices = Matrices(plain, [skinny.counters_of(weight) for weight in plain], form)
     for load in loads:
-        most = {"w8a8": sys.maxsize, "w4a16": MOST_ROWS}.get(form, scaled.MOST_ROWS)
+        most = {"w4a16": MOST_ROWS}.get(form, scaled.MOST_ROWS)
         if load.tokens == 1 and form in ROUNDED and gemv.is_supported(matrices.kept(0)):
             yield _row_search(shape, load, name, matrices)
+        elif load.tokens > scaled.MOST_ROWS and form in ROUNDED:
+            yield _many_rows_search(shape, load, name, matrices)
         elif (form == "w4a16" or load.tokens > 1) and load.tokens <= most:
             yield _rows_search(shape, load, name, matrices)
 
@@ -325,8 +337,6 @@ def _rows_search(shape: Shape, load: Load, name: str, matrices: Matrices) -> Sea
         x8, cut = by_torch(x, ROUNDED[form]), scaled.tiling(outputs, inputs, lines)
         start = cut._asdict()
         serving = label(start) if form == "w8a8" or load.tokens <= scaled.most_rows(outputs) else "cuBLAS"
-        if lines > scaled.MOST_ROWS:
-            axes[0] = {"rows": (64, 128, 256), "block": (64, 128, 256), "warps": (4, 8)}
         calls = partial(_skinny8, x8, matrices)
         others = {"cuBLAS": [partial(CUBLAS[form], x8, weight) for weight in matrices.eight]}
         expected = partial(_product, plain(x8, ROUNDED[form]), matrices.exact())
@@ -341,6 +351,49 @@ def _rows_search(shape: Shape, load: Load, name: str, matrices: Matrices) -> Sea
         f"{name} {form}", load, serving, start, axes, calls, expected,
         fits=partial(_product_fits, outputs, inputs, lines, 1 if form in ROUNDED else 2), others=others,
     )  # fmt: skip
+
+
+def _many_rows_search(shape: Shape, load: Load, name: str, matrices: Matrices) -> Search:
+    """Rows and a matrix in eight bits, of which the GPU's own rate is the bound."""
+    (outputs, inputs), form = matrices.plain[0].shape, matrices.form
+    x8 = by_torch(shape.noise(load.tokens, inputs), ROUNDED[form])
+    start = bulk.tiling(load.tokens, outputs, bulk.multiprocessors(shape.device))._asdict()
+    return Search(
+        f"{name} {form}",
+        load,
+        label(start) if form == "w8a8" else "cuBLAS",
+        start,
+        [
+            {"rows": (64, 128, 256), "columns": (128, 256), "persistent": (False, True), "warps": (4, 8), "stages": (3, 4)},
+            {"depth": (64, 128), "stages": (3, 4, 6)},
+            {"group": (8, 16, 32)},
+        ],
+        partial(_bulk8, x8, matrices),
+        partial(_product, plain(x8, ROUNDED[form]), matrices.exact()),
+        fits=_bulk_fits,
+        others={
+            "cuBLAS": [partial(CUBLAS[form], x8, weight) for weight in matrices.eight],
+            "skinny": _skinny8(x8, matrices, scaled.WIDE._asdict()),
+        },
+    )  # fmt: skip
+
+
+def _bulk_fits(each: Setting) -> bool:
+    """Whether a tile is as large as its warps want it, and leaves room for its result, and for as much that is added, where the next tile's
+    operands come meanwhile."""
+    beside = 2 * each["rows"] * bulk.STORED if each["persistent"] else 0
+    shared: int = each["stages"] * each["depth"] * (each["rows"] + each["columns"]) + beside
+    sums: int = each["rows"] * each["columns"] // (32 * each["warps"])
+    tall: bool = each["rows"] >= 16 * each["warps"]
+    return tall and shared < SHARED_BYTES and 64 <= sums <= MOST_SUMS
+
+
+def _bulk8(x: Quantized, matrices: Matrices, each: Setting) -> list[Callable[[], Tensor]]:
+    cut = bulk.Tiling(**each)
+    return [
+        partial(bulk.matmul, x.values_NI, weight.values_NI, x.scales_N, weight.scales_N, dtype=torch.bfloat16, cut=cut)
+        for weight in matrices.eight
+    ]
 
 
 def _product_fits(outputs: int, inputs: int, lines: int, width: int, each: Setting) -> bool:

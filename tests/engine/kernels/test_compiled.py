@@ -14,6 +14,7 @@ from services.engine.kv_format import KVFormat
 from services.engine.ops.forms import Quantized, RowScaled, Unnormed
 from services.engine.ops.kernels import (
     activation,
+    bulk,
     decode_attention,
     gemv,
     grouped,
@@ -230,10 +231,10 @@ INT8, PARTS = RowScaled(torch.int8), RowScaled(torch.int8, parts=2)
 
 @pytest.mark.timeout(300)
 def test_whole_numbers_go_to_the_matrix_units_as_they_are() -> None:
-    """Of a few rows, of many, and of rows in two parts: int8 by wgmma, loaded sixteen bytes at a time, without a spill and within the
+    """Of a few rows and of rows in two parts: int8 by wgmma, loaded sixteen bytes at a time, without a spill and within the
     shared memory that there is."""
-    cases = [(6144, 4096, rows, INT8) for rows in (16, 128, 256, 1024)] + [(576, 576, 32, INT8)]
-    cases += [(6144, 4096, rows, PARTS) for rows in (8, 64, 256)]
+    cases = [(6144, 4096, rows, INT8) for rows in (16, 128, 256)] + [(576, 576, 32, INT8)]
+    cases += [(6144, 4096, rows, PARTS) for rows in (8, 64, 256, 1024)]
     with offline() as kernels:
         for outputs, inputs, num_rows, form in cases:
             x = quantize.empty(num_rows, inputs, form, device=torch.device("cpu"))
@@ -245,6 +246,29 @@ def test_whole_numbers_go_to_the_matrix_units_as_they_are() -> None:
         assert re.search(r"wgmma\.mma_async\S+\.m64n(\d+)k32\.s32\.s8\.s8", each.ptx)
         assert "cp.async.cg.shared.global [ " in each.ptx and ", 0x10, " in each.ptx
         assert each.shared_bytes <= 227 << 10 and not each.spilled_bytes
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("cut", bulk.TILINGS, ids=["large", "small"])
+def test_many_rows_are_copied_by_descriptors(cut: bulk.Tiling, dtype: torch.dtype) -> None:
+    """And so are the results, with what is added and without, in fp8 too; by wgmma, without a spill and within the shared memory that
+    there is: of small tiles for two programs."""
+    num_rows, outputs, inputs = 1000, 4104, 4096
+    added = torch.empty(num_rows, outputs, dtype=torch.bfloat16, device="meta")
+    of_rows, of_outputs = torch.empty(num_rows, device="meta"), torch.empty(outputs, device="meta")
+    with offline() as kernels:
+        for eight in (torch.int8, torch.float8_e4m3fn):
+            x, weight = (torch.empty(each, inputs, dtype=eight, device="meta") for each in (num_rows, outputs))
+            for add in (added, None):
+                bulk.matmul(x, weight, of_rows, of_outputs, bias_O=of_outputs, add=add, dtype=dtype, cut=cut)
+    together = 1 if cut.persistent else 2
+    for kernel, kind in zip(kernels, ("s32.s8.s8",) * 2 + ("f32.e4m3.e4m3",) * 2, strict=True):
+        each = described(kernel)
+        assert re.search(rf"wgmma\.mma_async\S+k32\.{kind}", each.ptx)
+        assert "cp.async.bulk.tensor.2d.shared" in each.ptx and "cp.async.bulk.tensor.2d.global" in each.ptx
+        assert "cp.async.cg" not in each.ptx and not each.spilled_bytes
+        assert together * each.shared_bytes <= 227 << 10 and together * each.registers * 32 * cut.warps <= 65536
 
 
 @pytest.mark.timeout(300)
