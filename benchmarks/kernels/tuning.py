@@ -35,6 +35,7 @@ from services.engine.ops.forms import Quantized, RowScaled
 from services.engine.ops.int4 import MOST_ROWS
 from services.engine.ops.kernels import (
     bulk,
+    bulk_hopper,
     decode_attention,
     gemv,
     grouped,
@@ -251,7 +252,9 @@ def product_searches(
         if load.tokens == 1 and form in ROUNDED and gemv.is_supported(matrices.kept(0)):
             yield _row_search(shape, load, name, matrices)
         elif load.tokens > scaled.MOST_ROWS and form in ROUNDED:
-            yield _many_rows_search(shape, load, name, matrices)
+            yield _many_rows_search(shape, load, name, matrices, bulk, BULK_AXES, _bulk_fits)
+            if bulk_hopper.is_able(shape.device):
+                yield _many_rows_search(shape, load, name, matrices, bulk_hopper, HOPPER_AXES, _hopper_fits)
         elif (form == "w4a16" or load.tokens > 1) and load.tokens <= most:
             yield _rows_search(shape, load, name, matrices)
 
@@ -353,29 +356,45 @@ def _rows_search(shape: Shape, load: Load, name: str, matrices: Matrices) -> Sea
     )  # fmt: skip
 
 
-def _many_rows_search(shape: Shape, load: Load, name: str, matrices: Matrices) -> Search:
-    """Rows and a matrix in eight bits, of which the GPU's own rate is the bound."""
+def _many_rows_search(
+    shape: Shape,
+    load: Load,
+    name: str,
+    matrices: Matrices,
+    kernel: ModuleType,
+    axes: Sequence[Mapping[str, Sequence[int]]],
+    fits: Callable[[Setting], bool],
+) -> Search:
+    """Rows and a matrix in eight bits, of which the GPU's own rate is the bound, by `bulk` or what takes its place."""
     (outputs, inputs), form = matrices.plain[0].shape, matrices.form
     x8 = by_torch(shape.noise(load.tokens, inputs), ROUNDED[form])
-    start = bulk.tiling(load.tokens, outputs, bulk.multiprocessors(shape.device))._asdict()
+    start = kernel.tiling(load.tokens, outputs, bulk.multiprocessors(shape.device))._asdict()
     return Search(
-        f"{name} {form}",
+        f"{name} {kernel.__name__.rpartition('.')[2]} {form}",
         load,
         label(start) if form == "w8a8" else "cuBLAS",
         start,
-        [
-            {"rows": (64, 128, 256), "columns": (128, 256), "persistent": (False, True), "warps": (4, 8), "stages": (3, 4)},
-            {"depth": (64, 128), "stages": (3, 4, 6)},
-            {"group": (8, 16, 32)},
-        ],
-        partial(_bulk8, x8, matrices),
+        axes,
+        partial(_bulk8, x8, matrices, kernel),
         partial(_product, plain(x8, ROUNDED[form]), matrices.exact()),
-        fits=_bulk_fits,
+        fits=fits,
         others={
             "cuBLAS": [partial(CUBLAS[form], x8, weight) for weight in matrices.eight],
             "skinny": _skinny8(x8, matrices, scaled.WIDE._asdict()),
         },
-    )  # fmt: skip
+    )
+
+
+BULK_AXES: Sequence[Mapping[str, Sequence[int]]] = [
+    {"rows": (64, 128, 256), "columns": (128, 256), "persistent": (False, True), "warps": (4, 8), "stages": (3, 4)},
+    {"depth": (64, 128), "stages": (3, 4, 6)},
+    {"group": (8, 16, 32)},
+]
+HOPPER_AXES: Sequence[Mapping[str, Sequence[int]]] = [
+    {"rows": (64, 128), "columns": (128, 256), "shared": (False, True), "stages": (4, 5, 6)},
+    {"depth": (64, 128), "stages": (3, 6, 8)},
+    {"group": (8, 16, 32)},
+]
 
 
 def _bulk_fits(each: Setting) -> bool:
@@ -388,10 +407,20 @@ def _bulk_fits(each: Setting) -> bool:
     return tall and shared < SHARED_BYTES and 64 <= sums <= MOST_SUMS
 
 
-def _bulk8(x: Quantized, matrices: Matrices, each: Setting) -> list[Callable[[], Tensor]]:
-    cut = bulk.Tiling(**each)
+def _hopper_fits(each: Setting) -> bool:
+    """The same of two groups of four warps, each with room for a result, beside the barriers."""
+    rows = each["rows"] * (2 if each["shared"] else 1)
+    shared: int = each["stages"] * each["depth"] * (rows + each["columns"]) + 2 * each["rows"] * bulk.STORED
+    sums: int = each["rows"] * each["columns"] // 128
+    return shared + 1024 < SHARED_BYTES and sums <= MOST_SUMS
+
+
+def _bulk8(x: Quantized, matrices: Matrices, kernel: ModuleType, each: Setting) -> list[Callable[[], Tensor]]:
+    cut = kernel.Tiling(**each)
     return [
-        partial(bulk.matmul, x.values_NI, weight.values_NI, x.scales_N, weight.scales_N, dtype=torch.bfloat16, cut=cut)
+        partial(
+            kernel.matmul, x.values_NI, weight.values_NI, x.scales_N, weight.scales_N, dtype=torch.bfloat16, cut=cut
+        )
         for weight in matrices.eight
     ]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from services.engine.ops.forms import Quantized
-from services.engine.ops.kernels import bulk, skinny
+from services.engine.ops.kernels import bulk, bulk_hopper, skinny
 
 MOST_ROWS = 256
 """Of x, where the matrix has few rows."""
@@ -60,7 +60,8 @@ def matmul(
     parts = lines // x.scales_N.shape[-1]
     by_row = scales_O.dim() == 1 and parts == 1
     if lines > MOST_ROWS and by_row and bulk.takes(x.values_NI, weight_OI, add, dtype):
-        return bulk.matmul(x.values_NI, weight_OI, x.scales_N, scales_O, bias_O=bias_O, add=add, dtype=dtype)
+        many = bulk_hopper if bulk_hopper.is_able(weight_OI.device) else bulk
+        return many.matmul(x.values_NI, weight_OI, x.scales_N, scales_O, bias_O=bias_O, add=add, dtype=dtype)
     cut = (tiling if scales_O.dim() == 1 else tiling_of_blocks)(*weight_OI.shape, skinny.padded(lines))
     return skinny.matmul(
         x.values_NI,
