@@ -34,6 +34,8 @@ from services.engine.ops import attention, moe
 from services.engine.ops.forms import Quantized, RowScaled
 from services.engine.ops.int4 import MOST_ROWS
 from services.engine.ops.kernels import (
+    bulk,
+    bulk_hopper,
     decode_attention,
     gemv,
     gemv4,
@@ -242,16 +244,20 @@ def _attention(
 def product_searches(
     shape: Shape, loads: Sequence[Load], name: str, outputs: int, inputs: int, form: str
 ) -> Iterator[Search]:
-    """Products of a matrix by the kernels of ours, beside what torch has: in bfloat16 that serves from 33 rows on, of fp8 above 256."""
+    """Products of a matrix by the kernels of ours, beside what torch has: in bfloat16 that serves from 33 rows on, of fp8 from 65 or 257."""
     count = min(FEW_COPIES, copies(product_cost(0, outputs, inputs, form=form).bytes_, shape.device))
     plain = [shape.noise(outputs, inputs, size=0.02) for _ in range(count)]
     matrices = Matrices(plain, [skinny.counters_of(weight) for weight in plain], form)
     for load in loads:
-        most = {"w8a8": sys.maxsize, "w4a16": MOST_ROWS}.get(form, scaled.MOST_ROWS)
+        most = {"w4a16": MOST_ROWS}.get(form, scaled.MOST_ROWS)
         if load.tokens == 1 and form in ROUNDED and gemv.is_supported(matrices.kept(0)):
             yield _row_search(shape, load, name, matrices)
         elif load.tokens == 1 and form == "w4a16" and gemv4.is_supported(matrices.four[0], torch.bfloat16):
             yield _row_search_in_four_bits(shape, load, name, matrices)
+        elif load.tokens > scaled.MOST_ROWS and form in ROUNDED:
+            yield _many_rows_search(shape, load, name, matrices, bulk, BULK_AXES, _bulk_fits)
+            if bulk_hopper.is_able(shape.device):
+                yield _many_rows_search(shape, load, name, matrices, bulk_hopper, HOPPER_AXES, _hopper_fits)
         elif (form == "w4a16" or load.tokens > 1) and load.tokens <= most:
             yield _rows_search(shape, load, name, matrices)
 
@@ -353,8 +359,6 @@ def _rows_search(shape: Shape, load: Load, name: str, matrices: Matrices) -> Sea
         x8, cut = by_torch(x, ROUNDED[form]), scaled.tiling(outputs, inputs, lines)
         start = cut._asdict()
         serving = label(start) if form == "w8a8" or load.tokens <= scaled.most_rows(outputs) else "cuBLAS"
-        if lines > scaled.MOST_ROWS:
-            axes[0] = {"rows": (64, 128, 256), "block": (64, 128, 256), "warps": (4, 8)}
         calls = partial(_skinny8, x8, matrices)
         others = {"cuBLAS": [partial(CUBLAS[form], x8, weight) for weight in matrices.eight]}
         expected = partial(_product, plain(x8, ROUNDED[form]), matrices.exact())
@@ -369,6 +373,75 @@ def _rows_search(shape: Shape, load: Load, name: str, matrices: Matrices) -> Sea
         f"{name} {form}", load, serving, start, axes, calls, expected,
         fits=partial(_product_fits, outputs, inputs, lines, 1 if form in ROUNDED else 2), others=others,
     )  # fmt: skip
+
+
+def _many_rows_search(
+    shape: Shape,
+    load: Load,
+    name: str,
+    matrices: Matrices,
+    kernel: ModuleType,
+    axes: Sequence[Mapping[str, Sequence[int]]],
+    fits: Callable[[Setting], bool],
+) -> Search:
+    """Rows and a matrix in eight bits, of which the GPU's own rate is the bound, by `bulk` or what takes its place."""
+    (outputs, inputs), form = matrices.plain[0].shape, matrices.form
+    x8 = by_torch(shape.noise(load.tokens, inputs), ROUNDED[form])
+    start = kernel.tiling(load.tokens, outputs, bulk.multiprocessors(shape.device))._asdict()
+    return Search(
+        f"{name} {kernel.__name__.rpartition('.')[2]} {form}",
+        load,
+        label(start) if form == "w8a8" else "cuBLAS",
+        start,
+        axes,
+        partial(_bulk8, x8, matrices, kernel),
+        partial(_product, plain(x8, ROUNDED[form]), matrices.exact()),
+        fits=fits,
+        others={
+            "cuBLAS": [partial(CUBLAS[form], x8, weight) for weight in matrices.eight],
+            "skinny": _skinny8(x8, matrices, scaled.WIDE._asdict()),
+        },
+    )
+
+
+BULK_AXES: Sequence[Mapping[str, Sequence[int]]] = [
+    {"rows": (64, 128, 256), "columns": (128, 256), "persistent": (False, True), "warps": (4, 8), "stages": (3, 4)},
+    {"depth": (64, 128), "stages": (3, 4, 6)},
+    {"group": (8, 16, 32)},
+]
+HOPPER_AXES: Sequence[Mapping[str, Sequence[int]]] = [
+    {"rows": (64, 128), "columns": (128, 256), "shared": (False, True), "stages": (4, 5, 6)},
+    {"depth": (64, 128), "stages": (3, 6, 8)},
+    {"group": (8, 16, 32)},
+]
+
+
+def _bulk_fits(each: Setting) -> bool:
+    """Whether a tile is as large as its warps want it, and leaves room for its result, and for as much that is added, where the next tile's
+    operands come meanwhile."""
+    beside = 2 * each["rows"] * bulk.STORED if each["persistent"] else 0
+    shared: int = each["stages"] * each["depth"] * (each["rows"] + each["columns"]) + beside
+    sums: int = each["rows"] * each["columns"] // (32 * each["warps"])
+    tall: bool = each["rows"] >= 16 * each["warps"]
+    return tall and shared < SHARED_BYTES and 64 <= sums <= MOST_SUMS
+
+
+def _hopper_fits(each: Setting) -> bool:
+    """The same of two groups of four warps, each with room for a result, beside the barriers."""
+    rows = each["rows"] * (2 if each["shared"] else 1)
+    shared: int = each["stages"] * each["depth"] * (rows + each["columns"]) + 2 * each["rows"] * bulk.STORED
+    sums: int = each["rows"] * each["columns"] // 128
+    return shared + 1024 < SHARED_BYTES and sums <= MOST_SUMS
+
+
+def _bulk8(x: Quantized, matrices: Matrices, kernel: ModuleType, each: Setting) -> list[Callable[[], Tensor]]:
+    cut = kernel.Tiling(**each)
+    return [
+        partial(
+            kernel.matmul, x.values_NI, weight.values_NI, x.scales_N, weight.scales_N, dtype=torch.bfloat16, cut=cut
+        )
+        for weight in matrices.eight
+    ]
 
 
 def _product_fits(outputs: int, inputs: int, lines: int, width: int, each: Setting) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from services.engine.ops.activation import silu_mul, silu_mul_as
 from services.engine.ops.forms import FINER, Quantized, RowScaled
+from services.engine.ops.kernels import bulk, bulk_hopper, skinny
 from services.engine.ops.norm import rms_norm, rms_norm_as
 from services.engine.ops.quantize import by_torch, quantize
 from services.engine.ops.scaled import takes_row
@@ -88,6 +91,35 @@ def test_products(shape: tuple[int, int], num_rows: int, name: WeightFormat) -> 
     error = (got.double() - product).norm() / product.norm()
     widened = name.startswith(("int3", "int4")) or (num_rows > 256 and not rounded)
     assert error < (3e-3 if widened else 2e-4)
+
+
+@pytest.mark.parametrize("cut", bulk.TILINGS + bulk_hopper.TILINGS)
+@pytest.mark.parametrize("num_rows", [1, 257, 300, 1000, 8192])
+@pytest.mark.parametrize("shape", [(6144, 4096), (4096, 14336), (4096, 4096), (28672, 4096), (968, 592)])
+def test_many_rows_are_multiplied_exactly(shape: tuple[int, int], num_rows: int, cut: Any) -> None:
+    """By every tiling, in a captured graph that is replayed with other numbers: sums are those of float64, and with scales, a bias and
+    something to add all is, bit for bit, what the kernel for few rows gives."""
+    outputs, inputs = shape
+    matmul = bulk.matmul if isinstance(cut, bulk.Tiling) else bulk_hopper.matmul
+    weight = torch.randint(-128, 128, shape, dtype=torch.int8, device="cuda")
+    x = torch.zeros(num_rows, inputs, dtype=torch.int8, device="cuda")
+    of_rows, of_outputs = (torch.rand(each, device="cuda") / 1024 for each in (num_rows, outputs))
+    bias, add = torch.randn(outputs, device="cuda").bfloat16(), torch.randn(num_rows, outputs, device="cuda").bfloat16()
+    ones = torch.ones(max(num_rows, outputs), device="cuda")
+    plain = partial(matmul, x, weight, ones[:num_rows], ones[:outputs], dtype=torch.float32, cut=cut)
+    added = partial(matmul, x, weight, of_rows, of_outputs, bias_O=bias, add=add, dtype=torch.bfloat16, cut=cut)
+    plain(), added()  # compiled
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sums, scaled_sums = plain(), added()
+    x.random_(-128, 128)
+    graph.replay()
+    for rows in torch.arange(num_rows, device="cuda").split(1024):
+        assert torch.equal(sums[rows], (x[rows].double() @ weight.double().T).float())
+    few = skinny.matmul(
+        x, weight, 1, bias_O=bias, add=add, dtype=torch.bfloat16, scales=(of_rows, of_outputs), block=128, stages=3
+    )
+    assert torch.equal(scaled_sums, few)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 17, 64, 65, 256, 257, 1000])

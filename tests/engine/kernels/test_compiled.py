@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from services.engine.kv_format import KVFormat
 from services.engine.ops.forms import Quantized, RowScaled, Unnormed
 from services.engine.ops.kernels import (
     activation,
+    bulk,
+    bulk_hopper,
     decode_attention,
     gemv,
     gemv4,
@@ -237,10 +240,10 @@ INT8, PARTS = RowScaled(torch.int8), RowScaled(torch.int8, parts=2)
 
 @pytest.mark.timeout(300)
 def test_whole_numbers_go_to_the_matrix_units_as_they_are() -> None:
-    """Of a few rows, of many, and of rows in two parts: int8 by wgmma, loaded sixteen bytes at a time, without a spill and within the
+    """Of a few rows and of rows in two parts: int8 by wgmma, loaded sixteen bytes at a time, without a spill and within the
     shared memory that there is."""
-    cases = [(6144, 4096, rows, INT8) for rows in (16, 128, 256, 1024)] + [(576, 576, 32, INT8)]
-    cases += [(6144, 4096, rows, PARTS) for rows in (8, 64, 256)]
+    cases = [(6144, 4096, rows, INT8) for rows in (16, 128, 256)] + [(576, 576, 32, INT8)]
+    cases += [(6144, 4096, rows, PARTS) for rows in (8, 64, 256, 1024)]
     with offline() as kernels:
         for outputs, inputs, num_rows, form in cases:
             x = quantize.empty(num_rows, inputs, form, device=torch.device("cpu"))
@@ -252,6 +255,55 @@ def test_whole_numbers_go_to_the_matrix_units_as_they_are() -> None:
         assert re.search(r"wgmma\.mma_async\S+\.m64n(\d+)k32\.s32\.s8\.s8", each.ptx)
         assert "cp.async.cg.shared.global [ " in each.ptx and ", 0x10, " in each.ptx
         assert each.shared_bytes <= 227 << 10 and not each.spilled_bytes
+
+
+def launch_many(module: ModuleType, cut: bulk.Tiling | bulk_hopper.Tiling, dtype: torch.dtype) -> list[Compiled]:
+    """In int8 and in fp8, each with something to add and without."""
+    num_rows, outputs, inputs = 1000, 4104, 4096
+    added = torch.empty(num_rows, outputs, dtype=torch.bfloat16, device="meta")
+    of_rows, of_outputs = torch.empty(num_rows, device="meta"), torch.empty(outputs, device="meta")
+    with offline() as kernels:
+        for eight in (torch.int8, torch.float8_e4m3fn):
+            x, weight = (torch.empty(each, inputs, dtype=eight, device="meta") for each in (num_rows, outputs))
+            for add in (added, None):
+                module.matmul(x, weight, of_rows, of_outputs, bias_O=of_outputs, add=add, dtype=dtype, cut=cut)
+    found = [described(kernel) for kernel in kernels]
+    for each, kind in zip(found, ("s32.s8.s8",) * 2 + ("f32.e4m3.e4m3",) * 2, strict=True):
+        assert re.search(rf"wgmma\.mma_async\S+k32\.{kind}", each.ptx)
+        assert "cp.async.bulk.tensor.2d.shared" in each.ptx and "cp.async.bulk.tensor.2d.global" in each.ptx
+        assert "cp.async.cg" not in each.ptx and not each.spilled_bytes
+    return found
+
+
+every_width = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+
+
+@pytest.mark.timeout(300)
+@every_width
+@pytest.mark.parametrize("cut", bulk.TILINGS, ids=["large", "small"])
+def test_many_rows_are_copied_by_descriptors(cut: bulk.Tiling, dtype: torch.dtype) -> None:
+    """And so are the results; without a spill and within the registers and the shared memory that there are, for two programs of small
+    tiles."""
+    together = 1 if cut.persistent else 2
+    for each in launch_many(bulk, cut, dtype):
+        assert together * (each.shared_bytes + 1024) <= 228 << 10
+        assert together * each.registers * 32 * cut.warps <= 65536
+
+
+@pytest.mark.timeout(300)
+@every_width
+@pytest.mark.parametrize("cut", bulk_hopper.TILINGS, ids=["large", "by turns", "small"])
+def test_warps_have_roles(cut: bulk_hopper.Tiling, dtype: torch.dtype) -> None:
+    """Three of them, with registers of their own; a product stays under way while the next is begun, and warps wait for those
+    of their group alone."""
+    for each in launch_many(bulk_hopper, cut, dtype):
+        assert each.shared_bytes <= 227 << 10 and each.registers * 12 * 32 <= 65536
+        assert {("inc", "240"), ("dec", "24")} <= set(re.findall(r"setmaxnreg\.(\w+)\S+\s+(\d+)", each.ptx))
+        loops = re.findall(r"wgmma\.fence.*?wgmma\.wait_group\.sync\.aligned 0", each.ptx, re.DOTALL)
+        assert len(loops) == 2
+        for loop in loops:
+            assert "wgmma.wait_group.sync.aligned 1" in loop
+            assert {threads for _, threads in re.findall(r"bar\S*\.sync\s+(\d+), (\d+)", loop)} == {"128"}
 
 
 @pytest.mark.timeout(300)

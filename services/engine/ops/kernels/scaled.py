@@ -1,6 +1,6 @@
 """Rows in eight bits times a matrix in eight bits; of fp8 up to where torch's own kernel is as fast.
 
-The kernel is that of `skinny`: the matrix units take eight bits as they are. Of floating point they add up within a dot of 32
+The kernel is that of `skinny`, and of many rows that of `bulk`: the matrix units take eight bits as they are. Of floating point they add up within a dot of 32
 columns and from one to the next with some 14 bits, as torch's kernel does when it is told to be fast; sums of whole numbers are exact.
 
 Shapes: O outputs, I inputs.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from services.engine.ops.forms import Quantized
-from services.engine.ops.kernels import skinny
+from services.engine.ops.kernels import bulk, bulk_hopper, skinny
 
 MOST_ROWS = 256
 """Of x, where the matrix has few rows."""
@@ -41,7 +41,7 @@ class Tiling(NamedTuple):
 
 
 WIDE = Tiling(256, rows=128, columns=128, split=1, warps=8, stages=3)
-"""Of more rows than `MOST_ROWS`, bound by the matrix units (not measured yet)."""
+"""Of more rows than `MOST_ROWS`, in two parts or where `bulk` does not take them."""
 
 
 def matmul(
@@ -57,6 +57,11 @@ def matmul(
     """(x.values @ weight.T) * x.scales * scales + bias + add, [N, O]; or with scales of blocks as `skinny.matmul` takes them. The
     counters: `skinny.counters_of` this matrix."""
     lines = x.values_NI.shape[0]
+    parts = lines // x.scales_N.shape[-1]
+    by_row = scales_O.dim() == 1 and parts == 1
+    if lines > MOST_ROWS and by_row and bulk.takes(x.values_NI, weight_OI, add, dtype):
+        many = bulk_hopper if bulk_hopper.is_able(weight_OI.device) else bulk
+        return many.matmul(x.values_NI, weight_OI, x.scales_N, scales_O, bias_O=bias_O, add=add, dtype=dtype)
     cut = (tiling if scales_O.dim() == 1 else tiling_of_blocks)(*weight_OI.shape, skinny.padded(lines))
     return skinny.matmul(
         x.values_NI,
@@ -66,7 +71,7 @@ def matmul(
         add=add,
         dtype=dtype,
         scales=(x.scales_N, scales_O),
-        parts=lines // x.scales_N.shape[-1],
+        parts=parts,
         **cut._asdict(),
     )
 

@@ -50,3 +50,14 @@ def test_every_tiling_that_is_tried_is_right(monkeypatch: pytest.MonkeyPatch) ->
     for (name, _), each in found.items():
         assert len(each.seconds) >= 5, f"{name}: {each}"
         assert set(each.refused) <= {"cuBLAS"}, f"{name}: {each}"
+
+
+@pytest.mark.parametrize("form", ["w8a8", "fp8"])
+def test_every_tiling_of_many_rows_is_right(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a matrix in eight bits; but torch's own kernel for fp8, which a CPU lacks."""
+    monkeypatch.setattr(tuning, "seconds_a_call", lambda calls, device: 1.0)
+    shape = shapes.Shape(ModelSpec.from_config(CONFIG), torch.device("cpu"))
+    (search,) = tuning.product_searches(shape, [Load.prefill(300)], "o", 128, 128, form)
+    found = tuning.explore(search, shape.device, until=time.monotonic() + 100)
+    assert len(found.seconds) >= 15 and "skinny" in found.seconds
+    assert set(found.refused) <= {"cuBLAS"}, found.refused
