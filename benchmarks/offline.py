@@ -144,7 +144,7 @@ def engine_settings(arguments: argparse.Namespace, *, most: int) -> dict[str, ob
         "block_size": 64 if on_gpu else 32,
         "cache_bytes": arguments.cache_gib << 30,
         "prefix_cache": False,
-        "itl_target_ms": 1e6,
+        "itl_target_ms": "inf",
         **dict(arguments.set),
     }
 

@@ -52,7 +52,9 @@ class Limits:
     lookahead: int = 0
     """How many steps may be planned before the result of the oldest is committed, that one apart."""
     itl_target: float = 0.2
-    """Seconds between two tokens that prefill should leave to running sequences."""
+    """Seconds between two tokens that prefill should leave to running sequences. Infinite: decodes wait while prompts fill the step, which is
+    most tokens a second. Beside a step full of prompts the products of a decode cost as much as those of a prompt's token, and once all
+    prompts are computed next to nothing."""
     economy: Economy | None = None
     """When steps are computed with the smaller copy of the weights; None where there is none."""
 
@@ -347,7 +349,7 @@ class Scheduler:
 
     def _admit(self, now: float) -> None:
         """Gives slots to waiting sequences as long as the step has tokens for them and there are blocks."""
-        budget = self._prefill_tokens()
+        budget = self.limits.max_step_tokens if self._decodes_may_wait else self._prefill_tokens()
         prefilling = self._prefilling()
         while True:
             for sequence in self._next_in_line():
@@ -448,6 +450,10 @@ class Scheduler:
 
     # Planning.
 
+    @property
+    def _decodes_may_wait(self) -> bool:
+        return self.limits.itl_target == float("inf")
+
     def _prefill_tokens(self) -> int:
         """How many tokens of prefill the next step may have beside the decodes."""
         decoding = [s for s in self._running if s.num_remaining == 1 and not s.has_all_planned]
@@ -459,8 +465,13 @@ class Scheduler:
         return int(min(spare, max(within, self.pool.block_size)))
 
     def _assign(self) -> list[tuple[Sequence, Work]]:
-        """What each running sequence computes, decodes in front. The first in line comes first, so that whoever is
-        thrown out for want of blocks has nothing assigned yet."""
+        """What each running sequence computes."""
+        waits = self._decodes_may_wait and sum(self._prefilling().values()) >= self.limits.max_step_tokens
+        return (waits and self._assigned(decoding=False)) or self._assigned(decoding=True)
+
+    def _assigned(self, *, decoding: bool) -> list[tuple[Sequence, Work]]:
+        """Decodes in front, where they take part; where not they get their blocks, lest prompts have them all. The first in line comes first,
+        so that whoever is thrown out for want of blocks has nothing assigned yet."""
         decodes: list[tuple[Sequence, Work]] = []
         chunks: list[tuple[Sequence, Work]] = []
         left: dict[bool, int] | None = None
@@ -469,21 +480,20 @@ class Scheduler:
                 continue
             remaining = sequence.num_remaining
             if remaining == 1:
-                if self._grow(sequence, 1):
+                if self._grow(sequence, 1) and decoding:
                     decodes.append((sequence, _work(sequence, 1, remaining)))
                 continue
             if left is None:
-                left = self._shares_of_prefill()
+                left = self._shares_of_prefill(self._prefill_tokens() if decoding else self.limits.max_step_tokens)
             count = self._grow(sequence, min(remaining, left[sequence.interactive]))
             left = {interactive: tokens - count for interactive, tokens in left.items()}
             if count:
                 (chunks if count > 1 else decodes).append((sequence, _work(sequence, count, remaining)))
         return decodes + chunks
 
-    def _shares_of_prefill(self) -> dict[bool, int]:
-        """By `interactive`, the tokens of prefill in the next step: interactive ones come first, and leave batch ones their
-        share where they want it."""
-        budget = self._prefill_tokens()
+    def _shares_of_prefill(self, budget: int) -> dict[bool, int]:
+        """By `interactive`, how so many tokens of prefill in the next step are shared: interactive ones come first, and leave batch ones
+        their share where they want it."""
         return {True: budget - (_tenth(budget) if self._prefilling()[False] else 0), False: budget}
 
     def _grow(self, sequence: Sequence, count: int) -> int:

@@ -92,7 +92,8 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     """Most tokens in a step, decodes and prefill chunks together; by default 2,048 on a CPU and 8,192 on a GPU."""
     itl_target_ms: Annotated[float, Field(gt=0)] = 200.0
     """The time between two tokens that prefill chunks should leave to running sequences. Prefill gets less of a step
-    as the step's expected time nears it, but never less than one block."""
+    as the step's expected time nears it, but never less than one block. inf for most tokens a second: while prompts fill whole steps, running
+    sequences wait."""
     block_size: Literal[16, 32, 64] | None = None
     """Tokens of a KV block; by default 32 on a CPU and 64 on a GPU."""
     kv_cache_dtype: Annotated[str, _checked_by(kv_format.rules_of)] = "auto"

@@ -23,9 +23,10 @@ class Driver:
     """One engine without time: every move advances the clock by a second."""
 
     def __init__(self, *, num_blocks: int = 16, block_size: int = 4, max_sequences: int = 4, max_step_tokens: int = 16,
-                 lookahead: int = 0, keeps_prefixes: bool = True, economy: Economy | None = None) -> None:  # fmt: skip
+                 lookahead: int = 0, keeps_prefixes: bool = True, economy: Economy | None = None,
+                 itl_target: float = 0.2) -> None:  # fmt: skip
         self.pool = BlockPool(num_blocks, block_size=block_size, keeps_prefixes=keeps_prefixes)
-        limits = Limits(max_sequences, max_step_tokens, lookahead, economy=economy)
+        limits = Limits(max_sequences, max_step_tokens, lookahead, itl_target, economy)
         self.scheduler = Scheduler(self.pool, limits)
         self.runner = FakeRunner(self.pool)
         self.in_flight: deque[Launched] = deque()

@@ -82,6 +82,19 @@ def test_prefill_leaves_time_to_running_sequences() -> None:
     assert works(driver)[0][2] == 100 - second.num_computed or second.num_computed == 100
 
 
+def test_without_a_target_decodes_wait_while_prompts_fill_the_step() -> None:
+    """They go on beside the rest that fills none, and where a prompt finds no block."""
+    driver = Driver(num_blocks=64, max_step_tokens=8, itl_target=float("inf"))
+    first = driver.add(sequence([1, 2, 3], max_tokens=9))
+    assert works(driver) == [(first, 0, 3)]
+    second, third = driver.add(sequence(list(range(12)))), driver.add(sequence(list(range(20, 25))))
+    assert works(driver) == [(second, 0, 8)]
+    assert works(driver) == [(second, 8, 4), (third, 0, 4)]
+    assert works(driver) == [(first, 3, 1), (second, 12, 1), (third, 4, 1)]
+    driver.run()
+    driver.check_all_answered()
+
+
 def test_a_cached_prefix_is_not_computed_again() -> None:
     """The second sequence computes only what follows the full blocks of the first."""
     driver = Driver()
@@ -453,6 +466,7 @@ ARRIVALS = st.lists(
     spare_tokens=st.integers(0, 8),
     keeps_prefixes=st.booleans(),
     slow=st.booleans(),
+    itl_target=st.sampled_from([0.2, float("inf")]),
 )
 def test_any_schedule_answers_as_an_unlimited_one(
     arrivals: list[Arrival],
@@ -462,6 +476,7 @@ def test_any_schedule_answers_as_an_unlimited_one(
     spare_tokens: int,
     keeps_prefixes: bool,
     slow: bool,
+    itl_target: float,
 ) -> None:
     """Under random arrivals, cancellations, deadlines and loads, in tiny pools and steps, every sequence ends, is told
     its tokens once and in order, and those that were let finish are told what the model says. The driver and the
@@ -472,6 +487,7 @@ def test_any_schedule_answers_as_an_unlimited_one(
         max_step_tokens=max_sequences + spare_tokens,
         lookahead=lookahead,
         keeps_prefixes=keeps_prefixes,
+        itl_target=itl_target,
     )
     if slow:
         for tokens in range(8):
