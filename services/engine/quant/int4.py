@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from services.engine.ops import int4
-from services.engine.ops.forms import Activations, Quantized, Unnormed
+from services.engine.ops.forms import Activations, Form, Quantized, Unnormed
 from services.engine.quant import Buffers, Format
 from services.engine.quant.matrix import QuantizedMatrix, Scheme, nearest
 from services.engine.quant.rounding import Rounding
@@ -20,7 +20,7 @@ class Int4(Rounding):
     """A quarter of the bytes of 16 bits to read, and a little for scales: with groups of 64, 4.5 bits a weight. Values of three bits
     are kept in four."""
 
-    takes = Unnormed
+    takes: Form = Unnormed
     rounds_products = True
 
     def __init__(self, group: int, *, bits: int = 4, symmetric: bool = True) -> None:
@@ -65,6 +65,10 @@ class Int4(Rounding):
         if order_I is not None:
             x = x.index_select(1, order_I)
         return int4.linear(x, tuple(matrix), bias_O=bias_O, add=add, dtype=dtype)
+
+    def form(self, buffers: Buffers) -> Form:
+        """Inputs that are sorted are sorted behind the norm."""
+        return None if buffers[-1] is not None else self.takes
 
     def _takes_row(self, x: Activations, buffers: Buffers) -> TypeGuard[Tensor | Unnormed]:
         *matrix, order_I = buffers

@@ -64,6 +64,15 @@ def test_a_norm_hands_over_what_a_format_takes(name: WeightFormat) -> None:
     torch.testing.assert_close(found, matrix(rms_norm(x[:1], norm_weight, 1e-5)), rtol=1e-4, atol=1e-3)
 
 
+def test_four_bits_take_a_row_before_its_norm() -> None:
+    """Several rows are normed first."""
+    matrix, norm_weight = linear(WeightFormat.INT4_G32, torch.randn(OUTPUTS, INPUTS).half()), torch.randn(INPUTS).half()
+    assert matrix.takes is Unnormed
+    for x in (torch.randn(1, INPUTS).half(), torch.randn(3, INPUTS).half()):
+        expected = matrix(rms_norm(x, norm_weight, 1e-5))
+        torch.testing.assert_close(matrix(Unnormed(x, norm_weight, 1e-5)), expected, rtol=1e-2, atol=1e-1)
+
+
 @pytest.mark.parametrize("name", [WeightFormat.INT8_WEIGHT, WeightFormat.INT4_G32_ASYM])
 def test_many_rows_are_multiplied_with_a_matrix_that_is_widened(
     name: WeightFormat, monkeypatch: pytest.MonkeyPatch
