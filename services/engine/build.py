@@ -261,7 +261,11 @@ def _gpu_room(
     settings: EngineSettings, capacity: Capacity, model: Model, formats: Seq[KVFormat], device: torch.device
 ) -> int:
     """Bytes of a GPU that a rank's cache may take."""
-    largest = memory.Largest(capacity.max_step_tokens, capacity.max_sequences, capacity.block_size)
+    largest = memory.Largest(
+        min(capacity.max_step_tokens, capacity.max_sequences * model.max_positions),
+        capacity.max_sequences,
+        capacity.block_size,
+    )
     try:
         step = memory.step_bytes(model, largest, formats=formats, device=device)
     except torch.OutOfMemoryError as error:

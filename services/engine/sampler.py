@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from services.engine.ops import sampling
-from services.engine.state import DeviceState, Parameters, Selection, Wants
+from services.engine.state import DeviceState, Parameters, Selection, Wants, on_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Sampler:
         rows = self._rows_wanting(Wants.DRAW, selection)
         if len(rows) == len(selection):
             return self._draw_all(logits_RV, selection, wanted)
-        rows_D = torch.tensor(rows, device=logits_RV.device)
+        rows_D = on_device(rows, logits_RV.device)
         drawn_D = self._draw_all(logits_RV[rows_D], selection.take(rows, rows_D), wanted)
         return likeliest_R.index_copy(0, rows_D, drawn_D)
 
@@ -97,12 +97,12 @@ class Sampler:
     def _kept_for_report(self, logits_RV: Tensor, selection: Selection) -> Tensor:
         """A copy of the rows that report, as the model gave them."""
         rows = self._rows_wanting(Wants.LOGPROBS, selection)
-        return logits_RV[torch.tensor(rows, device=logits_RV.device)]
+        return logits_RV[on_device(rows, logits_RV.device)]
 
     def _report(self, raw_PV: Tensor, token_ids_R: Tensor, selection: Selection) -> Reported:
         rows = self._rows_wanting(Wants.LOGPROBS, selection)
         counts = [self._state.sampling.params(selection.slots[row]).logprobs or 0 for row in rows]
-        chosen_P = token_ids_R[torch.tensor(rows, device=token_ids_R.device)]
+        chosen_P = token_ids_R[on_device(rows, token_ids_R.device)]
         return Reported(rows, counts, *sampling.log_probabilities(raw_PV, chosen_P, most=max(counts)))
 
     def _rows_wanting(self, want: Wants, selection: Selection) -> list[int]:
@@ -118,7 +118,7 @@ class RowByRow(Sampler):
             return super().__call__(logits_RV, selection)
         found = []
         for row in range(len(selection)):
-            one = selection.take([row], torch.tensor([row], device=logits_RV.device))
+            one = selection.take([row], on_device([row], logits_RV.device))
             found.append(super().__call__(logits_RV[row : row + 1], one))
         whole = joined(found)
         assert whole is not None

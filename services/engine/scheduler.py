@@ -37,6 +37,9 @@ from services.engine.sequence import FinishReason, Phase, Sequence, TokenLogprob
 
 _ENDED_UNANSWERED = (FinishReason.CANCELLED, FinishReason.DEADLINE, FinishReason.ERROR)
 
+_MOST_STEPS_OF_PROMPTS = 64
+"""For so many steps at most decodes wait, where they may: however many prompts come, each answer gets on."""
+
 _FULL_EACH = 8
 """Of so many steps one is computed by the full weights, whatever is in danger, once both copies' paces are known."""
 
@@ -167,7 +170,7 @@ class Scheduler:
         self.totals = Totals()
         self.on_full: Callable[[int, bytes, bytes], None] | None = None
         """Told of every block that is newly known by its hash: the block, its hash, and that of the one before it
-        (empty for a first one)."""
+        (empty for a first one). Not before a token was sampled behind it: until then its content may be no numbers."""
         self._free_slots = list(range(limits.max_sequences))
         heapify(self._free_slots)  # the lowest first, so that slots in use lie close together
         self._loading: set[Sequence] = set()
@@ -181,6 +184,7 @@ class Scheduler:
         self._economical = False
         self._num_added = 0
         self._num_steps = 0
+        self._num_steps_of_prompts = 0  # since the last one in which decodes took part
         self._num_committed = 0
 
     # What it is asked.
@@ -467,7 +471,11 @@ class Scheduler:
     def _assign(self) -> list[tuple[Sequence, Work]]:
         """What each running sequence computes."""
         waits = self._decodes_may_wait and sum(self._prefilling().values()) >= self.limits.max_step_tokens
-        return (waits and self._assigned(decoding=False)) or self._assigned(decoding=True)
+        if waits and self._num_steps_of_prompts < _MOST_STEPS_OF_PROMPTS and (chunks := self._assigned(decoding=False)):
+            self._num_steps_of_prompts += 1
+            return chunks
+        self._num_steps_of_prompts = 0
+        return self._assigned(decoding=True)
 
     def _assigned(self, *, decoding: bool) -> list[tuple[Sequence, Work]]:
         """Decodes in front, where they take part; where not they get their blocks, lest prompts have them all. The first in line comes first,
@@ -559,6 +567,7 @@ class Scheduler:
             sequence.was_economical |= economical
             self._compute_until(sequence, work)
         if sample is not None:
+            self._tell_of_full(sequence)
             self.totals.num_economical_tokens += economical
             self._append(sequence, *sample, now=now)
 
@@ -578,11 +587,15 @@ class Scheduler:
         if self.pool.keeps_prefixes and end_full > first_full and not sequence.was_economical:
             hashes = self._hashes(sequence, end_full)
             for index in range(first_full, end_full):
-                self._name(sequence.blocks[index], hashes[index], hashes[index - 1] if index else b"")
+                if self.pool.register(sequence.blocks[index], hashes[index]):
+                    sequence.newly_full.append(index)
 
-    def _name(self, block: int, block_hash: bytes, parent: bytes) -> None:
-        if self.pool.register(block, block_hash) and self.on_full is not None:
-            self.on_full(block, block_hash, parent)
+    def _tell_of_full(self, sequence: Sequence) -> None:
+        newly_full, sequence.newly_full = sequence.newly_full, []
+        if self.on_full is not None:
+            hashes = sequence.block_hashes
+            for index in newly_full:
+                self.on_full(sequence.blocks[index], hashes[index], hashes[index - 1] if index else b"")
 
     def _append(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None, *, now: float) -> None:
         reason = sequence.append(token_id, logprobs)
@@ -630,7 +643,7 @@ class Scheduler:
         self._delta.release(sequence.slot)
         heappush(self._free_slots, sequence.slot)
         sequence.slot = None
-        blocks, sequence.blocks = sequence.blocks, []
+        blocks, sequence.blocks, sequence.newly_full = sequence.blocks, [], []
         if sequence.num_in_flight:
             self._returning.append((sequence.last_step, blocks))
         else:

@@ -132,6 +132,8 @@ class Sequence:
     """Block ids, in the order of the tokens they hold."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained hash of each full block of known tokens, as far as they were needed."""
+    newly_full: list[int] = field(default_factory=list)
+    """Which of its blocks became known by their hash since it last sampled a token."""
     order: tuple[bool, float, int] = (False, 0.0, 0)
     """Place in the line: interactive first, then by arrival, then by the order of `Scheduler.add`."""
     num_computed: int = 0

@@ -70,8 +70,7 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     quantization: Annotated[str, _checked_by(weight_format.rules_of)] = "none"
     """How weight matrices are kept: none for as they are; one of fp8, fp8-tensor, fp8-block, int8, int8-static, int8-weight, int4-g32,
     int4-g64, int4-g128, and the same with int3 (these with -asym too), which spares embedding and head; ordered rules `glob=format,...` over
-    their names, of which the first that matches decides; or a file of groups, .json or .toml (`weight_groups.py`). A GPU has kernels
-    for fp8 and fp8-tensor so far."""
+    their names, of which the first that matches decides; or a file of groups, .json or .toml (`weight_groups.py`)."""
     economy: Annotated[str, _checked_by(lambda rules: rules and weight_format.rules_of(rules))] = ""
     """Weight formats, as in `quantization`, of a second copy of the model, which computes steps while time is short (`economy.py`);
     empty for none. On a CPU only so far."""
@@ -88,12 +87,12 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     """Most tokens of prompt and answer together; by default the model's context, as far as the cache can hold it."""
     max_sequences: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Most sequences in a step; by default 64 on a CPU and 256 on a GPU."""
-    max_step_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_step_tokens: Annotated[int, Field(ge=1, le=65_535)] | None = None
     """Most tokens in a step, decodes and prefill chunks together; by default 2,048 on a CPU and 8,192 on a GPU."""
     itl_target_ms: Annotated[float, Field(gt=0)] = 200.0
     """The time between two tokens that prefill chunks should leave to running sequences. Prefill gets less of a step
     as the step's expected time nears it, but never less than one block. inf for most tokens a second: while prompts fill whole steps, running
-    sequences wait."""
+    sequences wait, for 64 steps at most."""
     block_size: Literal[16, 32, 64] | None = None
     """Tokens of a KV block; by default 32 on a CPU and 64 on a GPU."""
     kv_cache_dtype: Annotated[str, _checked_by(kv_format.rules_of)] = "auto"

@@ -143,11 +143,11 @@ class SamplingState:
         if Wants.BIAS in wants:
             ids, values = zip(*params.logit_bias, strict=True)
             self._biases[slot] = (
-                torch.tensor(ids, device=self._device),
-                torch.tensor(values, dtype=torch.float32, device=self._device),
+                on_device(ids, self._device),
+                on_device(values, self._device, dtype=torch.float32),
             )
         if Wants.MIN_TOKENS in wants:
-            self._stop_ids[slot] = torch.tensor(sorted(admission.stop.stop_token_ids), device=self._device)
+            self._stop_ids[slot] = on_device(sorted(admission.stop.stop_token_ids), self._device)
 
     def release(self, slot: int) -> None:
         """The slot's sequence left."""

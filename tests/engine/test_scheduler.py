@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from services.engine import scheduler
 from services.engine.scheduler import Limits
 from services.engine.sequence import FinishReason, Phase, Sequence
 from tests.engine.driver import Driver, sequence
@@ -91,6 +92,23 @@ def test_without_a_target_decodes_wait_while_prompts_fill_the_step() -> None:
     assert works(driver) == [(second, 0, 8)]
     assert works(driver) == [(second, 8, 4), (third, 0, 4)]
     assert works(driver) == [(first, 3, 1), (second, 12, 1), (third, 4, 1)]
+    driver.run()
+    driver.check_all_answered()
+
+
+def test_without_a_target_decodes_get_on_however_many_prompts_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts whose answers are one token free their slots at once, and more may come without end."""
+    monkeypatch.setattr(scheduler, "_MOST_STEPS_OF_PROMPTS", 5)
+    driver = Driver(num_blocks=64, max_step_tokens=8, itl_target=float("inf"), keeps_prefixes=False)
+    first = driver.add(sequence([1, 2, 3], max_tokens=6))
+    steps = 0
+    while not first.is_finished:
+        if driver.scheduler.num_waiting < 2:
+            driver.add(sequence(list(range(16)), max_tokens=1))
+        driver.step()
+        steps += 1
+        assert steps <= 1 + 5 * (5 + 1)
+    assert steps > 5
     driver.run()
     driver.check_all_answered()
 
@@ -409,14 +427,18 @@ def test_the_youngest_waits_where_others_hold_its_blocks() -> None:
 
 @LOOKAHEADS
 def test_a_sequence_whose_logits_are_no_numbers_fails_alone(lookahead: int) -> None:
-    """It ends with ERROR, others go on, and what was computed of it is not found by anybody."""
-    driver = Driver(lookahead=lookahead, max_sequences=2, num_blocks=64)
+    """It ends with ERROR, others go on, and what was computed of it is not found by anybody, here or elsewhere, though its prompt took
+    several steps."""
+    driver = Driver(lookahead=lookahead, max_sequences=2, max_step_tokens=5, num_blocks=64)
+    told: list[bytes] = []
+    driver.scheduler.on_full = lambda block, block_hash, parent: told.append(block_hash)
     sick, well = driver.add(sequence([1] * 9, max_tokens=9)), driver.add(sequence([2] * 9, max_tokens=9))
     driver.runner.sick = sick
     driver.run()
     assert (sick.finish, well.finish) == (FinishReason.ERROR, FinishReason.LENGTH)
     assert "not a number" in sick.error
     assert driver.scheduler.hashes_beyond_cache(sequence([1] * 9)) == sick.block_hashes[:2]
+    assert told == well.block_hashes[:4]
     driver.check_all_answered()
 
 

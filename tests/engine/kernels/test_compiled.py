@@ -157,6 +157,22 @@ def test_deterministic_products_and_attention_use_the_matrix_units(model: dict[s
         assert each.spilled_bytes == 0 and each.shared_bytes <= 227 << 10
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sequences", [1, 16, ROWS])
+def test_decodes_with_wide_heads_find_room(sequences: int, dtype: torch.dtype) -> None:
+    """Heads of 256 numbers fit into a multiprocessor, and into its registers."""
+    cache = KVCache(KVShape(2, 8, 256, dtype), num_blocks=4, block_size=64)
+    tables, rows = torch.zeros(SLOTS, CONTEXT // 64, dtype=torch.int32), torch.zeros(ROWS + 1, dtype=torch.int32)
+    q = torch.zeros(sequences, 16, 256, dtype=dtype)
+    with offline() as kernels:
+        work = decode_attention.plan(tables, rows[:sequences], rows[:sequences], chunk=128, most_items=99)
+        scratch = decode_attention.scratch(work, heads=16, cache=cache)
+        decode_attention.attend(q, q, cache, 1, work, scratch, scale=0.1, window=None)
+    (found,) = (each for each in map(described, kernels) if each.name == "_attend")
+    assert found.shared_bytes <= 227 << 10 and found.spilled_bytes == 0
+
+
 def launch_experts(num_tokens: int, *, num_experts: int, top_k: int, hidden: int, intermediate: int) -> None:
     """A mixture of experts in bfloat16, of tensors that have a shape and no content."""
 

@@ -36,6 +36,9 @@ class Tuning(NamedTuple):
     stages: int
 
 
+_TILE_BYTES = 16 << 10
+"""Of keys: so many leave room for those of some stages, and registers for the rest."""
+
 _FEW, _SOME, _ALL = 64, 256, sys.maxsize
 
 TUNING = {
@@ -92,6 +95,13 @@ def tuning(num_sequences: int, kv_heads: int, itemsize: int) -> Tuning:
     """What `TUNING` has for such a batch."""
     by_pairs = TUNING[min(itemsize, 2)]
     return next(tuning for most, tuning in by_pairs.items() if num_sequences * kv_heads <= most)
+
+
+def _tile(cache: KVCache, layer: int) -> int:
+    """Keys taken at a time: in 8 bits never more than a page, and no more than leave room for the stages in shared memory."""
+    kept = cache.layers[layer]
+    most = 64 if kept.scales is None else min(64, cache.block_size)
+    return min(most, max(16, _TILE_BYTES // (cache.shape.head_dim * kept.kv.itemsize)))
 
 
 def _rows(group: int, *, is_narrow: bool) -> int:
@@ -175,7 +185,7 @@ def attend(
         WIDTH=max(16, triton.next_power_of_2(head_dim)),
         ROWS=_rows(heads // kv_heads, is_narrow=scales is not None),
         T=cache.block_size,
-        TILE=64 if scales is None else min(64, cache.block_size),  # in 8 bits never more than a page
+        TILE=_tile(cache, layer),
         WINDOW=window or 0,
         GROUP=scratch.parts.shape[2],
         PARTS=8,
