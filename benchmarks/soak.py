@@ -30,6 +30,7 @@ from benchmarks.offline import add_engine_options, engine_settings
 from benchmarks.options import above_zero, run
 from benchmarks.report import Cell, Report
 from holdfast import models
+from holdfast.errors import ConfigurationError
 from services.engine.batch import Step, StepResult
 from services.engine.loop import Runner
 from services.engine.model_runner import Launched
@@ -147,7 +148,12 @@ class Load:
         self.ends: Counter[FinishReason] = Counter()
 
     async def run(self, seconds: float) -> Memory:
-        """All clients; returns what memory did meanwhile."""
+        """All clients; returns what memory did meanwhile. Raises ConfigurationError where the longest sequence does not fit."""
+        pool, most = self._engine.scheduler.pool, PROMPT_BLOCKS + OUTPUT_BLOCKS
+        if pool.num_blocks < most:
+            raise ConfigurationError(
+                f"the cache has {pool.num_blocks} blocks, and sequences of this load want up to {most}: ask for as many with cache_blocks"
+            )
         end = time.monotonic() + seconds
         memory = Memory(self._engine.device)
         async with asyncio.TaskGroup() as tasks:

@@ -88,7 +88,8 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     max_sequences: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Most sequences in a step; by default 64 on a CPU and 256 on a GPU."""
     max_step_tokens: Annotated[int, Field(ge=1, le=65_535)] | None = None
-    """Most tokens in a step, decodes and prefill chunks together; by default 2,048 on a CPU and 8,192 on a GPU."""
+    """Most tokens in a step, decodes and prefill chunks together; by default 2,048 on a CPU and 8,192 on a GPU, or
+    `max_sequences` if that is more."""
     itl_target_ms: Annotated[float, Field(gt=0)] = 200.0
     """The time between two tokens that prefill chunks should leave to running sequences. Prefill gets less of a step
     as the step's expected time nears it, but never less than one block. inf for most tokens a second: while prompts fill whole steps, running
@@ -131,8 +132,9 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     def capacity(self, device_type: str) -> Capacity:
         """What is said of it here, and the rest as suits such a device."""
         usual = _USUAL[device_type]
+        max_sequences = self.max_sequences or usual.max_sequences
         return Capacity(
-            self.max_sequences or usual.max_sequences,
-            self.max_step_tokens or usual.max_step_tokens,
+            max_sequences,
+            self.max_step_tokens or max(usual.max_step_tokens, max_sequences),
             self.block_size or usual.block_size,
         )

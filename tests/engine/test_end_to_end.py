@@ -239,6 +239,12 @@ async def test_draining_waits_for_what_runs(bus: MemoryBus, stories260k: Path) -
         await heard.finished("a")
 
 
+def test_a_step_has_room_for_every_slot_that_is_asked_for() -> None:
+    """Where only slots are said."""
+    assert EngineSettings(max_sequences=4000).capacity("cpu").max_step_tokens == 4000
+    assert EngineSettings(max_sequences=4).capacity("cuda").max_step_tokens == 8192
+
+
 async def test_settings_that_cannot_work_stop_the_start(bus: MemoryBus, stories260k: Path) -> None:
     """Fewer tokens in a step than sequences are refused in words."""
     with pytest.raises(ConfigurationError, match="max_step_tokens must be at least max_sequences"):
