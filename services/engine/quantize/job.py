@@ -33,12 +33,15 @@ from services.engine.quantize.plan import EMBEDDING, HEAD, Plan, Table, plan_of
 from services.engine.quantize.shards import MOST_BYTES, copy_others, gather
 from services.engine.quantize.work import WorkFolder
 from services.engine.weight_format import Method, WeightFormat
-from services.engine.weights import Checkpoint, gguf_file, open_checkpoint
+from services.engine.weights import INDEX_FILE, Checkpoint, gguf_file, open_checkpoint
 
 Say = Callable[[str], None]
 """Is told in short lines what is going on."""
 
 NORM = "model.norm"
+
+_DECIDING = ("config.json", "tokenizer.json", INDEX_FILE)
+"""Files beside weights by which the same weights become another checkpoint."""
 
 _CHARACTERS_PER_TOKEN = 16
 """More than any text has: so much of a file is looked at."""
@@ -140,11 +143,12 @@ class Job:
         return {
             "model": str(self.model.resolve()),
             "weights": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
+            **{name: _digest(self.model / name) for name in _DECIDING},
             "rules": rules,
             "budget": None if self.budget is None else asdict(self.budget),
             "method": self.method,
             "options": asdict(self.options),
-            "text": None if self.text is None else sha256(self.text.read_bytes()).hexdigest(),
+            "text": None if self.text is None else _digest(self.text),
             "tokens": self.num_tokens,
             "window": self.window,
         }
@@ -277,6 +281,11 @@ class _Maker:
     def _whole(self, name: str) -> Tensor:
         spec = self._plan.spec
         return self._checkpoint.take(f"{name}.weight", spec.vocab_size, spec.hidden)
+
+
+def _digest(path: Path) -> str | None:
+    """Of a file's content; None if there is no such file."""
+    return sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _mixtures(spec: ModelSpec) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -90,11 +89,8 @@ def test_one_layer_is_in_memory_at_a_time(
     assert len(layers) == 5
 
 
-def test_the_work_of_another_command_is_left_alone(
-    stories260k: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """It says what differs; and what was finished is still there for the command that began it."""
-    asked = [stories260k, tmp_path / "out", "--scheme", RULES, "--calibrate", text, *SHOWN]
+def stopped_behind_the_first(*arguments: object) -> None:
+    """Runs, and is interrupted when one layer is finished."""
     real = job.quantize_layer
 
     def dies(*arguments: Any, **more: Any) -> Any:
@@ -102,26 +98,55 @@ def test_the_work_of_another_command_is_left_alone(
             raise KeyboardInterrupt
         return real(*arguments, **more)
 
-    monkeypatch.setattr(job, "quantize_layer", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run(*asked, "--method", "gptq")
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(job, "quantize_layer", dies)
+        run(*arguments)
+
+
+def copied(model: Path, to: Path) -> Path:
+    """A copy that can be written to."""
+    to.mkdir()
+    for path in model.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+def test_the_work_of_another_command_is_left_alone(
+    stories260k: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says what differs; and what was finished is still there for the command that began it."""
+    asked = [stories260k, tmp_path / "out", "--scheme", RULES, "--calibrate", text, *SHOWN]
+    stopped_behind_the_first(*asked, "--method", "gptq")
     message = refused(capsys, *asked, "--method", "awq")
     assert "was begun by another command: method was 'gptq' and is 'awq'" in message
     run(*asked, "--method", "gptq")
     assert (tmp_path / "out" / "config.json").is_file()
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_model_that_has_changed_meanwhile_is_not_gone_on_with(
+    name: str, stories260k: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Layers of two configs, or of a text in two kinds of tokens, are not one checkpoint; the file is named."""
+    model = copied(stories260k, tmp_path / "model")
+    stopped_behind_the_first(model, tmp_path / "out", "--scheme", "int8")
+    content = (model / name).read_bytes()
+    (model / name).write_bytes(content + b"\n")
+    message = refused(capsys, model, tmp_path / "out", "--scheme", "int8")
+    assert re.search(rf"was begun by another command: {name} was '[0-9a-f]+' and is '[0-9a-f]+'\. Ask", message), (
+        message
+    )
+    (model / name).write_bytes(content)
+    run(model, tmp_path / "out", "--scheme", "int8")
+
+
 def test_nothing_is_left_of_what_failed_at_once(
     stories260k: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Neither a checkpoint nor work; a weight that is not finite is named with its matrix."""
-    broken = tmp_path / "broken"
-    shutil.copytree(stories260k, broken)
-    broken.chmod(0o755)
+    broken = copied(stories260k, tmp_path / "broken")
     content = load_file(stories260k / "model.safetensors")
     content["model.layers.0.self_attn.k_proj.weight"][2, 2] = float("nan")
-    (broken / "model.safetensors").unlink()
     save_file(content, broken / "model.safetensors")
     message = refused(capsys, broken, tmp_path / "out", "--scheme", "int8")
     assert "model.layers.0.self_attn.k_proj: it holds weights that are not finite" in message
