@@ -15,6 +15,7 @@ from services.engine import quantize as package
 from services.engine.calibrate.choice import Options
 from services.engine.quality.passages import Passage
 from services.engine.quality.sizes import num_weights
+from services.engine.quantize.checks import check_names
 from services.engine.quantize.job import Budget, Job, Text, quantize
 from services.engine.quantize.report import Quality, Report, measured
 from services.engine.quantize.shards import weight_bytes
@@ -45,6 +46,7 @@ def made(arguments: argparse.Namespace, out: Path) -> Report:
             "--calibrate gives a text, and nothing that is asked for needs to see one; leave it out, or name a method that goes by it. To "
             "judge the checkpoint by a text, give it with --evaluate"
         )
+    check_names(job.model, job.spec())
     text, judged = _texts(job, arguments)
     command, assignment = job.command(), None
     with work_folder(out, command) as work:

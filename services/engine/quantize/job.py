@@ -16,7 +16,6 @@ from torch import Tensor
 
 from holdfast.errors import ConfigurationError
 from services.engine.calibrate.choice import Options
-from services.engine.calibrate.parts import experts
 from services.engine.calibrate.scales import Search
 from services.engine.calibrate.stream import Stream, quantize_layer
 from services.engine.layers.linear import named
@@ -161,7 +160,6 @@ def quantize(job: Job, plan: Plan, work: WorkFolder, text: Text | None, *, say: 
     config = read_config(job.model)
     with open_checkpoint(job.model, dtype=torch.float32, device=torch.device("cpu")) as checkpoint:
         maker = _Maker(job, plan, work, checkpoint, dtype_of(config))
-        maker.check_names()
         maker.layers(text, say)
         maker.rest()
     folder = work.path / "checkpoint"
@@ -183,14 +181,6 @@ class _Maker:
 
     def __init__(self, job: Job, plan: Plan, work: WorkFolder, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         self._job, self._plan, self._work, self._checkpoint, self._dtype = job, plan, work, checkpoint, dtype
-
-    def check_names(self) -> None:
-        """Raises `ConfigurationError` for tensors beside the layers that no native model has."""
-        known = {f"{EMBEDDING}.weight", f"{NORM}.weight", f"{HEAD}.weight"}
-        others = (name for name in self._checkpoint.names - known if not name.endswith(".rotary_emb.inv_freq"))
-        prefixes = tuple(f"model.layers.{index}." for index in range(self._plan.spec.layers))
-        if unknown := sorted(name for name in others if not name.startswith(prefixes)):
-            raise ConfigurationError(f"{self._job.model} holds tensors that the model has no place for: {unknown[:6]}")
 
     def layers(self, text: Text | None, say: Say) -> None:
         """Those that are not finished yet."""
@@ -242,15 +232,12 @@ class _Maker:
         self._work.keep(index, tensors, None if stream is None else stream.states_WNI)
 
     def _others(self, index: int, tensors: Mapping[str, Tensor], done: frozenset[str]) -> dict[str, Tensor]:
-        """What of a layer is not in few bits, in the dtypes of the file. Raises `ConfigurationError` for what the model has no place for."""
+        """What of a layer is not in few bits, in the dtypes of the file."""
         prefix = f"model.layers.{index}."
-        known = {f"{prefix}{name}.weight" for name in experts(self._plan.spec, index)}
         found = {}
         for name in sorted(self._checkpoint.names):
             if not name.startswith(prefix) or name in done or name.endswith(".rotary_emb.inv_freq"):
                 continue
-            if name not in tensors and name not in known:
-                raise ConfigurationError(f"{self._job.model} holds a tensor that the model has no place for: {name}")
             original = self._original(name)
             found[name] = tensors[name].to(original.dtype) if name in tensors else original
         return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,58 @@ def test_a_model_that_has_changed_meanwhile_is_not_gone_on_with(
     )
     (model / name).write_bytes(content)
     run(model, tmp_path / "out", "--scheme", "int8")
+
+
+def lacks(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.4.mlp.down_proj.weight"]
+
+
+def has_more(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.4.mlp.down_proj.scale"] = torch.ones(3)
+
+
+def has_fewer_rows(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.4.self_attn.q_proj.weight"] = torch.ones(32, 64)
+
+
+@pytest.mark.parametrize("asked", [["--scheme", "int8"], ["--budget", "6.5", "--calibrate"]], ids=["scheme", "budget"])
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        (lacks, {}, r"lacks the tensor model\.layers\.4\.mlp\.down_proj\.weight"),
+        (has_more, {}, r"holds tensors that the model has no place for: model\.layers\.4\.mlp\.down_proj\.scale$"),
+        (has_fewer_rows, {}, r"model\.layers\.4\.self_attn\.q_proj\.weight has shape \[32, 64\], but the config makes it \[64, 64\]"),
+        (None, {"vocab_size": 400}, r"model\.embed_tokens\.weight has shape \[512, 64\], but the config makes it \[400, 64\]"),
+        (None, {"num_hidden_layers": 6}, r"lacks the tensor model\.layers\.5\.input_layernorm\.weight"),
+        (None, {"num_hidden_layers": 4}, r"has no place for: model\.layers\.4\.input_layernorm"),
+        (None, {"tie_word_embeddings": False}, r"lacks the tensor lm_head\.weight"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_is_not_what_its_config_says_is_refused_first(
+    asked: list[str],
+    change: Callable[[dict[str, torch.Tensor]], None] | None,
+    config: dict[str, Any],
+    message: str,
+    stories260k: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By the names and shapes of all its tensors, the last layer's too, before any of them is read for work."""
+    model = copied(stories260k, tmp_path / "model")
+    content = load_file(model / "model.safetensors")
+    if change is not None:
+        change(content)
+    save_file(content, model / "model.safetensors")
+    said = json.loads((model / "config.json").read_text()) | config
+    (model / "config.json").write_text(json.dumps(said))
+    monkeypatch.setattr(job, "quantize_layer", None)
+    monkeypatch.setattr(job, "measured", None)
+    shown = [text, *SHOWN] if "--calibrate" in asked else []
+    found = refused(capsys, model, tmp_path / "out", *asked, *shown)
+    assert re.search(message, found), found
+    assert not (tmp_path / f"out{SUFFIX}").exists()
 
 
 def test_nothing_is_left_of_what_failed_at_once(
