@@ -15,7 +15,7 @@ from services.engine import quantize as package
 from services.engine.calibrate.choice import Options
 from services.engine.quality.passages import Passage
 from services.engine.quality.sizes import num_weights
-from services.engine.quantize.checks import check_names
+from services.engine.quantize.checks import check_names, check_values
 from services.engine.quantize.job import Budget, Job, Text, quantize
 from services.engine.quantize.report import Quality, Report, measured
 from services.engine.quantize.shards import weight_bytes
@@ -50,6 +50,8 @@ def made(arguments: argparse.Namespace, out: Path) -> Report:
     text, judged = _texts(job, arguments)
     command, assignment = job.command(), None
     with work_folder(out, command) as work:
+        if not work.is_begun:
+            check_values(job.model, job.spec())
         if plan is None:
             assert text is not None
             assignment = job.within_budget(work, text, say=say)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from holdfast.errors import ConfigurationError
 from services.engine.models.decoder import Decoder
 from services.engine.models.spec import ModelSpec
+from services.engine.quant.readers.source import FLOATS
 from services.engine.shard import ALONE, Part
 from services.engine.weights import Checkpoint, Weights, open_checkpoint
 
@@ -38,6 +42,30 @@ class Outline(Weights):
 def check_names(model: Path, spec: ModelSpec) -> None:
     """Raises `ConfigurationError`, with its name, for a tensor that the config asks for and that is missing or has another shape, and
     for one that the model has no place for. Only the heads of files are read."""
-    with open_checkpoint(model, dtype=torch.float32, device=torch.device("cpu")) as checkpoint:
+    with _opened(model) as checkpoint:
         Decoder(Outline(checkpoint), spec)
-        checkpoint.finish(ignored=("*.rotary_emb.inv_freq", *(("lm_head.weight",) if spec.tied else ())))
+        checkpoint.finish(ignored=_ignored(spec))
+
+
+def check_values(model: Path, spec: ModelSpec) -> None:
+    """Raises `ConfigurationError`, with its name, for a tensor that does not hold floats, or one that is not a finite number. All of them are
+    read, one after the other."""
+    with _opened(model) as checkpoint:
+        for name in sorted(checkpoint.names):
+            if any(fnmatchcase(name, glob) for glob in _ignored(spec)):
+                continue
+            extremes = checkpoint.raw(name, *checkpoint.shape(name), dtypes=FLOATS).aminmax()  # of which NaN is both
+            if not all(each.isfinite() for each in extremes):
+                raise ConfigurationError(
+                    f"{model}: the tensor {name} holds values that are not finite numbers, of which nothing can be made; is it as it was "
+                    "published?"
+                )
+
+
+def _opened(model: Path) -> AbstractContextManager[Checkpoint]:
+    return open_checkpoint(model, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def _ignored(spec: ModelSpec) -> tuple[str, ...]:
+    """Globs of what a model does without."""
+    return ("*.rotary_emb.inv_freq", *(("lm_head.weight",) if spec.tied else ()))

@@ -46,6 +46,11 @@ class WorkFolder:
             count += 1
         return count
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is anything in it that took time."""
+        return self.num_done > 0 or self.costs.exists()
+
     def layers(self, count: int) -> list[Path]:
         """The files of so many layers."""
         return [self._layer(index) for index in range(count)]
@@ -96,6 +101,6 @@ def work_folder(out: Path, command: Mapping[str, Any]) -> Iterator[WorkFolder]:
         try:
             yield work
         except BaseException:
-            if not work.num_done and not work.costs.exists():  # nothing that took time
+            if not work.is_begun:
                 shutil.rmtree(path)
             raise

@@ -193,17 +193,60 @@ def test_a_checkpoint_that_is_not_what_its_config_says_is_refused_first(
     assert not (tmp_path / f"out{SUFFIX}").exists()
 
 
-def test_nothing_is_left_of_what_failed_at_once(
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.layers.2.input_layernorm.weight",
+        "model.layers.3.mlp.up_proj.weight",
+        "model.norm.weight",
+    ],
+)
+@pytest.mark.parametrize("method", ["absmax", "gptq"])
+def test_nothing_is_made_of_what_is_no_number(
+    method: str,
+    name: str,
+    value: float,
+    stories260k: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Wherever it stands: the tensor is named, no other that sees its products; neither a checkpoint nor work is left."""
+    broken = copied(stories260k, tmp_path / "broken")
+    content = load_file(broken / "model.safetensors")
+    content[name].view(-1)[5] = value
+    save_file(content, broken / "model.safetensors")
+    shown = ["--calibrate", text, *SHOWN] if method == "gptq" else []
+    message = refused(capsys, broken, tmp_path / "out", "--scheme", RULES, "--method", method, *shown)
+    assert f"the tensor {name} holds values that are not finite numbers" in message
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_head_that_is_not_the_embedding_is_looked_at_too(
     stories260k: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither a checkpoint nor work; a weight that is not finite is named with its matrix."""
-    broken = copied(stories260k, tmp_path / "broken")
-    content = load_file(stories260k / "model.safetensors")
-    content["model.layers.0.self_attn.k_proj.weight"][2, 2] = float("nan")
-    save_file(content, broken / "model.safetensors")
-    message = refused(capsys, broken, tmp_path / "out", "--scheme", "int8")
-    assert "model.layers.0.self_attn.k_proj: it holds weights that are not finite" in message
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
+    """And where it is the embedding, what else is called so counts for nothing."""
+    model = copied(stories260k, tmp_path / "model")
+    content = load_file(model / "model.safetensors")
+    save_file(content | {"lm_head.weight": torch.full((512, 64), float("nan"))}, model / "model.safetensors")
+    run(model, tmp_path / "tied", "--scheme", "int8")
+    config = json.loads((model / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (model / "config.json").write_text(json.dumps(config))
+    message = refused(capsys, model, tmp_path / "out", "--scheme", "int8")
+    assert "the tensor lm_head.weight holds values that are not finite numbers" in message
+
+
+def test_whole_numbers_without_scales_are_refused(
+    stories260k: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are weights of a quantized model whose config does not say so."""
+    model = copied(stories260k, tmp_path / "model")
+    content = load_file(model / "model.safetensors")
+    name = "model.layers.4.self_attn.q_proj.weight"
+    save_file(content | {name: content[name].to(torch.int8)}, model / "model.safetensors")
+    assert f"the tensor {name} holds int8" in refused(capsys, model, tmp_path / "out", "--scheme", "int8")
 
 
 def test_shards_hold_what_one_file_holds(stories260k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
