@@ -22,19 +22,30 @@ from services.engine.quantize.shards import weight_bytes
 from services.engine.quantize.work import work_folder
 from services.engine.weight_format import Method, WeightFormat
 
+_INTERRUPTED = 130
+"""The status of what Ctrl-C ends, as shells have it."""
+
 _ACTIVATIONS = (Method.ABSMAX, Method.PERCENTILE, Method.MSE)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m services.engine.quantize`."""
+    """`python -m services.engine.quantize`. What stops it is said in one line, with what remains."""
     arguments = _parser().parse_args(argv)
     try:
         out = Path(arguments.out).expanduser()
         report = made(arguments, out)
     except (ConfigurationError, OSError) as error:
-        sys.exit(f"quantize: {error}")
+        sys.exit(f"quantize: {_noted(error)}")
+    except KeyboardInterrupt as stop:
+        say(f"quantize: {_noted(stop, 'stopped')}")
+        sys.exit(_INTERRUPTED)
     print(report.table())
     print(f"{out} is there; to serve it: python -m services.engine --model {out}")
+
+
+def _noted(error: BaseException, what: str = "") -> str:
+    """What happened, and the notes on it."""
+    return ". ".join([what or str(error), *getattr(error, "__notes__", ())])
 
 
 def made(arguments: argparse.Namespace, out: Path) -> Report:

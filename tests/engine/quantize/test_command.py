@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import resource
+import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from services.engine.quantize import job
 from services.engine.quantize.work import SUFFIX
 
 RULES = "*.down_proj=int8-weight,int4-g32"
+RESUMES = "the same command goes on from there"
 SHOWN = ("--tokens", "192", "--window", "48", "--quality-tokens", "0")
 
 
@@ -43,10 +47,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return str(ended.value) if isinstance(ended.value.code, str) else capsys.readouterr().err
 
 
-def test_what_was_killed_is_taken_up(
-    stories260k: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_was_stopped_is_taken_up(
+    stories260k: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At any layer, by the same command; finished layers are not computed again, and what comes out is the same to the bit."""
+    """At any layer, by the same command, as it says; finished layers are not computed again, and what comes out is the same to the bit."""
     asked = ("--scheme", RULES, "--method", "gptq", "--calibrate", text, *SHOWN)
     run(stories260k, tmp_path / "whole", *asked)
     layers = []
@@ -60,8 +64,10 @@ def test_what_was_killed_is_taken_up(
 
     monkeypatch.setattr(job, "quantize_layer", dies)
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="130"):
             run(stories260k, tmp_path / "out", *asked)
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said == f"quantize: stopped. {tmp_path / f'out{SUFFIX}'} remains, with what is finished; {RESUMES}"
         assert not (tmp_path / "out").exists()
     run(stories260k, tmp_path / "out", *asked)
     assert layers == [0, 1, 2, 2, 3, 3, 4]
@@ -99,7 +105,7 @@ def stopped_behind_the_first(*arguments: object) -> None:
             raise KeyboardInterrupt
         return real(*arguments, **more)
 
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit, match="130"):
         patched.setattr(job, "quantize_layer", dies)
         run(*arguments)
 
@@ -191,6 +197,72 @@ def test_a_checkpoint_that_is_not_what_its_config_says_is_refused_first(
     found = refused(capsys, model, tmp_path / "out", *asked, *shown)
     assert re.search(message, found), found
     assert not (tmp_path / f"out{SUFFIX}").exists()
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file can be longer, as on a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    ("size", "file", "done"), [(40_000, "layer-00001", 1), (200_000, "checkpoint/model", 5)], ids=["layer", "all"]
+)
+def test_a_full_disk_is_said_and_gone_on_from(
+    size: int,
+    file: str,
+    done: int,
+    stories260k: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The file is named, and nothing half written takes room; what was finished is not computed again."""
+    asked, work = (stories260k, tmp_path / "out", "--scheme", "int8"), tmp_path / f"out{SUFFIX}"
+    stopped_behind_the_first(*asked)
+    with largest_file(size):
+        message = refused(capsys, *asked)
+    said = rf"quantize: {work}/{file}\S+ cannot be written: .*File too large.*\. {work} remains, .*{RESUMES}"
+    assert re.fullmatch(said, message), message
+    assert not list(work.glob("*.new"))
+    layers, real = [], job.quantize_layer
+
+    def counted(*arguments: Any, **more: Any) -> Any:
+        layers.append(arguments[3])
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(job, "quantize_layer", counted)
+    run(*asked)
+    assert layers == [*range(done, 5)]
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["command.json", "layer-00000.safetensors", "states-00001.safetensors"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_work_that_cannot_be_read_is_named(
+    is_there: bool, name: str, stories260k: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what to remove, after which the same command begins anew."""
+    asked = (stories260k, tmp_path / "out", "--scheme", RULES, "--method", "gptq", "--calibrate", text, *SHOWN)
+    stopped_behind_the_first(*asked)
+    work = tmp_path / f"out{SUFFIX}"
+    content = (work / name).read_bytes()
+    if is_there:
+        (work / name).write_bytes(content[: len(content) // 2])
+    else:
+        (work / name).unlink()
+    if name.startswith("states") or is_there:
+        message = refused(capsys, *asked)
+        said = rf"quantize: {work / name} is missing or damaged \(.*\); remove {work}, and the same command begins anew"
+        assert re.fullmatch(said, message), message
+        shutil.rmtree(work)
+    run(*asked)
+    assert (tmp_path / "out" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
