@@ -20,7 +20,7 @@ from services.engine.quantize.job import Budget, Job, Text, quantize
 from services.engine.quantize.report import Quality, Report, measured
 from services.engine.quantize.shards import weight_bytes
 from services.engine.quantize.work import work_folder
-from services.engine.weight_format import Method, WeightFormat
+from services.engine.weight_format import GROUP_FILES, Method, WeightFormat
 
 _INTERRUPTED = 130
 """The status of what Ctrl-C ends, as shells have it."""
@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("out", help="the folder that is to be made")
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--scheme", help=f"a format, or rules `glob=format,...`: {', '.join(WeightFormat)}")
-    asked.add_argument("--config", type=_groups, help="a file of groups of layers, .toml or .json")
+    asked.add_argument("--config", type=_groups, help="a file of groups of layers, .yaml, .toml or .json")
     asked.add_argument(
         "--budget",
         type=_number("number of bits", above=1, most=32),
@@ -229,8 +229,8 @@ def _file(text: str) -> Path:
 
 
 def _groups(text: str) -> Path:
-    if not text.endswith((".json", ".toml")):
-        raise argparse.ArgumentTypeError(f"{text} is neither .json nor .toml")
+    if not text.endswith(GROUP_FILES):
+        raise argparse.ArgumentTypeError(f"{text} ends in none of {', '.join(GROUP_FILES)}")
     return _file(text)
 
 

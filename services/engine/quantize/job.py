@@ -31,7 +31,7 @@ from services.engine.quantize.costs import Asked, measured
 from services.engine.quantize.plan import EMBEDDING, HEAD, Plan, Table, plan_of
 from services.engine.quantize.shards import MOST_BYTES, copy_others, gather
 from services.engine.quantize.work import WorkFolder
-from services.engine.weight_format import Method, WeightFormat
+from services.engine.weight_format import GROUP_FILES, Method, WeightFormat
 from services.engine.weights import INDEX_FILE, Checkpoint, gguf_file, open_checkpoint
 
 Say = Callable[[str], None]
@@ -138,7 +138,7 @@ class Job:
     def command(self) -> dict[str, Any]:
         """All that what is written depends on."""
         files = sorted(self.model.glob("*.safetensors"))
-        rules = Path(self.rules).read_text() if self.rules.endswith((".json", ".toml")) else self.rules
+        rules = Path(self.rules).read_text() if self.rules.endswith(GROUP_FILES) else self.rules
         return {
             "model": str(self.model.resolve()),
             "weights": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
