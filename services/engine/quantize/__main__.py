@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(f"quantize: {_noted(stop, 'stopped')}")
         sys.exit(_INTERRUPTED)
     print(report.table())
-    print(f"{out} is there; to serve it: python -m services.engine --model {out}")
+    print(f"{out} is there; to serve it: python -m services --model {shlex.quote(str(out))}")
 
 
 def _noted(error: BaseException, what: str = "") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shlex
 import shutil
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,6 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from holdfast.client import Client
+from holdfast.events import Tokens
+from holdfast.settings import load as load_settings
+from services.__main__ import serve
 from services.engine.models import load
 from services.engine.quality.forced import Forced
 from services.engine.quality.passages import tokenizer_of, windows_of
@@ -23,6 +28,7 @@ from services.engine.quality.scores import compare
 from services.engine.quantize import __main__ as command
 from services.engine.quantize import job
 from services.engine.quantize.work import SUFFIX
+from services.settings import MeshSettings
 
 RULES = "*.down_proj=int8-weight,int4-g32"
 RESUMES = "the same command goes on from there"
@@ -349,6 +355,26 @@ def test_everything_else_of_the_model_comes_along(stories260k: Path, tmp_path: P
     assert report["matrices"] == {"int8, absmax": 35}
     assert 8 < report["bits_per_weight"] < 16
     assert "| 35 | int8, absmax |" in (tmp_path / "out" / "quantization_report.md").read_text()
+
+
+async def test_it_is_served_as_is_said_in_the_end(
+    stories260k: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the last line, whatever the folder is called; and goes on with a story."""
+    run(stories260k, tmp_path / "a model", "--scheme", "int8")
+    said, _, command_line = capsys.readouterr().out.splitlines()[-1].rpartition(": ")
+    python, *words = shlex.split(command_line)
+    assert (said, python) == (f"{tmp_path / 'a model'} is there; to serve it", "python")
+    assert words[:2] == ["-m", "services"]
+    anywhere = ("--gateway.address", "127.0.0.1:0", "--gateway.http-address", "127.0.0.1:0")
+    settings = load_settings(MeshSettings, [*words[2:], *anywhere, "--engine.threads", "1"])
+    async with (
+        serve(settings) as mesh,
+        Client(mesh.grpc) as client,
+        client.generate("Once upon a time", temperature=0, max_tokens=8) as answer,
+    ):
+        text = "".join([event.text async for event in answer if isinstance(event, Tokens)])
+    assert text.startswith(", there was")
 
 
 @pytest.mark.parametrize(
