@@ -70,7 +70,7 @@ class EngineSettings(Settings, env_prefix="HOLDFAST_ENGINE_"):
     quantization: Annotated[str, _checked_by(weight_format.rules_of)] = "none"
     """How weight matrices are kept: none for as they are; one of fp8, fp8-tensor, fp8-block, int8, int8-static, int8-weight, int4-g32,
     int4-g64, int4-g128, and the same with int3 (these with -asym too), which spares embedding and head; ordered rules `glob=format,...` over
-    their names, of which the first that matches decides; or a file of groups, .json or .toml (`weight_groups.py`)."""
+    their names, of which the first that matches decides; or a file of groups, .yaml, .toml or .json (`weight_groups.py`)."""
     economy: Annotated[str, _checked_by(lambda rules: rules and weight_format.rules_of(rules))] = ""
     """Weight formats, as in `quantization`, of a second copy of the model, which computes steps while time is short (`economy.py`);
     empty for none. On a CPU only so far."""

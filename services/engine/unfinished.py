@@ -14,12 +14,26 @@ from typing import Any
 from holdfast.errors import ConfigurationError
 
 
+class Damaged(ConfigurationError):
+    """What an earlier process left cannot be read, so that nothing can go on from it."""
+
+    def __init__(self, path: Path, why: object) -> None:
+        super().__init__(
+            f"{path} is missing or damaged ({why}); remove {path.parent}, and the same command begins anew"
+        )
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path to write to; what is there at the end of the block becomes `path`, at once. If the block raises, `path` is as it was."""
+    """A path to write to; what is there at the end of the block becomes `path`, at once. If the block raises, `path` is as it was, and nothing
+    is beside it."""
     aside = path.with_name(f"{path.name}.new")
-    yield aside
-    os.replace(aside, path)
+    try:
+        yield aside
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -48,10 +62,21 @@ def _claim(file: Path, command: Mapping[str, Any]) -> None:
         with whole(file) as aside:
             aside.write_text(json.dumps(asked, indent=2))
         return
-    begun = json.loads(file.read_text())
+    begun = read_object(file)
     different = sorted(key for key in asked.keys() | begun.keys() if asked.get(key) != begun.get(key))
     if different:
         what = "; ".join(f"{key} was {begun.get(key)!r} and is {asked.get(key)!r}" for key in different)
         raise ConfigurationError(
             f"{file.parent} was begun by another command: {what}. Ask for the same, give another OUT, or remove that folder"
         )
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object that an earlier process left there. Raises `Damaged` if it is none."""
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise Damaged(file, error) from error
+    if not isinstance(content, dict):
+        raise Damaged(file, "it is no JSON object")
+    return content

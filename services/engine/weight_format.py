@@ -9,7 +9,7 @@ as it is:
     *.self_attn.*=int8,*.mlp.*=int4-g64  attention in eight bits, MLPs in four
     *=int4-g64                           every matrix, embedding and head too
 
-Or the name of a file, `.json` or `.toml`, that says it by groups of layers (`weight_groups`). Names are those of the checkpoint
+Or the name of a file, `.yaml`, `.toml` or `.json`, that says it by groups of layers (`weight_groups`). Names are those of the checkpoint
 without their `.weight`. A tied head is named `lm_head`; what no rule says of it, those for `model.embed_tokens` say.
 """
 
@@ -72,6 +72,9 @@ class Method(enum.StrEnum):
     """Inputs that are still to be rounded make up for what rounding the others changed."""
 
 
+GROUP_FILES = (".yaml", ".yml", ".toml", ".json")
+"""How the name of a file of groups ends."""
+
 _SPARED = ("model.embed_tokens", "lm_head", "*.gate", "*.experts.*")
 """What a format named without a glob leaves alone: the embedding, which is looked up; the head and a router, whose products are
 compared with each other; and experts, which are multiplied in stacks."""
@@ -98,7 +101,7 @@ class Rule:
 
 def rules_of(text: str) -> list[Rule]:
     """Reads `GLOB=FORMAT,...`, or the file of that name. Raises ValueError with what would be right."""
-    if text.endswith((".json", ".toml")):
+    if text.endswith(GROUP_FILES):
         from services.engine.weight_groups import rules_of_file
 
         return rules_of_file(text)
@@ -110,7 +113,7 @@ def _rule(text: str) -> Rule:
     if name not in list(WeightFormat) or (equals and not glob):
         raise ValueError(
             f"{text!r} is no rule; it must be one of {', '.join(WeightFormat)}, or `glob=format` with one of them; or a file "
-            "that ends in .json or .toml"
+            f"that ends in {', '.join(GROUP_FILES)}"
         )
     format = WeightFormat(name)
     if not equals:

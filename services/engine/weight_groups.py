@@ -1,10 +1,10 @@
 """A file that says by groups of layers how weights are kept, as rules.
 
-    attention = { bits = 8 }
-    ffn = { bits = 4, group_size = 64, symmetric = false }
-    embedding = { bits = 16 }
+    attention: {bits: 8}
+    ffn: {bits: 4, group_size: 64, symmetric: false}
+    embedding: {bits: 16}
 
-A group is `attention`, `ffn` (MLPs, their routers left alone), `embedding`, `head`, or a glob over the names of matrices, which has
+So in YAML (1.1, where a glob that begins with an asterisk stands in quotes); TOML and JSON say the same in their words. A group is `attention`, `ffn` (MLPs, their routers left alone), `embedding`, `head`, or a glob over the names of matrices, which has
 a dot or an asterisk. Groups stand in order, and the first that names a matrix decides; what none names is kept as it is.
 Of a group can be said:
 
@@ -23,9 +23,12 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from services.engine.weight_format import Method, Rule, WeightFormat
 
@@ -36,6 +39,14 @@ GROUPS = {
     "head": ("lm_head",),
 }
 """The matrices of each group."""
+
+_READERS: dict[str, Callable[[str], object]] = {
+    ".yaml": yaml.safe_load,
+    ".yml": yaml.safe_load,
+    ".toml": tomllib.loads,
+    ".json": json.loads,
+}
+"""By how a file's name ends."""
 
 _ROUTERS = ("*.gate",)
 
@@ -129,11 +140,10 @@ def groups_of(content: object) -> dict[str, Group]:
 def rules_of_file(path: str) -> list[Rule]:
     """The rules of a file of groups. Raises ValueError with what would be right."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        groups = groups_of(tomllib.loads(text) if path.endswith(".toml") else json.loads(text))
-        return [_rule(name, group) for name, group in groups.items()]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        content = _READERS[Path(path).suffix](Path(path).read_text(encoding="utf-8"))
+        return [_rule(name, group) for name, group in groups_of(content).items()]
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 def _rule(name: str, group: Group) -> Rule:

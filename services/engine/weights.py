@@ -248,21 +248,26 @@ class Checkpoint(Weights):
         """Of the tensor of this name, which is there."""
         return tuple(self._files[name].get_slice(name).get_shape())
 
+    def require(self, name: str, *shape: int) -> None:
+        """The model has a place for the tensor of this name. Raises `ConfigurationError` if there is none, or of another shape."""
+        found = self._file(name).get_slice(name).get_shape()
+        if list(found) != list(shape):
+            raise ConfigurationError(
+                f"{self._folder}: the tensor {name} has shape {list(found)}, but the config makes it {list(shape)}"
+            )
+        with self._lock:
+            self._untaken.discard(name)
+
     def raw(self, name: str, *shape: int, dtypes: Collection[torch.dtype]) -> Tensor:
         """The tensor of this name as it lies in its file. Raises `ConfigurationError` if there is none, if it has another shape, or none
         of these dtypes."""
-        tensor = self._file(name).get_tensor(name)
-        if tuple(tensor.shape) != shape:
-            raise ConfigurationError(
-                f"{self._folder}: the tensor {name} has shape {list(tensor.shape)}, but the config makes it {list(shape)}"
-            )
+        self.require(name, *shape)
+        tensor = self._files[name].get_tensor(name)
         if tensor.dtype not in dtypes:
             wanted = " or ".join(map(_named, dtypes))
             raise ConfigurationError(
                 f"{self._folder}: the tensor {name} holds {_named(tensor.dtype)}, but the config makes it {wanted}"
             )
-        with self._lock:
-            self._untaken.discard(name)
         return tensor
 
     def _is_quantized(self, name: str) -> bool:
@@ -313,21 +318,15 @@ class Checkpoint(Weights):
 
     def _read(self, name: str, shape: tuple[int | Part, ...]) -> Tensor:
         """The tensor as the file has it, or a part, in the host's memory."""
-        file = self._file(name)
-        whole = file.get_slice(name)
-        if whole.get_shape() != _whole(shape):
-            raise ConfigurationError(
-                f"{self._folder}: the tensor {name} has shape {whole.get_shape()}, but the config makes it {_whole(shape)}"
-            )
+        self.require(name, *_whole(shape))
+        file = self._files[name]
         # Of a whole tensor no copy is made.
-        tensor: Tensor = whole[_index(shape)] if _is_part(shape) else file.get_tensor(name)
+        tensor: Tensor = file.get_slice(name)[_index(shape)] if _is_part(shape) else file.get_tensor(name)
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise ConfigurationError(
                 f"{self._folder}: the tensor {name} holds {_named(tensor.dtype)}, without scales that a quantization_config tells of; it "
                 "must be unquantized"
             )
-        with self._lock:
-            self._untaken.discard(name)
         return tensor
 
     def finish(self, *, ignored: Iterable[str] = ()) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import ConfigurationError
-from services.engine.unfinished import claimed, whole
+from services.engine.unfinished import Damaged, claimed, whole
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
@@ -22,6 +22,7 @@ def test_a_file_appears_whole(tmp_path: Path) -> None:
         aside.write_text("thr")
         raise RuntimeError("killed")
     assert path.read_text() == "two"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_is_one_process_s_at_a_time(tmp_path: Path) -> None:
@@ -33,6 +34,16 @@ def test_a_folder_is_one_process_s_at_a_time(tmp_path: Path) -> None:
         pass
     with pytest.raises(ConfigurationError, match="another command: seed was None and is 1; steps was 5 and is 6"):
         claimed(file, {"steps": 6, "seed": 1}).__enter__()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\xff"])
+def test_a_folder_that_does_not_say_whose_it_is_must_be_removed(content: str, tmp_path: Path) -> None:
+    """Nobody can tell whether the work in it is this command's."""
+    file = tmp_path / "work" / "command.json"
+    file.parent.mkdir()
+    file.write_text(content, encoding="latin-1")
+    with pytest.raises(Damaged, match=r"work/command\.json is missing or damaged \(.*\); remove .*work, and the same"):
+        claimed(file, {"steps": 5}).__enter__()
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,25 +16,37 @@ from services.engine import quantize as package
 from services.engine.calibrate.choice import Options
 from services.engine.quality.passages import Passage
 from services.engine.quality.sizes import num_weights
+from services.engine.quantize.checks import check_names, check_values
 from services.engine.quantize.job import Budget, Job, Text, quantize
 from services.engine.quantize.report import Quality, Report, measured
 from services.engine.quantize.shards import weight_bytes
 from services.engine.quantize.work import work_folder
-from services.engine.weight_format import Method, WeightFormat
+from services.engine.weight_format import GROUP_FILES, Method, WeightFormat
+
+_INTERRUPTED = 130
+"""The status of what Ctrl-C ends, as shells have it."""
 
 _ACTIVATIONS = (Method.ABSMAX, Method.PERCENTILE, Method.MSE)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m services.engine.quantize`."""
+    """`python -m services.engine.quantize`. What stops it is said in one line, with what remains."""
     arguments = _parser().parse_args(argv)
     try:
         out = Path(arguments.out).expanduser()
         report = made(arguments, out)
     except (ConfigurationError, OSError) as error:
-        sys.exit(f"quantize: {error}")
+        sys.exit(f"quantize: {_noted(error)}")
+    except KeyboardInterrupt as stop:
+        say(f"quantize: {_noted(stop, 'stopped')}")
+        sys.exit(_INTERRUPTED)
     print(report.table())
-    print(f"{out} is there; to serve it: python -m services.engine --model {out}")
+    print(f"{out} is there; to serve it: python -m services --model {shlex.quote(str(out))}")
+
+
+def _noted(error: BaseException, what: str = "") -> str:
+    """What happened, and the notes on it."""
+    return ". ".join([what or str(error), *getattr(error, "__notes__", ())])
 
 
 def made(arguments: argparse.Namespace, out: Path) -> Report:
@@ -45,9 +58,12 @@ def made(arguments: argparse.Namespace, out: Path) -> Report:
             "--calibrate gives a text, and nothing that is asked for needs to see one; leave it out, or name a method that goes by it. To "
             "judge the checkpoint by a text, give it with --evaluate"
         )
+    check_names(job.model, job.spec())
     text, judged = _texts(job, arguments)
     command, assignment = job.command(), None
     with work_folder(out, command) as work:
+        if not work.is_begun:
+            check_values(job.model, job.spec())
         if plan is None:
             assert text is not None
             assignment = job.within_budget(work, text, say=say)
@@ -142,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("out", help="the folder that is to be made")
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--scheme", help=f"a format, or rules `glob=format,...`: {', '.join(WeightFormat)}")
-    asked.add_argument("--config", type=_groups, help="a file of groups of layers, .toml or .json")
+    asked.add_argument("--config", type=_groups, help="a file of groups of layers, .yaml, .toml or .json")
     asked.add_argument(
         "--budget",
         type=_number("number of bits", above=1, most=32),
@@ -214,8 +230,8 @@ def _file(text: str) -> Path:
 
 
 def _groups(text: str) -> Path:
-    if not text.endswith((".json", ".toml")):
-        raise argparse.ArgumentTypeError(f"{text} is neither .json nor .toml")
+    if not text.endswith(GROUP_FILES):
+        raise argparse.ArgumentTypeError(f"{text} ends in none of {', '.join(GROUP_FILES)}")
     return _file(text)
 
 

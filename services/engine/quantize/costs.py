@@ -43,7 +43,7 @@ from services.engine.quantize.budget import Item, Option, bits_of
 from services.engine.quantize.compressed_tensors import is_packed
 from services.engine.quantize.plan import EMBEDDING, require_sense
 from services.engine.shard import Part
-from services.engine.unfinished import whole
+from services.engine.unfinished import read_object, whole
 from services.engine.weight_format import Method, WeightFormat
 from services.engine.weights import Checkpoint, Weights, open_checkpoint
 
@@ -107,7 +107,7 @@ def measured(
     taken, passages of one length. `kept`: a file for the costs of finished layers, which are not measured again. Raises
     `ConfigurationError` for what cannot be."""
     asked.check()
-    known: dict[str, Costs] = json.loads(kept.read_text()) if kept.is_file() else {}
+    known: dict[str, Costs] = read_object(kept) if kept.is_file() else {}
     count = asked.spec.layers
     missing = [index for index in range(count) if str(index) not in known]
     if missing:

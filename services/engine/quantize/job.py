@@ -16,7 +16,6 @@ from torch import Tensor
 
 from holdfast.errors import ConfigurationError
 from services.engine.calibrate.choice import Options
-from services.engine.calibrate.parts import experts
 from services.engine.calibrate.scales import Search
 from services.engine.calibrate.stream import Stream, quantize_layer
 from services.engine.layers.linear import named
@@ -32,13 +31,16 @@ from services.engine.quantize.costs import Asked, measured
 from services.engine.quantize.plan import EMBEDDING, HEAD, Plan, Table, plan_of
 from services.engine.quantize.shards import MOST_BYTES, copy_others, gather
 from services.engine.quantize.work import WorkFolder
-from services.engine.weight_format import Method, WeightFormat
-from services.engine.weights import Checkpoint, gguf_file, open_checkpoint
+from services.engine.weight_format import GROUP_FILES, Method, WeightFormat
+from services.engine.weights import INDEX_FILE, Checkpoint, gguf_file, open_checkpoint
 
 Say = Callable[[str], None]
 """Is told in short lines what is going on."""
 
 NORM = "model.norm"
+
+_DECIDING = ("config.json", "tokenizer.json", INDEX_FILE)
+"""Files beside weights by which the same weights become another checkpoint."""
 
 _CHARACTERS_PER_TOKEN = 16
 """More than any text has: so much of a file is looked at."""
@@ -136,15 +138,16 @@ class Job:
     def command(self) -> dict[str, Any]:
         """All that what is written depends on."""
         files = sorted(self.model.glob("*.safetensors"))
-        rules = Path(self.rules).read_text() if self.rules.endswith((".json", ".toml")) else self.rules
+        rules = Path(self.rules).read_text() if self.rules.endswith(GROUP_FILES) else self.rules
         return {
             "model": str(self.model.resolve()),
             "weights": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
+            **{name: _digest(self.model / name) for name in _DECIDING},
             "rules": rules,
             "budget": None if self.budget is None else asdict(self.budget),
             "method": self.method,
             "options": asdict(self.options),
-            "text": None if self.text is None else sha256(self.text.read_bytes()).hexdigest(),
+            "text": None if self.text is None else _digest(self.text),
             "tokens": self.num_tokens,
             "window": self.window,
         }
@@ -157,7 +160,6 @@ def quantize(job: Job, plan: Plan, work: WorkFolder, text: Text | None, *, say: 
     config = read_config(job.model)
     with open_checkpoint(job.model, dtype=torch.float32, device=torch.device("cpu")) as checkpoint:
         maker = _Maker(job, plan, work, checkpoint, dtype_of(config))
-        maker.check_names()
         maker.layers(text, say)
         maker.rest()
     folder = work.path / "checkpoint"
@@ -179,14 +181,6 @@ class _Maker:
 
     def __init__(self, job: Job, plan: Plan, work: WorkFolder, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         self._job, self._plan, self._work, self._checkpoint, self._dtype = job, plan, work, checkpoint, dtype
-
-    def check_names(self) -> None:
-        """Raises `ConfigurationError` for tensors beside the layers that no native model has."""
-        known = {f"{EMBEDDING}.weight", f"{NORM}.weight", f"{HEAD}.weight"}
-        others = (name for name in self._checkpoint.names - known if not name.endswith(".rotary_emb.inv_freq"))
-        prefixes = tuple(f"model.layers.{index}." for index in range(self._plan.spec.layers))
-        if unknown := sorted(name for name in others if not name.startswith(prefixes)):
-            raise ConfigurationError(f"{self._job.model} holds tensors that the model has no place for: {unknown[:6]}")
 
     def layers(self, text: Text | None, say: Say) -> None:
         """Those that are not finished yet."""
@@ -238,15 +232,12 @@ class _Maker:
         self._work.keep(index, tensors, None if stream is None else stream.states_WNI)
 
     def _others(self, index: int, tensors: Mapping[str, Tensor], done: frozenset[str]) -> dict[str, Tensor]:
-        """What of a layer is not in few bits, in the dtypes of the file. Raises `ConfigurationError` for what the model has no place for."""
+        """What of a layer is not in few bits, in the dtypes of the file."""
         prefix = f"model.layers.{index}."
-        known = {f"{prefix}{name}.weight" for name in experts(self._plan.spec, index)}
         found = {}
         for name in sorted(self._checkpoint.names):
             if not name.startswith(prefix) or name in done or name.endswith(".rotary_emb.inv_freq"):
                 continue
-            if name not in tensors and name not in known:
-                raise ConfigurationError(f"{self._job.model} holds a tensor that the model has no place for: {name}")
             original = self._original(name)
             found[name] = tensors[name].to(original.dtype) if name in tensors else original
         return found
@@ -277,6 +268,11 @@ class _Maker:
     def _whole(self, name: str) -> Tensor:
         spec = self._plan.spec
         return self._checkpoint.take(f"{name}.weight", spec.vocab_size, spec.hidden)
+
+
+def _digest(path: Path) -> str | None:
+    """Of a file's content; None if there is no such file."""
+    return sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _mixtures(spec: ModelSpec) -> list[str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,12 +30,20 @@ def gather(files: Sequence[Path], folder: Path, *, most_bytes: int = MOST_BYTES)
         for path in group:
             with safe_open(path, framework="pt") as file:
                 tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        write(tensors, folder / name)
         places |= dict.fromkeys(tensors, name)
         total += sum(each.numel() * each.element_size() for each in tensors.values())
     if len(shards) > 1:
         index_of = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         (folder / INDEX_FILE).write_text(json.dumps(index_of, indent=2))
+
+
+def write(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A file of tensors. Raises OSError, with the path, where it cannot be written."""
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:  # which it raises of a full disk
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def weight_bytes(folder: Path) -> int:

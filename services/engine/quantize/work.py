@@ -18,11 +18,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from holdfast.errors import ConfigurationError
-from services.engine.unfinished import claimed, whole
+from services.engine.quantize.shards import write
+from services.engine.unfinished import Damaged, claimed, whole
 
 SUFFIX = ".work"
 
@@ -46,6 +48,11 @@ class WorkFolder:
             count += 1
         return count
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is anything in it that took time."""
+        return self.num_done > 0 or self.costs.exists()
+
     def layers(self, count: int) -> list[Path]:
         """The files of so many layers."""
         return [self._layer(index) for index in range(count)]
@@ -62,15 +69,26 @@ class WorkFolder:
         self.save(self._states(index), {"states": states_WNI})
 
     def states(self, index: int) -> Tensor:
-        """The text before this layer, which was kept."""
-        return load_file(self._states(index))["states"]
+        """The text before this layer, which was kept. Raises `Damaged` if it is not there whole."""
+        path = self._states(index)
+        try:
+            return load_file(path)["states"]
+        except (SafetensorError, OSError, KeyError) as error:
+            raise Damaged(path, error) from error
+
+    def check(self) -> None:
+        """Raises `Damaged` if a finished layer is not there whole."""
+        for path in self.layers(self.num_done):
+            try:
+                with safe_open(path, framework="pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise Damaged(path, error) from error
 
     def save(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """A file of tensors, whole or not at all."""
         with whole(path) as aside:
-            save_file(
-                {name: each.cpu().contiguous() for name, each in tensors.items()}, aside, metadata={"format": "pt"}
-            )
+            write({name: each.cpu().contiguous() for name, each in tensors.items()}, aside)
 
     def finish(self, checkpoint: Path, out: Path) -> None:
         """The checkpoint is whole: it is moved to its place, and nothing else is left."""
@@ -86,16 +104,22 @@ class WorkFolder:
 
 @contextmanager
 def work_folder(out: Path, command: Mapping[str, Any]) -> Iterator[WorkFolder]:
-    """The folder beside `out` in which this command works, alone; made, or as an earlier process left it. Raises `ConfigurationError` if `out`
-    is there, or if the folder is another command's or another process's."""
+    """The folder beside `out` in which this command works, alone; made, or as an earlier process left it. What stops the block gets a note
+    if the folder remains. Raises `ConfigurationError` if `out` is there, or if the folder is another command's or another process's;
+    `Damaged` if it is not as an earlier process left it."""
     if out.exists():
         raise ConfigurationError(f"{out} is there already; give another name, or remove it")
     path = out.with_name(out.name + SUFFIX)
     with claimed(path / "command.json", command):
         work = WorkFolder(path)
+        work.check()
         try:
             yield work
-        except BaseException:
-            if not work.num_done and not work.costs.exists():  # nothing that took time
+        except Damaged:
+            raise
+        except BaseException as error:
+            if work.is_begun:
+                error.add_note(f"{path} remains, with what is finished; the same command goes on from there")
+            else:
                 shutil.rmtree(path)
             raise

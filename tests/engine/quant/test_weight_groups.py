@@ -66,6 +66,48 @@ def test_toml_says_the_same(tmp_path: Path) -> None:
     assert decided(str(path), "lm_head") == "int8-weight"
 
 
+@pytest.mark.parametrize("suffix", [".yaml", ".yml"])
+def test_yaml_says_the_same(suffix: str, tmp_path: Path) -> None:
+    """As people write it, to the engine and to the command that makes checkpoints."""
+    path = tmp_path / f"groups{suffix}"
+    path.write_text(
+        """
+        attention: {bits: 8}
+        ffn: {bits: 4, granularity: group, group_size: 32, symmetric: no, activations: none, calibration: gptq}
+        "*head": {bits: 8, activations: none}
+        embedding: {bits: 16}
+        """
+    )
+    assert EngineSettings(quantization=str(path)).quantization == str(path)
+    rules = Rules(str(path), methods=tuple(Method))
+    assert rules.format(f"{LAYER}.self_attn.q_proj").name == "int8"
+    assert rules.format(f"{LAYER}.mlp.up_proj").name == "int4-g32-asym"
+    assert rules.method(f"{LAYER}.mlp.up_proj") is Method.GPTQ
+    assert rules.format("lm_head").name == "int8-weight"
+    assert rules.format("model.embed_tokens").name == "none"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("attention: {bits: 8", r"groups\.yaml: .*expected ',' or '}'"),
+        ("*.lm_head: {bits: 8}", r"groups\.yaml: while scanning an alias.*line 1, column 1"),
+        ("attention: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("ffn: {bits: 5}", "ffn: bits must be one of 16, 8, 4, 3, not 5"),
+        ("8: {bits: 8}", "'8' is no group"),
+        ("", "it must name groups"),
+        ("- attention", "it must name groups"),
+        ("a: \0", r"groups\.yaml: .*special characters are not allowed"),
+    ],
+)
+def test_yaml_that_cannot_be_is_refused(content: str, message: str, tmp_path: Path) -> None:
+    """Plain data alone is read; and what is wrong is said as of any other file."""
+    path = tmp_path / "groups.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        rules_of(str(path))
+
+
 @pytest.mark.parametrize(
     ("group", "format"),
     [
