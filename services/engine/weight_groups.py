@@ -27,13 +27,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from services.engine.weight_format import Method, Rule, WeightFormat
+from services.engine.weight_format import EMBEDDING, HEAD, Method, Rule, WeightFormat
 
 GROUPS = {
     "attention": ("*.self_attn.*",),
     "ffn": ("*.mlp.*", "*.block_sparse_moe.*"),
-    "embedding": ("model.embed_tokens",),
-    "head": ("lm_head",),
+    "embedding": (EMBEDDING,),
+    "head": (HEAD,),
 }
 """The matrices of each group."""
 
