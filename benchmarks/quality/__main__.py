@@ -126,7 +126,7 @@ def on_text(
         )
     report.table(
         f"Text: {len(passages):,} windows of {len(passages[0].ids):,} tokens, {found[0].num_tokens:,} judged",
-        ["settings", *BESIDE, "bits a weight", "weights, MiB", "cache bytes a token"],
+        ["settings", *BESIDE, "bits a weight in memory", "weights, MiB", "cache bytes a token"],
         rows,
     )
     return points

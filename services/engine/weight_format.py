@@ -19,6 +19,9 @@ import enum
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+"""What matrices beside those of layers are called."""
+
 
 class WeightFormat(enum.StrEnum):
     """One way to keep a weight matrix."""
@@ -75,7 +78,7 @@ class Method(enum.StrEnum):
 GROUP_FILES = (".yaml", ".yml", ".toml", ".json")
 """How the name of a file of groups ends."""
 
-_SPARED = ("model.embed_tokens", "lm_head", "*.gate", "*.experts.*")
+_SPARED = (EMBEDDING, HEAD, "*.gate", "*.experts.*")
 """What a format named without a glob leaves alone: the embedding, which is looked up; the head and a router, whose products are
 compared with each other; and experts, which are multiplied in stacks."""
 

@@ -30,13 +30,13 @@ from typing import Any
 
 import yaml
 
-from services.engine.weight_format import Method, Rule, WeightFormat
+from services.engine.weight_format import EMBEDDING, HEAD, Method, Rule, WeightFormat
 
 GROUPS = {
     "attention": ("*.self_attn.*",),
     "ffn": ("*.mlp.*", "*.block_sparse_moe.*"),
-    "embedding": ("model.embed_tokens",),
-    "head": ("lm_head",),
+    "embedding": (EMBEDDING,),
+    "head": (HEAD,),
 }
 """The matrices of each group."""
 

@@ -77,7 +77,7 @@ def test_one_run_tells_all_that_is_asked_for(
     plain, fp8, cache, same = told(report, "Text: 1 windows of 192 tokens, 191 judged")
     assert plain["settings"] == ENGINE
     assert plain["mean KL"] == same["mean KL"] == plain["change, %"] == 0 < cache["mean KL"] < fp8["mean KL"]
-    assert plain["bits a weight"] < 32.01 < fp8["bits a weight"]
+    assert plain["bits a weight in memory"] < 32.01 < fp8["bits a weight in memory"]
     assert cache["cache bytes a token"] == 5 * 2 * 4 * (8 + 4)
 
     plain, fp8, *_ = told(report, "Chat: 4 answers of the reference, 24.0 tokens long at the mean, 96 judged; 1 longer")

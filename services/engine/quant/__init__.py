@@ -91,8 +91,8 @@ class Format(Protocol):
         """The matrix that `apply` multiplies with, [O, I] in float32."""
         ...
 
-    def fake_quant(self, weight_OI: Tensor) -> Tensor:
-        """The plain matrix as this format rounds it, in its own dtype; its gradient is that of the plain one (straight-through
+    def fake_quant(self, weight_OI: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """What `pack` keeps of the plain matrix for activations in `dtype`, in the matrix's own dtype; its gradient is that of the plain one (straight-through
         estimator: Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic Neurons")."""
         ...
 

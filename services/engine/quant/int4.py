@@ -4,6 +4,7 @@ they are (W4A16; Frantar et al. 2023, "GPTQ", section 4, for the groups).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TypeGuard
 
 import torch
@@ -35,6 +36,13 @@ class Int4(Rounding):
         """By scales as they are kept, which is in `dtype`."""
         require_groups(self, weight_OI.shape[1])
         return nearest(weight_OI, self.scheme, scale_dtype=dtype)
+
+    def _kept(self, weight_OI: Tensor, *, dtype: torch.dtype) -> QuantizedMatrix:
+        """With offsets in `dtype` in the place of zeros."""
+        matrix = self.rounded(weight_OI, dtype=dtype)
+        if matrix.is_symmetric:
+            return matrix
+        return replace(matrix, zeros_TU=None, minimums_TU=matrix.offsets_TU.to(dtype).float())
 
     def _packed(self, matrix: QuantizedMatrix, *, dtype: torch.dtype, input_scale: Tensor | None) -> Buffers:
         if matrix.is_float or matrix.bits > 4:

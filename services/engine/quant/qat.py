@@ -2,8 +2,8 @@
 straight-through estimator: Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic Neurons"; as quantization-aware
 training: Jacob et al. 2018, "Quantization and Training of Neural Networks", section 3).
 
-The rules, the formats and the rounding are those of the engine, so what was trained is what `python -m services.engine.quantize` rounds to
-the nearest afterwards. The model is any `torch.nn.Module` whose matrices are named as in its checkpoint.
+The rules, the formats and the rounding are those of an engine in a given dtype, scales in it where the format keeps them so: what was trained
+is what such an engine rounds to the nearest when it loads the model. The model is any `torch.nn.Module` whose matrices are named as in its checkpoint.
 
 Shapes: O outputs, I inputs.
 """
@@ -29,18 +29,18 @@ KEPT_AS_ONE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class FakeQuantized(nn.Module):
     """What `torch.nn.utils.parametrize` puts between a parameter and its use: the weight as its format rounds it."""
 
-    def __init__(self, format: Format) -> None:
+    def __init__(self, format: Format, dtype: torch.dtype) -> None:
         super().__init__()
-        self.format = format
+        self.format, self.dtype = format, dtype
 
     def forward(self, weight_OI: Tensor) -> Tensor:
         """The weight as served, in its own dtype. Raises ValueError where the format cannot keep it."""
-        return self.format.fake_quant(weight_OI)
+        return self.format.fake_quant(weight_OI, dtype=self.dtype)
 
 
-def prepare(model: nn.Module, rules: Rules) -> dict[str, Format]:
-    """Has the model compute with weights, and where their format rounds activations with activations, as they will be served;
-    trained are the weights themselves. Returns the formats of those that are rounded, by name.
+def prepare(model: nn.Module, rules: Rules, *, dtype: torch.dtype) -> dict[str, Format]:
+    """Has the model compute with weights, and where their format rounds activations with activations, as an engine in `dtype` will serve
+    them; trained are the weights themselves. Returns the formats of those that are rounded, by name.
 
     Raises:
         ConfigurationError: a rule decides about no matrix, would keep matrices differently that are kept as one, or names a format
@@ -53,8 +53,8 @@ def prepare(model: nn.Module, rules: Rules) -> dict[str, Format]:
     rules.finish()
     rounded = {name: format for name, format in formats.items() if format.scheme is not None}
     for name, format in rounded.items():
-        _check(name, format, modules[name])
-        parametrize.register_parametrization(modules[name], "weight", FakeQuantized(format), unsafe=True)
+        _check(name, format, modules[name], dtype)
+        parametrize.register_parametrization(modules[name], "weight", FakeQuantized(format, dtype), unsafe=True)
         if isinstance(format.takes, RowScaled) and isinstance(modules[name], nn.Linear):
             modules[name].register_forward_pre_hook(_Rows(format.takes))
     return rounded
@@ -84,7 +84,7 @@ class _Rows:
         return x + change, *rest
 
 
-def _check(name: str, format: Format, module: nn.Module) -> None:
+def _check(name: str, format: Format, module: nn.Module, dtype: torch.dtype) -> None:
     if format.needs_input_scale:
         raise ConfigurationError(
             f"quantization: {format.name} of {name} needs a scale that calibration finds; train with int8, and calibrate afterwards"
@@ -92,7 +92,7 @@ def _check(name: str, format: Format, module: nn.Module) -> None:
     if isinstance(module, nn.Embedding) and format.table is None:
         raise ConfigurationError(f"quantization: rows of {name} are looked up, which {format.name} cannot")
     try:
-        format.fake_quant(module.weight.detach())  # type: ignore[operator]
+        format.fake_quant(module.weight.detach(), dtype=dtype)  # type: ignore[operator]
     except ValueError as error:
         raise ConfigurationError(f"quantization: {name}: {error}") from error
 

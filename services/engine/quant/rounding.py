@@ -113,10 +113,14 @@ class Rounding(ABC):
         unit_II = torch.eye(inputs, device=buffers[0].device)
         return self.apply(unit_II, buffers, bias_O=None, add=None, dtype=torch.float32).t()
 
-    def fake_quant(self, weight_OI: Tensor) -> Tensor:
+    def fake_quant(self, weight_OI: Tensor, *, dtype: torch.dtype) -> Tensor:
         with torch.no_grad():
-            change_OI = self.rounded(weight_OI, dtype=weight_OI.dtype).dequant().to(weight_OI.dtype) - weight_OI
-        return weight_OI + change_OI
+            kept_OI = self._kept(weight_OI.to(dtype), dtype=dtype).dequant().to(weight_OI.dtype)
+        return kept_OI + (weight_OI - weight_OI.detach())  # that is zero, and has the gradient
+
+    def _kept(self, weight_OI: Tensor, *, dtype: torch.dtype) -> QuantizedMatrix:
+        """What the buffers of `pack` stand for."""
+        return self.rounded(weight_OI, dtype=dtype)
 
     def _require(self, matrix: QuantizedMatrix, *, is_float: bool, bits: int) -> None:
         """Raises ValueError for values of another kind."""

@@ -40,7 +40,7 @@ class Unrounded(ABC):
         unit_II = torch.eye(inputs, dtype=buffers[0].dtype, device=buffers[0].device)
         return self.apply(unit_II, buffers, bias_O=None, add=None, dtype=unit_II.dtype).t().float()
 
-    def fake_quant(self, weight_OI: Tensor) -> Tensor:
+    def fake_quant(self, weight_OI: Tensor, *, dtype: torch.dtype) -> Tensor:
         return weight_OI
 
 

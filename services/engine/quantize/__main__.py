@@ -18,6 +18,7 @@ from services.engine.quality.passages import Passage
 from services.engine.quality.sizes import num_weights
 from services.engine.quantize.checks import check_names, check_values
 from services.engine.quantize.job import Budget, Job, Text, quantize
+from services.engine.quantize.others import who_else_reads
 from services.engine.quantize.report import Quality, Report, measured
 from services.engine.quantize.shards import weight_bytes
 from services.engine.quantize.work import work_folder
@@ -79,7 +80,9 @@ def made(arguments: argparse.Namespace, out: Path) -> Report:
                 job.model, folder, judged.windows, judged.name, unpacking=plan.unpacking(), progress=progress
             )
         sizes = weight_bytes(job.model), weight_bytes(folder)
-        report = Report(command, plan.summary(), num_weights(job.model), *sizes, quality, assignment)
+        report = Report(
+            command, plan.summary(), who_else_reads(plan), num_weights(job.model), *sizes, quality, assignment
+        )
         report.write(folder)
         work.finish(folder, out)
     return report

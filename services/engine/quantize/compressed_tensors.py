@@ -1,13 +1,13 @@
 """A checkpoint in the format of the package compressed-tensors (0.20: `compressors/pack_quantized`, `compressors/naive_quantized` for tensors,
 `quantization/quant_config.py` for the config), as its readers in transformers and vLLM take it.
 
-Weights without quantized activations are packed, int32 by int32; those with such are bytes. Scales are in the model's dtype, in which they have been
+Weights without quantized activations are packed, int32 by int32; those with such are bytes, and so is an embedding in eight bits. Scales are in the model's dtype, in which they have been
 used while weights were rounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,23 +18,31 @@ from torch import Tensor
 from services.engine.quant import Format
 from services.engine.quant.int8 import Int8Static, Int8Weight
 from services.engine.quant.matrix import QuantizedMatrix, Scheme
+from services.engine.weight_format import EMBEDDING, HEAD
 
 VERSION = "0.20.0"
 """Of the format."""
 
+_PACKED = "pack-quantized"
 _ROWS_AT_ONCE = 1024  # bits take a byte each while they are packed
 
 
 def tensors_of(
-    name: str, matrix: QuantizedMatrix, format: Format, *, dtype: torch.dtype, input_scale: float | None = None
+    name: str,
+    matrix: QuantizedMatrix,
+    format: Format,
+    *,
+    dtype: torch.dtype,
+    is_table: bool = False,
+    input_scale: float | None = None,
 ) -> dict[str, Tensor]:
-    """The matrix of this name. `dtype`: of scales, which must be representable in it."""
+    """The matrix of this name. `dtype`: of scales, which must be representable in it. `is_table`: its rows are looked up."""
     assert matrix.order_I is None and matrix.minimums_TU is None
     scales_TU = matrix.scales_TU.to(dtype)
     assert torch.equal(scales_TU.float(), matrix.scales_TU), f"{name}: scales are finer than they are written"
     scales = scales_TU.view(1) if _strategy(format.scheme)["strategy"] == "tensor" else scales_TU
     found = {f"{name}.weight_scale": scales.contiguous()}
-    if is_packed(format):
+    if _layout(format, is_table=is_table) == _PACKED:
         found[f"{name}.weight_packed"] = packed(matrix.values_OI, matrix.bits)
         found[f"{name}.weight_shape"] = torch.tensor(matrix.shape)
         if matrix.zeros_TU is not None:
@@ -47,42 +55,47 @@ def tensors_of(
     return found
 
 
-def config_of(
-    matrices: Iterable[tuple[str, Format]], *, tables: Iterable[str], others: Iterable[str]
-) -> dict[str, Any]:
-    """The `quantization_config` of a model with these matrices. `tables`: those of them whose rows are looked up. `others`: what else a reader
-    might take for a matrix that is quantized; names, or patterns after `re:`."""
-    tables = frozenset(tables)
-    members: dict[str, list[str]] = {}
-    schemes: dict[str, dict[str, Any]] = {}
+def config_of(matrices: Iterable[tuple[str, Format]], *, others: Iterable[str]) -> dict[str, Any]:
+    """The `quantization_config` of a model with these matrices. `others`: what else a reader might take for a matrix that is quantized; names,
+    or patterns after `re:`."""
+    groups: list[tuple[dict[str, Any], list[str]]] = []
     ignored = list(others)
     for name, format in matrices:
         if format.scheme is None:
-            ignored += [] if name in tables else [name]
+            ignored += [] if name == EMBEDDING else [name]
             continue
-        scheme = scheme_of(format)
-        key = repr(scheme)
-        schemes[key] = scheme
-        members.setdefault(key, []).append(name)
-    if len(members) == 1 and tables.isdisjoint(next(iter(members.values()))):
-        members = {key: ["Linear"] for key in members}
-    groups = {
-        f"group_{index}": {"targets": targets, **schemes[key]} for index, (key, targets) in enumerate(members.items())
-    }
-    formats = {group["format"] for group in groups.values()}
+        scheme = scheme_of(format, is_table=name == EMBEDDING)
+        names = next((names for known, names in groups if known == scheme), None)
+        if names is None:
+            groups.append((scheme, names := []))
+        names.append(name)
+    is_only = sum(names != [EMBEDDING] for _, names in groups) == 1
+    formats = {scheme["format"] for scheme, _ in groups}
     return {
         "quant_method": "compressed-tensors",
         "version": VERSION,
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "config_groups": groups,
+        "config_groups": {
+            f"group_{index}": {"targets": _targets(names, is_only=is_only), **scheme}
+            for index, (scheme, names) in enumerate(groups)
+        },
         "ignore": ignored,
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
 
 
-def scheme_of(format: Format) -> dict[str, Any]:
+def _targets(names: Sequence[str], *, is_only: bool) -> list[str]:
+    """What a config calls these matrices: their names, or if there is one group of linear ones only (`is_only`) their kind, to which vLLM does
+    not count the head. The embedding goes by its kind, since vLLM's Llama asks for it without a name."""
+    table, linear = [name for name in names if name == EMBEDDING], [name for name in names if name != EMBEDDING]
+    if is_only and linear:
+        linear = [*(name for name in linear if name == HEAD), "Linear"]
+    return ["Embedding" for _ in table] + linear
+
+
+def scheme_of(format: Format, *, is_table: bool = False) -> dict[str, Any]:
     """A format that rounds in the words of compressed-tensors, its targets apart."""
     scheme = format.scheme
     assert scheme is not None
@@ -96,8 +109,17 @@ def scheme_of(format: Format) -> dict[str, Any]:
             activations = _arguments(kind, 8, strategy="token", dynamic=True)
         case "static":
             activations = _arguments(kind, 8, strategy="tensor", dynamic=False)
-    layout = "pack-quantized" if is_packed(format) else f"{kind}-quantized"
+    layout = _layout(format, is_table=is_table)
     return {"weights": weights, "input_activations": activations, "output_activations": None, "format": layout}
+
+
+def _layout(format: Format, *, is_table: bool) -> str:
+    """How values lie. The package itself packs an embedding in eight bits too; transformers 5.23 cannot load one that has no `weight`."""
+    scheme = format.scheme
+    assert scheme is not None
+    if is_weight_only(format) and not (is_table and scheme.bits == 8):
+        return _PACKED
+    return "float-quantized" if scheme.is_float else "int-quantized"
 
 
 def packed(values_OI: Tensor, bits: int) -> Tensor:
@@ -142,6 +164,6 @@ def _activations(format: Format) -> str | None:
     return None if scheme.bits < 8 or isinstance(format, Int8Weight) else "dynamic"
 
 
-def is_packed(format: Format) -> bool:
+def is_weight_only(format: Format) -> bool:
     """Whether activations stay as they are."""
     return _activations(format) is None

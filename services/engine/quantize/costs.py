@@ -40,11 +40,11 @@ from services.engine.quant.matrix import QuantizedMatrix
 from services.engine.quant.rules import FORMATS
 from services.engine.quant.unquantized import Unquantized
 from services.engine.quantize.budget import Item, Option, bits_of
-from services.engine.quantize.compressed_tensors import is_packed
-from services.engine.quantize.plan import EMBEDDING, require_sense
+from services.engine.quantize.compressed_tensors import is_weight_only
+from services.engine.quantize.plan import require_sense
 from services.engine.shard import Part
 from services.engine.unfinished import read_object, whole
-from services.engine.weight_format import Method, WeightFormat
+from services.engine.weight_format import EMBEDDING, Method, WeightFormat
 from services.engine.weights import Checkpoint, Weights, open_checkpoint
 
 Costs = Mapping[str, float]
@@ -188,7 +188,7 @@ class _Changed(Held):
         return self._matrices[name] if name in self._matrices else super().matrix(name, outputs, inputs)
 
     def format(self, *names: str) -> Format:
-        return Unquantized() if names[0] not in self._matrices or is_packed(self._format) else self._format
+        return Unquantized() if names[0] not in self._matrices or is_weight_only(self._format) else self._format
 
 
 def _divergence(run: Run, layer: Layer, index: int, *, name: str) -> float:

@@ -28,10 +28,10 @@ from services.engine.quant.rules import Rules
 from services.engine.quantize.budget import Assignment, best
 from services.engine.quantize.compressed_tensors import config_of, tensors_of
 from services.engine.quantize.costs import Asked, measured
-from services.engine.quantize.plan import EMBEDDING, HEAD, Plan, Table, plan_of
+from services.engine.quantize.plan import Plan, Table, plan_of
 from services.engine.quantize.shards import MOST_BYTES, copy_others, gather
 from services.engine.quantize.work import WorkFolder
-from services.engine.weight_format import GROUP_FILES, Method, WeightFormat
+from services.engine.weight_format import EMBEDDING, GROUP_FILES, HEAD, Method, WeightFormat
 from services.engine.weights import INDEX_FILE, Checkpoint, gguf_file, open_checkpoint
 
 Say = Callable[[str], None]
@@ -167,7 +167,7 @@ def quantize(job: Job, plan: Plan, work: WorkFolder, text: Text | None, *, say: 
         shutil.rmtree(folder)
     folder.mkdir()
     gather([work.path / "rest.safetensors", *work.layers(plan.spec.layers)], folder, most_bytes=MOST_BYTES)
-    described = config_of(plan.names(), tables=(EMBEDDING,), others=_mixtures(plan.spec))
+    described = config_of(plan.names(), others=_mixtures(plan.spec))
     content = {**config, "quantization_config": described}
     if plan.unties:
         content["tie_word_embeddings"] = False
@@ -251,11 +251,11 @@ class _Maker:
         """The matrix that the checkpoint calls `source`, under a name."""
         if not table.quantizes:
             return {f"{name}.weight": self._original(f"{source}.weight")}
-        return tensors_of(name, self._rounded(source, name, table), table.format, dtype=self._dtype)
+        matrix = self._rounded(source, name, table)
+        return tensors_of(name, matrix, table.format, dtype=self._dtype, is_table=name == EMBEDDING)
 
     def _rounded(self, source: str, name: str, table: Table) -> QuantizedMatrix:
-        scheme = table.format.scheme
-        assert scheme is not None
+        scheme = table.scheme
         search = Search(table.method, scheme, self._dtype, self._job.options.percentile)
         with named(name):
             weight_OI = self._whole(source)

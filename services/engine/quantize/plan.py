@@ -14,11 +14,10 @@ from services.engine.models.spec import ModelSpec
 from services.engine.quant import Format
 from services.engine.quant.int4 import require_groups
 from services.engine.quant.int8 import Int8
+from services.engine.quant.matrix import Scheme
 from services.engine.quant.rules import FORMATS, Rules
-from services.engine.quantize.compressed_tensors import is_packed
-from services.engine.weight_format import Method, WeightFormat
-
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+from services.engine.quantize.compressed_tensors import is_weight_only
+from services.engine.weight_format import EMBEDDING, HEAD, Method, WeightFormat
 
 _NEAREST = (Method.ABSMAX, Method.PERCENTILE, Method.MSE)
 
@@ -33,6 +32,12 @@ class Table:
     @property
     def quantizes(self) -> bool:
         return self.format.scheme is not None
+
+    @property
+    def scheme(self) -> Scheme:
+        """How it is rounded, if it is."""
+        assert self.format.scheme is not None
+        return self.format.scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +69,7 @@ class Plan:
 
     def unpacking(self) -> str:
         """Rules by which the engine unpacks what multiplies activations as they are."""
-        names = (name for name, format in self.names() if format.scheme is not None and is_packed(format))
+        names = (name for name, format in self.names() if format.scheme is not None and is_weight_only(format))
         return ",".join(f"{name}=none" for name in names) or WeightFormat.NONE
 
     def summary(self) -> dict[str, int]:

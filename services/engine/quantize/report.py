@@ -38,6 +38,8 @@ class Report:
     command: Mapping[str, Any]
     matrices: Mapping[str, int]
     """How many are kept how."""
+    read_by: str
+    """Which other systems read the checkpoint, and why others do not."""
     num_weights: int
     bytes_before: int
     bytes_after: int
@@ -67,7 +69,7 @@ class Report:
         lines += ["", "| | before | after |", "|---|---|---|"]
         lines += [
             f"| bytes of weights | {self.bytes_before:,} | {self.bytes_after:,} |",
-            f"| bits a weight | {8 * self.bytes_before / self.num_weights:.2f} | {self.bits:.2f} |",
+            f"| bits a weight of the file | {8 * self.bytes_before / self.num_weights:.2f} | {self.bits:.2f} |",
         ]
         if self.assignment is not None:
             lines.insert(
@@ -75,7 +77,7 @@ class Report:
                 f"Rules that keep the budget, with {self.assignment.bits:.3f} bits a weight of layers: `{self.assignment.rules}`\n",
             )
         if self.quality is None:
-            return "\n".join([*lines, "", "Quality was not measured: there was no text for it.", ""])
+            return self._ended(lines, "Quality was not measured: there was no text for it.")
         before, after = self.quality.before, self.quality.after
         change = 100 * (after.perplexity / before.perplexity - 1)
         lines += [
@@ -84,7 +86,10 @@ class Report:
             f"| 99 % KL, nats | | {after.p99_kl:.4f} |",
             f"| same top token | | {100 * after.agreement:.2f} % |",
         ]
-        return "\n".join([*lines, "", f"Over {after.num_tokens:,} tokens of {self.quality.text}.", ""])
+        return self._ended(lines, f"Over {after.num_tokens:,} tokens of {self.quality.text}.")
+
+    def _ended(self, lines: Sequence[str], note: str) -> str:
+        return "\n".join([*lines, "", note, "", f"Other systems: {self.read_by}.", ""])
 
 
 def measured(

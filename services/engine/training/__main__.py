@@ -62,7 +62,9 @@ def _go_on(options: argparse.Namespace, plan: Plan, those: Ranks, progress: Prog
     source = models.resolve(options.start or options.config, weights=is_trained, progress=log.info)
     model = _model(source, trained=is_trained).to(those.device)
     teacher = _teacher(options, plan, those)
-    formats = prepare(model, Rules(options.quantization)) if options.quantization else {}
+    formats = (
+        prepare(model, Rules(options.quantization), dtype=getattr(torch, plan.dtype)) if options.quantization else {}
+    )
     tokenizer = tokenizer_of(source)
     train_on, apart = split(_documents(options.text), held_out=plan.held_out, seed=plan.seed)
     between = model.config.eos_token_id if isinstance(model.config.eos_token_id, int) else 0  # type: ignore[union-attr]
@@ -81,6 +83,10 @@ def _go_on(options: argparse.Namespace, plan: Plan, those: Ranks, progress: Prog
     ).run()
     if those.is_first:
         release(model)
+        if formats:
+            model.to(
+                getattr(torch, plan.dtype)
+            )  # as they were before they were rounded, and as an engine serves them by default
         result = progress.result()
         model.save_pretrained(result)  # type: ignore[operator]
         copy_others(source, result)

@@ -98,7 +98,7 @@ def test_what_is_packed_can_be_read_back(name: WeightFormat) -> None:
 def test_fake_quantization_passes_gradients_through(name: WeightFormat) -> None:
     """The values are those that are kept, the gradient that of the weights themselves."""
     weight = drawn(OUTPUTS, INPUTS).requires_grad_()
-    found = FORMATS[name].fake_quant(weight)
+    found = FORMATS[name].fake_quant(weight, dtype=torch.float32)
     if name is not WeightFormat.NONE:
         torch.testing.assert_close(found.double(), kept(FORMATS[name], weight.detach()), rtol=1e-5, atol=1e-6)
         assert not torch.equal(found, weight)

@@ -36,6 +36,12 @@ def made(model: Path, out: Path, *arguments: object) -> Path:
     return out
 
 
+def said_of(folder: Path) -> str:
+    """Who else reads it, as the report says."""
+    said: str = json.loads((folder / "quantization_report.json").read_text())["read_by"]
+    return said
+
+
 def theirs(folder: Path, ids: list[int], *, unpacks: bool = False) -> Tensor:
     """The logits of transformers with the package compressed-tensors; `unpacks`: all weights when they are loaded."""
     more = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if unpacks else {}
@@ -78,16 +84,90 @@ def test_both_read_every_family_alike(name: str, tmp_path: Path) -> None:
     check_greedy(out, PROMPT, most=5e-3)
 
 
-@pytest.mark.parametrize(
-    "scheme", ["model.embed_tokens=int8,lm_head=none", "*=int4-g32", "*.self_attn.*=int3-g32-asym"]
-)
-def test_both_read_tables_and_zero_points_alike(scheme: str, tmp_path: Path) -> None:
-    """Which transformers of this version can only unpack. A head that was the embedding is a matrix of its own."""
+@pytest.mark.parametrize("scheme", ["model.embed_tokens=int8,lm_head=none", "*=int8-weight", "*=int8"])
+def test_both_read_an_embedding_in_eight_bits_alike(scheme: str, tmp_path: Path) -> None:
+    """A head that was the embedding is a matrix of its own."""
     folder = saved(tmp_path / "model", "llama biased, tied", intermediate_size=64)
     out = made(folder, tmp_path / "out", "--scheme", scheme)
-    config = json.loads((out / "config.json").read_text())
-    assert config["tie_word_embeddings"] == ("self_attn" in scheme)
-    check_greedy(out, PROMPT, most=5e-3, unpacks=True)
+    assert not json.loads((out / "config.json").read_text())["tie_word_embeddings"]
+    assert said_of(out).startswith("transformers reads it; not vLLM: of an embedding")
+    if scheme == "*=int8":  # theirs have half a level more where activations are rounded
+        found, expected = Bench(load(out)).logits(PROMPT), theirs(out, PROMPT).float()
+        assert float((found - expected).norm() / expected.norm()) < 0.05
+    else:
+        check_greedy(out, PROMPT, most=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "reason"),
+    [
+        ("*=int4-g32", "an embedding"),
+        ("*.self_attn.*=int3-g32-asym", "zero points"),
+        ("fp8-block", "no multiple of 128"),
+        ("*.down_proj=int8-weight,int4-g32-asym", "zero points"),
+    ],
+)
+def test_what_transformers_cannot_load_is_said(scheme: str, reason: str, tmp_path: Path) -> None:
+    """Neither does it; what it unpacks when it loads gives the same, and that is said too, or else fails."""
+    folder = saved(tmp_path / "model", "llama biased, tied", intermediate_size=64)
+    out = made(folder, tmp_path / "out", "--scheme", scheme)
+    (why,) = (part for part in said_of(out).split("; ") if part.startswith("not transformers: "))
+    assert reason in why
+    with pytest.raises((AttributeError, RuntimeError)):
+        theirs(out, PROMPT)
+    if scheme == "fp8-block":  # unpacked, theirs multiplies activations as they are
+        assert why.endswith("CompressedTensorsConfig(dequantize=True)")
+    elif why.endswith("CompressedTensorsConfig(dequantize=True)"):
+        check_greedy(out, PROMPT, most=5e-3, unpacks=True)
+    else:
+        with pytest.raises(RuntimeError):
+            theirs(out, PROMPT, unpacks=True)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "said"),
+    [
+        ("int8", "transformers and vLLM read it"),
+        ("*.down_proj=int8-weight,int4-g32", "transformers and vLLM read it"),
+        ("int4-g32-asym", "vLLM reads it; not transformers: it loads no zero points"),
+        ("int3-g32", "transformers reads it; not vLLM: it has no kernel of its own for three bits"),
+        ("int3-g32-asym", "this engine alone reads it as it comes; not transformers: it loads no zero points"),
+        ("model.embed_tokens=int4-g32,*=int8", "vLLM reads it; not transformers: it loads an embedding"),
+    ],
+)
+def test_the_report_ends_with_who_else_reads_it(
+    scheme: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the command prints it."""
+    folder = saved(tmp_path / "model", "llama", intermediate_size=64)
+    out = made(folder, tmp_path / "out", "--scheme", scheme)
+    assert said_of(out).startswith(said)
+    line = f"Other systems: {said_of(out)}."
+    assert line in capsys.readouterr().out
+    assert (out / "quantization_report.md").read_text().rstrip().endswith(line)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "kv_heads", "readers"),
+    [(128, 4, "transformers and vLLM"), (128, 2, "transformers"), (192, 4, "this engine alone")],
+)
+def test_blocks_of_others_have_no_rest(hidden: int, kv_heads: int, readers: str, tmp_path: Path) -> None:
+    """vLLM keeps queries, keys and values as one matrix."""
+    sizes = {"hidden_size": hidden, "num_attention_heads": 4, "num_key_value_heads": kv_heads, "head_dim": hidden // 4}
+    folder = saved(tmp_path / "model", "llama", intermediate_size=128, **sizes)
+    out = made(folder, tmp_path / "out", "--scheme", "fp8-block")
+    assert said_of(out).startswith(f"{readers} read")
+    if "transformers" in readers:
+        found, expected = Bench(load(out)).logits(PROMPT), theirs(out, PROMPT).float()
+        assert float((found - expected).norm() / expected.norm()) < 1e-2
+
+
+def test_groups_name_kinds_where_they_can(tmp_path: Path) -> None:
+    """The head apart, which vLLM does not count among linear matrices."""
+    folder = saved(tmp_path / "model", "llama", intermediate_size=64)
+    out = made(folder, tmp_path / "out", "--scheme", "*=int8")
+    groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert [group["targets"] for group in groups.values()] == [["Embedding"], ["lm_head", "Linear"]]
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
@@ -97,6 +177,7 @@ def test_mixtures_keep_their_experts(name: str, tmp_path: Path) -> None:
     rules = "*.self_attn.*=int4-g32" + (",model.layers.1.mlp.*=int8-weight" if name == "qwen3_moe" else "")
     out = made(folder, tmp_path / "out", "--scheme", rules)
     torch.testing.assert_close(Bench(load(out)).logits(PROMPT), Bench(load(folder, quantization=rules)).logits(PROMPT))
+    assert "not transformers: it takes the experts of a mixture to be quantized too" in said_of(out)
     ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
     assert [each for each in ignored if "experts" in each] and [each for each in ignored if "gate" in each]
 

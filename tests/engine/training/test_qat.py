@@ -16,26 +16,31 @@ from services.engine.weight_format import WeightFormat
 IDS = torch.arange(12).view(2, 6)
 
 
-@pytest.mark.parametrize("name", ["int4-g32", "int3-g32-asym", "int8-weight", "fp8-tensor"])
-def test_every_matrix_is_the_one_that_its_format_would_serve(model: nn.Module, name: str) -> None:
-    """What a module multiplies with is what packing the plain matrix and reading it out gives, bit for bit."""
+@pytest.mark.parametrize("name", ["int4-g32", "int4-g32-asym", "int3-g32-asym", "int8-weight", "fp8", "fp8-tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_matrix_is_the_one_that_an_engine_would_serve(model: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """What a module multiplies with is what packing the plain matrix in that dtype keeps: in bfloat16 four bits, whose scales are in it, to the
+    bit; the others as nearly as the kernel that they are read out by shows."""
     plain = {key: value.clone() for key, value in model.state_dict().items()}
-    formats = prepare(model, Rules(name))
+    formats = prepare(model, Rules(name), dtype=dtype)
     assert len(formats) == 14
     format = FORMATS[WeightFormat(name)]
     for key in formats:
-        served = format.dequant(
-            format.pack(plain[f"{key}.weight"], dtype=torch.float32), inputs=plain[f"{key}.weight"].shape[1]
-        )
-        assert not torch.equal(served, plain[f"{key}.weight"])
-        torch.testing.assert_close(model.get_submodule(key).weight, served, rtol=1e-6, atol=1e-7)
+        weight = plain[f"{key}.weight"].to(dtype)
+        served = format.dequant(format.pack(weight, dtype=dtype), inputs=weight.shape[1])
+        found = model.get_submodule(key).weight
+        assert found.dtype is torch.float32 and not torch.equal(found.to(dtype), weight)
+        if format.rounds_products and dtype is torch.bfloat16:
+            assert torch.equal(found.to(dtype), served.to(dtype))
+        else:
+            torch.testing.assert_close(found, served, rtol=1e-6, atol=1e-7)
 
 
 def test_gradients_pass_the_rounding_as_if_it_were_not_there() -> None:
     """The straight-through estimator: that of the weight is that of the rounded weight."""
     layer = nn.Sequential()
     layer.add_module("up_proj", nn.Linear(64, 8, bias=False))
-    prepare(layer, Rules("*=int4-g32"))
+    prepare(layer, Rules("*=int4-g32"), dtype=torch.float32)
     x = torch.randn(5, 64)
     target = torch.randn(5, 8)
     (layer(x) * target).sum().backward()
@@ -48,7 +53,7 @@ def test_activations_of_eight_bits_are_rounded_row_by_row() -> None:
     """int8 multiplies rows in eight bits, so training does; their gradient passes too."""
     layer = nn.Sequential()
     layer.add_module("up_proj", nn.Linear(64, 8, bias=False))
-    prepare(layer, Rules("*=int8"))
+    prepare(layer, Rules("*=int8"), dtype=torch.float32)
     x = torch.randn(2, 5, 64, requires_grad=True)
     values, scales = by_torch(x.detach().view(-1, 64), RowScaled(torch.int8))
     weight = layer.get_submodule("up_proj").weight
@@ -64,7 +69,7 @@ def test_a_released_model_has_the_weights_that_were_trained(model: nn.Module) ->
     """And nothing is left of what was between them and their use: it answers as one that was never prepared."""
     before = {key: value.clone() for key, value in model.state_dict().items()}
     unprepared = model(input_ids=IDS).logits
-    prepare(model, Rules("int8"))
+    prepare(model, Rules("int8"), dtype=torch.float32)
     assert not torch.equal(model(input_ids=IDS).logits, unprepared)
     release(model)
     assert model.state_dict().keys() == before.keys()
@@ -75,7 +80,7 @@ def test_a_released_model_has_the_weights_that_were_trained(model: nn.Module) ->
 def test_tied_matrices_stay_one(model: nn.Module) -> None:
     """Embedding and head are one parameter, rounded or not."""
     num_parameters = len(list(model.parameters()))
-    prepare(model, Rules("*=int8-weight"))
+    prepare(model, Rules("*=int8-weight"), dtype=torch.float32)
     assert len(list(model.parameters())) == num_parameters
     assert torch.equal(model.get_submodule("lm_head").weight, model.get_submodule("model.embed_tokens").weight)
     release(model)
@@ -95,4 +100,4 @@ def test_tied_matrices_stay_one(model: nn.Module) -> None:
 def test_what_cannot_be_trained_is_refused_by_name(model: nn.Module, rules: str, message: str) -> None:
     """Before a single step."""
     with pytest.raises(ConfigurationError, match=message):
-        prepare(model, Rules(rules))
+        prepare(model, Rules(rules), dtype=torch.float32)

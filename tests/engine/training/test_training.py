@@ -15,11 +15,14 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
-from services.engine.models import load
+from services.engine.models import dtype_of, load
+from services.engine.models.spec import read_config
+from services.engine.quant.rules import FORMATS
 from services.engine.training import ranks
 from services.engine.training.plan import Gradients
 from services.engine.training.progress import Progress
 from services.engine.training.trainer import Trainer
+from services.engine.weight_format import WeightFormat
 from tests.conftest import ROOT
 from tests.engine.training.conftest import Train
 
@@ -53,6 +56,17 @@ def test_a_student_gets_back_what_rounding_took(train: Train) -> None:
     trained = curve(train("trained", *common, "--steps", "40", "--learning-rate", "1e-3"))[-1]["held_out_kl"]
     assert rounded > 0.001
     assert trained < 0.6 * rounded
+
+
+def test_a_student_is_saved_as_it_is_served(train: Train) -> None:
+    """In the dtype of its training, in which it was rounded: an engine that is told nothing rounds to the same weights."""
+    teacher = train("teacher", "--steps", "1")
+    out = train("out", "--from", str(teacher), "--quantization", "int4-g32", "--steps", "1", "--dtype", "bfloat16")
+    assert dtype_of(read_config(out)) is torch.bfloat16
+    kept = load_file(out / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    format = FORMATS[WeightFormat.INT4_G32]
+    served = format.dequant(format.pack(kept, dtype=torch.bfloat16), inputs=kept.shape[1])
+    assert torch.equal(format.fake_quant(kept.float(), dtype=torch.bfloat16).to(kept.dtype), served.to(kept.dtype))
 
 
 def test_a_training_that_was_cut_off_ends_as_if_it_had_not_been(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
