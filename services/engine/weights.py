@@ -37,6 +37,9 @@ from services.engine.weight_format import WeightFormat
 
 log = structlog.stdlib.get_logger(__name__)
 
+INV_FREQ = ".rotary_emb.inv_freq"
+"""How the names end of what old checkpoints hold beside weights: the frequencies of rotations, which the config says."""
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 

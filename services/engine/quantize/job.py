@@ -33,7 +33,7 @@ from services.engine.quantize.plan import Plan, Table, plan_of
 from services.engine.quantize.shards import MOST_BYTES, copy_others, gather
 from services.engine.quantize.work import WorkFolder
 from services.engine.weight_format import EMBEDDING, HEAD, Method, WeightFormat
-from services.engine.weights import Checkpoint, gguf_file, open_checkpoint
+from services.engine.weights import INV_FREQ, Checkpoint, gguf_file, open_checkpoint
 
 Say = Callable[[str], None]
 """Is told in short lines what is going on."""
@@ -183,7 +183,7 @@ class _Maker:
     def check_names(self) -> None:
         """Raises `ConfigurationError` for tensors beside the layers that no native model has."""
         known = {f"{EMBEDDING}.weight", f"{NORM}.weight", f"{HEAD}.weight"}
-        others = (name for name in self._checkpoint.names - known if not name.endswith(".rotary_emb.inv_freq"))
+        others = (name for name in self._checkpoint.names - known if not name.endswith(INV_FREQ))
         prefixes = tuple(f"model.layers.{index}." for index in range(self._plan.spec.layers))
         if unknown := sorted(name for name in others if not name.startswith(prefixes)):
             raise ConfigurationError(f"{self._job.model} holds tensors that the model has no place for: {unknown[:6]}")
@@ -243,7 +243,7 @@ class _Maker:
         known = {f"{prefix}{name}.weight" for name in experts(self._plan.spec, index)}
         found = {}
         for name in sorted(self._checkpoint.names):
-            if not name.startswith(prefix) or name in done or name.endswith(".rotary_emb.inv_freq"):
+            if not name.startswith(prefix) or name in done or name.endswith(INV_FREQ):
                 continue
             if name not in tensors and name not in known:
                 raise ConfigurationError(f"{self._job.model} holds a tensor that the model has no place for: {name}")
