@@ -37,6 +37,9 @@ from services.engine.weight_format import WeightFormat
 
 log = structlog.stdlib.get_logger(__name__)
 
+INV_FREQ = ".rotary_emb.inv_freq"
+"""How the names end of what old checkpoints hold beside weights: the frequencies of rotations, which the config says."""
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -250,7 +253,9 @@ class Checkpoint(Weights):
 
     def require(self, name: str, *shape: int) -> None:
         """The model has a place for the tensor of this name. Raises `ConfigurationError` if there is none, or of another shape."""
-        found = self._file(name).get_slice(name).get_shape()
+        self._found(name, self._file(name).get_slice(name).get_shape(), shape)
+
+    def _found(self, name: str, found: Sequence[int], shape: Sequence[int]) -> None:
         if list(found) != list(shape):
             raise ConfigurationError(
                 f"{self._folder}: the tensor {name} has shape {list(found)}, but the config makes it {list(shape)}"
@@ -261,8 +266,8 @@ class Checkpoint(Weights):
     def raw(self, name: str, *shape: int, dtypes: Collection[torch.dtype]) -> Tensor:
         """The tensor of this name as it lies in its file. Raises `ConfigurationError` if there is none, if it has another shape, or none
         of these dtypes."""
-        self.require(name, *shape)
-        tensor = self._files[name].get_tensor(name)
+        tensor = self._file(name).get_tensor(name)
+        self._found(name, tensor.shape, shape)  # in which a matrix of a GGUF file is bytes
         if tensor.dtype not in dtypes:
             wanted = " or ".join(map(_named, dtypes))
             raise ConfigurationError(

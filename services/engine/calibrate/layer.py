@@ -101,11 +101,11 @@ class LayerWork:
     def _rounded(self, choice: Choice) -> dict[str, QuantizedMatrix]:
         names = self._full(choice.sharing.names)
         with named(*names):
-            round = self._rounding(choice)
+            rounding = self._rounding(choice)
         found = {}
         for name in names:
             with named(name):
-                found[name] = round(self.tensors[f"{name}.weight"])
+                found[name] = rounding(self.tensors[f"{name}.weight"])
         return found
 
     def _rounding(self, choice: Choice) -> Callable[[Tensor], QuantizedMatrix]:

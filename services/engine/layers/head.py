@@ -19,6 +19,7 @@ from services.engine.quant import Weight
 from services.engine.quant.matrix import plain
 from services.engine.quant.unquantized import Unquantized
 from services.engine.shard import Part, Shard
+from services.engine.weight_format import EMBEDDING, HEAD
 from services.engine.weights import Weights
 
 _CANDIDATES = 16
@@ -44,18 +45,18 @@ class Head:
     def load(cls, weights: Weights, embedding: Embedding, *, hidden: int, tied: bool) -> Head:
         """The model's. A tied one is the embedding's table, in whatever format that is; unless a rule names another one for the
         head: then it is a matrix of its own."""
-        part, shard, format = embedding.part, weights.shard, weights.format("lm_head")
+        part, shard, format = embedding.part, weights.shard, weights.format(HEAD)
         table = embedding.table
-        if tied and table is not None and (not weights.is_named("lm_head") or table.is_in(format)):
+        if tied and table is not None and (not weights.is_named(HEAD) or table.is_in(format)):
             return cls(table, None, part=part, shard=shard)
-        name = "model.embed_tokens" if tied else "lm_head"
+        name = EMBEDDING if tied else HEAD
         weight_VI: Weight | None = embedding.weight_VI if tied else None
         if weight_VI is None:
             weight_VI = weights.matrix(name, part, hidden)
         if format.scheme is None:
             weight_VI = plain(weight_VI, weights.dtype)
-        scale = weights.input_scale("lm_head") if format.needs_input_scale else None
-        with named("lm_head"):
+        scale = weights.input_scale(HEAD) if format.needs_input_scale else None
+        with named(HEAD):
             linear = Linear(weight_VI, format=format, dtype=weights.dtype, input_scale=scale)
         kept_VI = weight_VI if isinstance(format, Unquantized) and isinstance(weight_VI, Tensor) else None
         return cls(linear, kept_VI, part=part, shard=shard)

@@ -20,8 +20,8 @@ from services.engine.models.decoder import Decoder
 from services.engine.models.spec import FAMILIES, Config, ModelSpec, NotCovered, read_config
 from services.engine.quant.rules import Rules
 from services.engine.shard import ALONE, Shard
-from services.engine.weight_format import WeightFormat
-from services.engine.weights import Dummy, gguf_file, open_checkpoint
+from services.engine.weight_format import HEAD, WeightFormat
+from services.engine.weights import INV_FREQ, Dummy, gguf_file, open_checkpoint
 
 if TYPE_CHECKING:
     from services.engine.models.fallback import TransformersDecoder
@@ -99,7 +99,7 @@ def load(
             folder, dtype=dtype, device=device, rules=rules, shard=shard, quantization_config=quantized
         ) as checkpoint:
             model = Decoder(checkpoint, spec)
-            checkpoint.finish(ignored=("*.rotary_emb.inv_freq", *(("lm_head.weight",) if spec.tied else ())))
+            checkpoint.finish(ignored=(f"*{INV_FREQ}", *((f"{HEAD}.weight",) if spec.tied else ())))
     rules.finish()
     return model
 

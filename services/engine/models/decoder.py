@@ -23,6 +23,7 @@ from services.engine.models.spec import ModelSpec
 from services.engine.ops import attention
 from services.engine.ops.forms import Terms, summed
 from services.engine.ops.rotary import Angles
+from services.engine.weight_format import EMBEDDING, HEAD
 from services.engine.weights import Weights
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Decoder:
         self.vocab_size = spec.vocab_size
         self.max_positions = spec.max_positions
         self._invariant = weights.invariant
-        self._embedding = Embedding(weights, "model.embed_tokens", vocab_size=spec.vocab_size, size=spec.hidden)
+        self._embedding = Embedding(weights, EMBEDDING, vocab_size=spec.vocab_size, size=spec.hidden)
         self._rotary = Rotary(spec.rotary, device=weights.device)
         self.layers = build_layers(
             lambda index: Layer(weights.under(f"model.layers.{index}"), spec, layer=index),
@@ -93,7 +94,7 @@ class Decoder:
         """What holds weights, by the names of the checkpoint; norms beside the layers apart. What is kept once is in both the
         first and the last where these are one matrix."""
         layers = {f"model.layers.{index}": layer for index, layer in enumerate(self.layers)}
-        return {"model.embed_tokens": self._embedding, **layers, "lm_head": self._head}
+        return {EMBEDDING: self._embedding, **layers, HEAD: self._head}
 
     def prepare(self, batch: Batch, cache: KVCache) -> tuple[Angles, attention.AttentionPlan, KVCache]:
         """What the layers share in this step."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from services.engine.models.spec import read_config
-from services.engine.weights import open_checkpoint
+from services.engine.weight_format import HEAD
+from services.engine.weights import INV_FREQ, open_checkpoint
 
 
 def num_weights(folder: Path) -> int:
@@ -17,8 +18,8 @@ def num_weights(folder: Path) -> int:
     embedding's matrix counts once. Raises `ConfigurationError` if there is none."""
     tied = read_config(folder).get("tie_word_embeddings", False)
     with open_checkpoint(folder, dtype=torch.float32, device=torch.device("cpu")) as checkpoint:
-        names = {name for name in checkpoint.names if not name.endswith(".rotary_emb.inv_freq")}
-        return sum(checkpoint.num_values(name) for name in names - ({"lm_head.weight"} if tied else set()))
+        names = {name for name in checkpoint.names if not name.endswith(INV_FREQ)}
+        return sum(checkpoint.num_values(name) for name in names - ({f"{HEAD}.weight"} if tied else set()))
 
 
 def bytes_of(*owners: object) -> int:

@@ -14,7 +14,7 @@ from services.engine.models.decoder import Decoder
 from services.engine.models.spec import ModelSpec
 from services.engine.quant.readers.source import FLOATS
 from services.engine.shard import ALONE, Part
-from services.engine.weights import Checkpoint, Weights, open_checkpoint
+from services.engine.weights import INV_FREQ, Checkpoint, Weights, open_checkpoint
 
 
 class Outline(Weights):
@@ -68,4 +68,4 @@ def _opened(model: Path) -> AbstractContextManager[Checkpoint]:
 
 def _ignored(spec: ModelSpec) -> tuple[str, ...]:
     """Globs of what a model does without."""
-    return ("*.rotary_emb.inv_freq", *(("lm_head.weight",) if spec.tied else ()))
+    return (f"*{INV_FREQ}", *(("lm_head.weight",) if spec.tied else ()))

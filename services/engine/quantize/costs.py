@@ -67,7 +67,7 @@ class Asked:
         """All that is tried in this layer."""
         return [
             Choice(sharing, FORMATS[format], self.method)
-            for sharing in _counted(self.spec, layer)
+            for sharing in sharings(self.spec, layer)
             for format in self.formats
             if format is not WeightFormat.NONE and _fits(format, sharing)
         ]
@@ -77,7 +77,7 @@ class Asked:
         return [
             Item(layer, sharing.names, sum(sharing.outputs) * sharing.inputs, tuple(self._options(sharing, each)))
             for layer, each in enumerate(costs)
-            for sharing in _counted(self.spec, layer)
+            for sharing in sharings(self.spec, layer)
         ]
 
     def _options(self, sharing: Sharing, costs: Costs) -> Iterator[Option]:
@@ -89,7 +89,7 @@ class Asked:
     def check(self) -> None:
         """Raises `ConfigurationError` for what cannot be measured, or could not be done afterwards."""
         for layer in range(self.spec.layers):
-            for sharing in _counted(self.spec, layer):
+            for sharing in sharings(self.spec, layer):
                 if not any(_fits(format, sharing) for format in self.formats):
                     raise ConfigurationError(
                         f"model.layers.{layer}.{sharing.names[0]}: none of {', '.join(self.formats)} fits its {sharing.inputs} inputs; name "
@@ -200,11 +200,6 @@ def _divergence(run: Run, layer: Layer, index: int, *, name: str) -> float:
 
 def _key(sharing: Sharing, format: str) -> str:
     return f"{','.join(sharing.names)}={format}"
-
-
-def _counted(spec: ModelSpec, layer: int) -> Iterator[Sharing]:
-    """Routers are few weights that decide much."""
-    return (sharing for sharing in sharings(spec, layer) if sharing.norm or sharing.rows_of)
 
 
 def _fits(format: WeightFormat, sharing: Sharing) -> bool:

@@ -32,7 +32,7 @@ from services.engine.quantize.plan import Plan, Table, plan_of
 from services.engine.quantize.shards import MOST_BYTES, copy_others, gather
 from services.engine.quantize.work import WorkFolder
 from services.engine.weight_format import EMBEDDING, GROUP_FILES, HEAD, Method, WeightFormat
-from services.engine.weights import INDEX_FILE, Checkpoint, gguf_file, open_checkpoint
+from services.engine.weights import INDEX_FILE, INV_FREQ, Checkpoint, gguf_file, open_checkpoint
 
 Say = Callable[[str], None]
 """Is told in short lines what is going on."""
@@ -236,7 +236,7 @@ class _Maker:
         prefix = f"model.layers.{index}."
         found = {}
         for name in sorted(self._checkpoint.names):
-            if not name.startswith(prefix) or name in done or name.endswith(".rotary_emb.inv_freq"):
+            if not name.startswith(prefix) or name in done or name.endswith(INV_FREQ):
                 continue
             original = self._original(name)
             found[name] = tensors[name].to(original.dtype) if name in tensors else original
