@@ -68,6 +68,7 @@ def made(arguments: argparse.Namespace, out: Path) -> Report:
             assert text is not None
             assignment = job.within_budget(work, text, say=say)
             say(f"{assignment.bits:.3f} bits a weight: {assignment.rules}")
+            work.keep_to(assignment.rules)
             job = replace(job, rules=assignment.rules)
             plan = job.plan()
         folder = quantize(job, plan, work, text if plan.needs_text else None, say=say)
@@ -79,7 +80,9 @@ def made(arguments: argparse.Namespace, out: Path) -> Report:
                 job.model, folder, judged.windows, judged.name, unpacking=plan.unpacking(), progress=progress
             )
         sizes = weight_bytes(job.model), weight_bytes(folder)
-        report = Report(command, plan.summary(), num_weights(job.model), *sizes, quality, assignment)
+        report = Report(
+            command | {"bits": arguments.budget}, plan.summary(), num_weights(job.model), *sizes, quality, assignment
+        )
         report.write(folder)
         work.finish(folder, out)
     return report
