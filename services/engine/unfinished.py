@@ -14,8 +14,12 @@ from typing import Any
 from holdfast.errors import ConfigurationError
 
 
-class Damaged(ConfigurationError):
-    """What an earlier process left cannot be read, so that nothing can go on from it."""
+class Unusable(ConfigurationError):
+    """What an earlier process left is nothing that this command can go on from; says what to do."""
+
+
+class Damaged(Unusable):
+    """It cannot be read."""
 
     def __init__(self, path: Path, why: object) -> None:
         super().__init__(
@@ -39,8 +43,8 @@ def whole(path: Path) -> Iterator[Path]:
 @contextmanager
 def claimed(file: Path, command: Mapping[str, Any]) -> Iterator[None]:
     """The folder of `file`, which says what its work is for, belongs to this command and until the end of the block to this process. It
-    is made, or as an earlier process left it. Raises `ConfigurationError` if it is another command's, with what differs, or another
-    process's."""
+    is made, or as an earlier process left it. Raises `Unusable` if it is another command's, with what differs, or does not say whose;
+    `ConfigurationError` if another process is at work in it."""
     folder = file.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +70,7 @@ def _claim(file: Path, command: Mapping[str, Any]) -> None:
     different = sorted(key for key in asked.keys() | begun.keys() if asked.get(key) != begun.get(key))
     if different:
         what = "; ".join(f"{key} was {begun.get(key)!r} and is {asked.get(key)!r}" for key in different)
-        raise ConfigurationError(
+        raise Unusable(
             f"{file.parent} was begun by another command: {what}. Ask for the same, give another OUT, or remove that folder"
         )
 

@@ -69,6 +69,7 @@ def made(arguments: argparse.Namespace, out: Path) -> Report:
             assert text is not None
             assignment = job.within_budget(work, text, say=say)
             say(f"{assignment.bits:.3f} bits a weight: {assignment.rules}")
+            work.keep_to(assignment.rules)
             job = replace(job, rules=assignment.rules)
             plan = job.plan()
         folder = quantize(job, plan, work, text if plan.needs_text else None, say=say)
@@ -81,7 +82,13 @@ def made(arguments: argparse.Namespace, out: Path) -> Report:
             )
         sizes = weight_bytes(job.model), weight_bytes(folder)
         report = Report(
-            command, plan.summary(), who_else_reads(plan), num_weights(job.model), *sizes, quality, assignment
+            command | {"bits": arguments.budget},
+            plan.summary(),
+            who_else_reads(plan),
+            num_weights(job.model),
+            *sizes,
+            quality,
+            assignment,
         )
         report.write(folder)
         work.finish(folder, out)

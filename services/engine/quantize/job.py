@@ -136,7 +136,8 @@ class Job:
         return Text(found[:count], found[count:])
 
     def command(self) -> dict[str, Any]:
-        """All that what is written depends on."""
+        """All that work depends on, so that it can be gone on with. The bits of a budget do not belong to it: they only choose by what has
+        been measured."""
         files = sorted(self.model.glob("*.safetensors"))
         rules = Path(self.rules).read_text() if self.rules.endswith(GROUP_FILES) else self.rules
         return {
@@ -144,7 +145,7 @@ class Job:
             "weights": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
             **{name: _digest(self.model / name) for name in _DECIDING},
             "rules": rules,
-            "budget": None if self.budget is None else asdict(self.budget),
+            "budget": self.budget and {"formats": self.budget.formats, "tokens": self.budget.num_tokens},
             "method": self.method,
             "options": asdict(self.options),
             "text": None if self.text is None else _digest(self.text),

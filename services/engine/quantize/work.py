@@ -1,7 +1,8 @@
 """Where a checkpoint grows: a folder beside it, from which the same command goes on.
 
     command.json           what was asked for; another command does not touch the folder
-    costs.json             what matrices cost in each format, where a budget asks for it
+    costs.json             what matrices cost in each format, where a budget asks for it; they are the same for any budget
+    rules.txt              what was chosen by them: layers are of one choice
     layer-00007.safetensors   a finished layer
     states-00008.safetensors  what the text is before the next one
     checkpoint/            all of it, when the layers are done; then it is moved to its place
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from holdfast.errors import ConfigurationError
 from services.engine.quantize.shards import write
-from services.engine.unfinished import Damaged, claimed, whole
+from services.engine.unfinished import Damaged, Unusable, claimed, whole
 
 SUFFIX = ".work"
 
@@ -76,6 +77,17 @@ class WorkFolder:
         except (SafetensorError, OSError, KeyError) as error:
             raise Damaged(path, error) from error
 
+    def keep_to(self, rules: str) -> None:
+        """Layers are made by these rules, which a budget gave. Raises `Unusable` if finished ones were made by others."""
+        path, count = self.path / "rules.txt", self.num_done
+        if count and not (path.is_file() and path.read_text() == rules):
+            raise Unusable(
+                f"{self.path} holds {count} layers as another --budget wants them; ask for that one, give another OUT, or remove "
+                f"{self.path}/layer-*: costs are not measured again"
+            )
+        with whole(path) as aside:
+            aside.write_text(rules)
+
     def check(self) -> None:
         """Raises `Damaged` if a finished layer is not there whole."""
         for path in self.layers(self.num_done):
@@ -105,8 +117,8 @@ class WorkFolder:
 @contextmanager
 def work_folder(out: Path, command: Mapping[str, Any]) -> Iterator[WorkFolder]:
     """The folder beside `out` in which this command works, alone; made, or as an earlier process left it. What stops the block gets a note
-    if the folder remains. Raises `ConfigurationError` if `out` is there, or if the folder is another command's or another process's;
-    `Damaged` if it is not as an earlier process left it."""
+    if the folder remains. Raises `ConfigurationError` if `out` is there, or if another process is at work in the folder; `Unusable` if nothing
+    can go on from what is in it."""
     if out.exists():
         raise ConfigurationError(f"{out} is there already; give another name, or remove it")
     path = out.with_name(out.name + SUFFIX)
@@ -115,11 +127,14 @@ def work_folder(out: Path, command: Mapping[str, Any]) -> Iterator[WorkFolder]:
         work.check()
         try:
             yield work
-        except Damaged:
+        except Unusable:
             raise
         except BaseException as error:
             if work.is_begun:
-                error.add_note(f"{path} remains, with what is finished; the same command goes on from there")
+                whose = (
+                    "the same command goes on" if work.num_done else "the same command, or another --budget, goes on"
+                )
+                error.add_note(f"{path} remains, with what is finished; {whose} from there")
             else:
                 shutil.rmtree(path)
             raise

@@ -6,15 +6,18 @@ import json
 import random
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from holdfast.errors import ConfigurationError
 from services.engine.calibrate.parts import sharings
 from services.engine.models.spec import ModelSpec, read_config
 from services.engine.quant.rules import FORMATS, Rules
 from services.engine.quantize import __main__ as command
+from services.engine.quantize import costs, job
 from services.engine.quantize.budget import Item, Option, best, bits_of
 from services.engine.weight_format import WeightFormat
 
@@ -81,8 +84,6 @@ def test_sizes_are_those_of_the_tensors_that_are_written(
         sharing = next(sharings(ModelSpec.from_config(read_config(stories260k)), 0))
         assert bits_of(NONE, sharing, torch.bfloat16) == 16 * 64 * 128
         return
-    from safetensors.torch import load_file
-
     command.main([str(stories260k), str(tmp_path / "out"), "--scheme", f"*.self_attn.*={format}"])
     content = load_file(tmp_path / "out" / "model.safetensors")
     found = sum(
@@ -94,6 +95,53 @@ def test_sizes_are_those_of_the_tensors_that_are_written(
         each for each in sharings(ModelSpec.from_config(read_config(stories260k)), 0) if "self_attn" in each.names[0]
     ]
     assert sum(bits_of(format, each, torch.float32) for each in of_attention) == found
+
+
+def test_another_budget_goes_by_the_same_costs(
+    stories260k: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one that cannot be kept has measured is not measured again, and what comes out is what comes out at once. Layers that
+    one has made are not another one's: it says what to remove."""
+    text, work = shared / "data" / "text" / "wikitext2_test.raw.gz", tmp_path / "out.work"
+    few = ["--tokens", "256", "--window", "128", "--budget-tokens", "128", "--quality-tokens", "0"]
+    asked = [
+        str(stories260k),
+        str(tmp_path / "out"),
+        "--formats",
+        "int4-g32,int8-weight",
+        "--calibrate",
+        str(text),
+        *few,
+    ]
+    with pytest.raises(
+        SystemExit, match=rf"the smallest formats take 5\.\d+; raise it.* {work} remains.*or another --budget"
+    ):
+        command.main([*asked, "--budget", "4"])
+    real = job.quantize_layer
+
+    def dies(*arguments: Any, **more: Any) -> Any:
+        if arguments[3] == 1:
+            raise KeyboardInterrupt
+        return real(*arguments, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(costs, "load", None)  # nothing is read for what is known
+        patched.setattr(job, "quantize_layer", dies)
+        with pytest.raises(SystemExit, match="130"):
+            command.main([*asked, "--budget", "8.5"])
+        with pytest.raises(
+            SystemExit, match=rf"{work} holds 1 layers as another --budget wants .* remove {work}/layer-\*"
+        ):
+            command.main([*asked, "--budget", "7"])
+        for path in work.glob("layer-*"):
+            path.unlink()
+        patched.setattr(job, "quantize_layer", real)
+        command.main([*asked, "--budget", "7"])
+    command.main([*asked[:1], str(tmp_path / "at once"), *asked[2:], "--budget", "7"])
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "at once"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], each) for name, each in expected.items())
+    assert json.loads((tmp_path / "out" / "quantization_report.json").read_text())["command"]["bits"] == 7
 
 
 def test_the_command_keeps_the_budget(stories260k: Path, shared: Path, tmp_path: Path) -> None:
