@@ -389,7 +389,7 @@ async def test_it_is_served_as_is_said_in_the_end(
         (["--scheme", "int8-static"], "must be shown a text.*--calibrate"),
         (["--scheme", RULES, "--method", "smoothquant", "--calibrate", "text"], "layers.0.self_attn.q_proj.*smoothquant makes.*int4-g32 keeps them as they are; say awq or gptq"),
         (["--scheme", "int8", "--calibrate", "text"], "nothing that is asked for needs to see one"),
-        (["--scheme", RULES, "--method", "gptq", "--calibrate", "short"], "the text is too short: it has"),
+        (["--scheme", RULES, "--method", "gptq", "--calibrate", "short"], r"short\.txt is too short: it has"),
         (["--scheme", RULES, "--method", "gptq", "--calibrate", "text", "--tokens", "100000"], "text.txt is too short: it fills"),
         (["--scheme", RULES, "--method", "gptq", "--calibrate", "binary"], "is no text: byte 1 is not UTF-8"),
         (["--scheme", RULES, "--method", "gptq", "--calibrate", "text", "--window", "5000"], "a window of 5,000 tokens: the model takes 512"),
