@@ -13,7 +13,7 @@ import math
 import threading
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from itertools import accumulate
@@ -250,25 +250,29 @@ class Checkpoint(Weights):
 
     def require(self, name: str, *shape: int) -> None:
         """The model has a place for the tensor of this name. Raises `ConfigurationError` if there is none, or of another shape."""
-        found = self._file(name).get_slice(name).get_shape()
-        if list(found) != list(shape):
-            raise ConfigurationError(
-                f"{self._folder}: the tensor {name} has shape {list(found)}, but the config makes it {list(shape)}"
-            )
+        self._require_shape(name, self._file(name).get_slice(name).get_shape(), shape)
         with self._lock:
             self._untaken.discard(name)
 
     def raw(self, name: str, *shape: int, dtypes: Collection[torch.dtype]) -> Tensor:
         """The tensor of this name as it lies in its file. Raises `ConfigurationError` if there is none, if it has another shape, or none
         of these dtypes."""
-        self.require(name, *shape)
-        tensor = self._files[name].get_tensor(name)
+        tensor = self._file(name).get_tensor(name)
+        self._require_shape(name, tensor.shape, shape)  # which is not the model's where a GGUF file packs
         if tensor.dtype not in dtypes:
             wanted = " or ".join(map(_named, dtypes))
             raise ConfigurationError(
                 f"{self._folder}: the tensor {name} holds {_named(tensor.dtype)}, but the config makes it {wanted}"
             )
+        with self._lock:
+            self._untaken.discard(name)
         return tensor
+
+    def _require_shape(self, name: str, found: Sequence[int], shape: Sequence[int]) -> None:
+        if list(found) != list(shape):
+            raise ConfigurationError(
+                f"{self._folder}: the tensor {name} has shape {list(found)}, but the config makes it {list(shape)}"
+            )
 
     def _is_quantized(self, name: str) -> bool:
         """Whether the matrix of this name is here, in few bits."""
