@@ -253,13 +253,7 @@ class Checkpoint(Weights):
 
     def require(self, name: str, *shape: int) -> None:
         """The model has a place for the tensor of this name. Raises `ConfigurationError` if there is none, or of another shape."""
-        self._found(name, self._file(name).get_slice(name).get_shape(), shape)
-
-    def _found(self, name: str, found: Sequence[int], shape: Sequence[int]) -> None:
-        if list(found) != list(shape):
-            raise ConfigurationError(
-                f"{self._folder}: the tensor {name} has shape {list(found)}, but the config makes it {list(shape)}"
-            )
+        self._require_shape(name, self._file(name).get_slice(name).get_shape(), shape)
         with self._lock:
             self._untaken.discard(name)
 
@@ -267,13 +261,21 @@ class Checkpoint(Weights):
         """The tensor of this name as it lies in its file. Raises `ConfigurationError` if there is none, if it has another shape, or none
         of these dtypes."""
         tensor = self._file(name).get_tensor(name)
-        self._found(name, tensor.shape, shape)  # in which a matrix of a GGUF file is bytes
+        self._require_shape(name, tensor.shape, shape)  # which is not the model's where a GGUF file packs
         if tensor.dtype not in dtypes:
             wanted = " or ".join(map(_named, dtypes))
             raise ConfigurationError(
                 f"{self._folder}: the tensor {name} holds {_named(tensor.dtype)}, but the config makes it {wanted}"
             )
+        with self._lock:
+            self._untaken.discard(name)
         return tensor
+
+    def _require_shape(self, name: str, found: Sequence[int], shape: Sequence[int]) -> None:
+        if list(found) != list(shape):
+            raise ConfigurationError(
+                f"{self._folder}: the tensor {name} has shape {list(found)}, but the config makes it {list(shape)}"
+            )
 
     def _is_quantized(self, name: str) -> bool:
         """Whether the matrix of this name is here, in few bits."""

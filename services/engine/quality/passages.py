@@ -62,14 +62,16 @@ def tokenizer_of(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def windows_of(text: str, tokenizer: Tokenizer, *, length: int, most_tokens: int) -> list[Passage]:
-    """The first tokens of a text, no special ones among them, in windows of this length; a rest that fills none is left out.
+def windows_of(
+    text: str, tokenizer: Tokenizer, *, length: int, most_tokens: int, name: object = "the text"
+) -> list[Passage]:
+    """The first tokens of a text, which errors call by this name, no special ones among them, in windows of this length; a rest that fills none is left out.
     Raises `ConfigurationError` where there is not one whole window."""
     assert length >= 2
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids[:most_tokens]
     if len(ids) < length:
         raise ConfigurationError(
-            f"the text is too short: it has {len(ids):,} tokens here, and a window {length:,}; give more text, ask for more tokens of "
+            f"{name} is too short: it has {len(ids):,} tokens here, and a window {length:,}; give more text, ask for more tokens of "
             "it, or for shorter windows"
         )
     return [Passage(ids[start : start + length]) for start in range(0, len(ids) - length + 1, length)]

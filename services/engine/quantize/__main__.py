@@ -19,6 +19,7 @@ from services.engine.quality.sizes import num_weights
 from services.engine.quantize.checks import check_names, check_values
 from services.engine.quantize.job import Budget, Job, Text, quantize
 from services.engine.quantize.others import who_else_reads
+from services.engine.quantize.plan import Plan
 from services.engine.quantize.report import Quality, Report, measured
 from services.engine.quantize.shards import weight_bytes
 from services.engine.quantize.work import work_folder
@@ -26,6 +27,9 @@ from services.engine.weight_format import GROUP_FILES, Method, WeightFormat
 
 _INTERRUPTED = 130
 """The status of what Ctrl-C ends, as shells have it."""
+
+_FORMATS = "int4-g64,int4-g32,int8,none"
+_TOKENS, _BUDGET_TOKENS = 32768, 1024
 
 _ACTIVATIONS = (Method.ABSMAX, Method.PERCENTILE, Method.MSE)
 
@@ -54,11 +58,7 @@ def made(arguments: argparse.Namespace, out: Path) -> Report:
     """Makes the checkpoint, and returns what is told of it. Raises `ConfigurationError` for what cannot be done."""
     job = job_of(arguments)
     plan = job.plan() if job.budget is None else None
-    if job.text is not None and plan is not None and not plan.needs_text:
-        raise ConfigurationError(
-            "--calibrate gives a text, and nothing that is asked for needs to see one; leave it out, or name a method that goes by it. To "
-            "judge the checkpoint by a text, give it with --evaluate"
-        )
+    _require_use(arguments, job, plan)
     check_names(job.model, job.spec())
     text, judged = _texts(job, arguments)
     command, assignment = job.command(), None
@@ -95,6 +95,33 @@ def made(arguments: argparse.Namespace, out: Path) -> Report:
     return report
 
 
+def _require_use(arguments: argparse.Namespace, job: Job, plan: Plan | None) -> None:
+    """Raises `ConfigurationError` for an option that changes nothing of what is asked for."""
+    if job.text is not None and plan is not None and not plan.needs_text:
+        raise ConfigurationError(
+            "--calibrate gives a text, and nothing that is asked for needs to see one; leave it out, or name a method that goes by it. To "
+            "judge the checkpoint by a text, give it with --evaluate"
+        )
+    methods = frozenset({job.method}) if plan is None else plan.methods
+    is_shown, is_judged = job.text is not None, job.text is not None or arguments.evaluate is not None
+    uses: dict[str, tuple[bool, str]] = {
+        "formats": (plan is None, "--budget"),
+        "budget_tokens": (plan is None, "--budget"),
+        "tokens": (is_shown, "--calibrate"),
+        "window": (is_judged, "--calibrate or --evaluate"),
+        "activations": (plan is not None and plan.needs_static_scales, "int8-static"),
+        "percentile": (Method.PERCENTILE in methods, "the method percentile"),
+        "damping": (Method.GPTQ in methods, "the method gptq"),
+        "act_order": (Method.GPTQ in methods, "the method gptq"),
+        "strength": (Method.SMOOTHQUANT in methods, "the method smoothquant"),
+        "evaluate": (arguments.quality_tokens > 0, "--quality-tokens above 0"),
+    }
+    for name, (is_used, what) in uses.items():
+        if getattr(arguments, name) is not None and not is_used:
+            option = "--no-act-order" if name == "act_order" else f"--{name.replace('_', '-')}"
+            raise ConfigurationError(f"{option} changes nothing without {what}; leave it out, or ask for that")
+
+
 @dataclass(frozen=True, slots=True)
 class Judged:
     """What both models are judged by."""
@@ -117,18 +144,15 @@ def _texts(job: Job, arguments: argparse.Namespace) -> tuple[Text | None, Judged
 
 def job_of(arguments: argparse.Namespace) -> Job:
     """What is asked for."""
-    options = Options(
-        percentile=arguments.percentile,
-        act_order=arguments.act_order,
-        damping=arguments.damping,
-        strength=arguments.strength,
-        activations=Method(arguments.activations),
-    )
+    told = {name: getattr(arguments, name) for name in ("percentile", "act_order", "damping", "strength")}
+    told["activations"] = arguments.activations and Method(arguments.activations)
+    options = Options(**{name: value for name, value in told.items() if value is not None})
     budget = None
     if arguments.budget is not None:
         if arguments.calibrate is None:
             raise ConfigurationError("what layers cost is measured on a text: give one with --calibrate")
-        budget = Budget(arguments.budget, arguments.formats, arguments.budget_tokens)
+        formats, tokens = arguments.formats or _formats(_FORMATS), arguments.budget_tokens or _BUDGET_TOKENS
+        budget = Budget(arguments.budget, formats, tokens)
     return Job(
         model=models.resolve(arguments.model, progress=say),
         rules=arguments.scheme or str(arguments.config or ""),
@@ -136,7 +160,7 @@ def job_of(arguments: argparse.Namespace) -> Job:
         method=Method(arguments.method),
         options=options,
         text=arguments.calibrate,
-        num_tokens=arguments.tokens,
+        num_tokens=arguments.tokens or _TOKENS,
         window=arguments.window,
     )
 
@@ -178,11 +202,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--formats",
         type=_formats,
-        default="int4-g64,int4-g32,int8,none",
-        help="among which a budget chooses; one that does not fit a matrix is not taken for it",
+        help=f"among which a budget chooses; one that does not fit a matrix is not taken for it; by default {_FORMATS}",
     )
     parser.add_argument(
-        "--budget-tokens", type=_count, default=1024, help="of the text, by which it is measured what layers cost"
+        "--budget-tokens",
+        type=_count,
+        help=f"of the text, by which it is measured what layers cost; by default {_BUDGET_TOKENS:,}",
     )
     parser.add_argument(
         "--method",
@@ -193,34 +218,29 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibrate", type=_file, metavar="FILE", help="a text that the model is shown, packed by gzip or not"
     )
-    parser.add_argument("--tokens", type=_count, default=32768, help="how many of it")
+    parser.add_argument("--tokens", type=_count, help=f"how many of it; by default {_TOKENS:,}")
     parser.add_argument(
         "--window", type=_count, help="tokens of a context; by default 1,024, or as many as the model takes"
     )
     parser.add_argument(
         "--activations",
         choices=[str(each) for each in _ACTIVATIONS],
-        default="mse",
         help="how static scales of activations are found",
     )
     parser.add_argument(
         "--percentile",
         type=_number("percentage", above=50, most=100),
-        default=Options().percentile,
         help="of weights, for that method",
     )
     parser.add_argument(
         "--damping",
         type=_number("number", above=0, most=1),
-        default=Options().damping,
         help="of gptq, as a part of the mean square",
     )
     parser.add_argument(
-        "--no-act-order", dest="act_order", action="store_false", help="gptq takes inputs as they stand"
+        "--no-act-order", dest="act_order", action="store_const", const=False, help="gptq takes inputs as they stand"
     )
-    parser.add_argument(
-        "--strength", type=_number("number", above=0, most=1), default=Options().strength, help="of smoothquant"
-    )
+    parser.add_argument("--strength", type=_number("number", above=0, most=1), help="of smoothquant")
     parser.add_argument(
         "--evaluate",
         type=_file,

@@ -119,9 +119,8 @@ class Job:
         if window > spec.max_positions:
             raise ConfigurationError(f"a window of {window:,} tokens: the model takes {spec.max_positions:,}")
         wanted, content = self.num_tokens + more, text_of(self.text)
-        found = windows_of(
-            content[: _CHARACTERS_PER_TOKEN * wanted], tokenizer_of(self.model), length=window, most_tokens=wanted
-        )
+        content = content[: _CHARACTERS_PER_TOKEN * wanted]
+        found = windows_of(content, tokenizer_of(self.model), length=window, most_tokens=wanted, name=self.text)
         count = max(1, self.num_tokens // window)
         if len(found) < count:
             raise ConfigurationError(

@@ -59,6 +59,17 @@ class Plan:
         """Whether layers must be shown a text."""
         return any(choice.needs_moments or choice.needs_magnitudes for choice in self._choices())
 
+    @property
+    def methods(self) -> frozenset[Method]:
+        """How what is rounded is rounded."""
+        tables = {table.method for table in (self.embedding, self.head) if table.quantizes}
+        return frozenset(tables | {choice.method for choice in self._choices() if choice.quantizes})
+
+    @property
+    def needs_static_scales(self) -> bool:
+        """Whether any activations are to have one."""
+        return any(choice.needs_magnitudes for choice in self._choices())
+
     def names(self) -> Iterator[tuple[str, Format]]:
         """Every matrix, and its format; experts apart, which are not quantized."""
         yield EMBEDDING, self.embedding.format

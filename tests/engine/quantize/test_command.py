@@ -357,6 +357,28 @@ def test_everything_else_of_the_model_comes_along(stories260k: Path, tmp_path: P
     assert "| 35 | int8, absmax |" in (tmp_path / "out" / "quantization_report.md").read_text()
 
 
+def test_options_that_are_used_are_taken(stories260k: Path, text: Path, tmp_path: Path) -> None:
+    """By a file's groups and by the method alike, for the embedding as well; and they change what is written."""
+    groups = tmp_path / "groups.yaml"
+    groups.write_text(
+        """
+        attention: {bits: 4, group_size: 32, calibration: gptq}
+        ffn: {bits: 8, activations: static}
+        embedding: {bits: 8, calibration: percentile}
+        """
+    )
+    shown = ("--config", groups, "--calibrate", text, *SHOWN)
+    told = ("--damping", "0.5", "--no-act-order", "--activations", "absmax", "--percentile", "90")
+    run(stories260k, tmp_path / "out", *shown, *told)
+    run(stories260k, tmp_path / "other", *shown)
+    found, other = (tensors(tmp_path / name) for name in ("out", "other"))
+    layer = "model.layers.0"
+    for name in (f"{layer}.self_attn.q_proj.weight_packed", f"{layer}.mlp.up_proj.input_scale"):
+        assert not torch.equal(found[name], other[name])
+    table = "model.embed_tokens.weight_scale"
+    assert (found[table] < other[table]).all()
+
+
 async def test_it_is_served_as_is_said_in_the_end(
     stories260k: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -389,10 +411,21 @@ async def test_it_is_served_as_is_said_in_the_end(
         (["--scheme", "int8-static"], "must be shown a text.*--calibrate"),
         (["--scheme", RULES, "--method", "smoothquant", "--calibrate", "text"], "layers.0.self_attn.q_proj.*smoothquant makes.*int4-g32 keeps them as they are; say awq or gptq"),
         (["--scheme", "int8", "--calibrate", "text"], "nothing that is asked for needs to see one"),
-        (["--scheme", RULES, "--method", "gptq", "--calibrate", "short"], "the text is too short: it has"),
+        (["--scheme", RULES, "--method", "gptq", "--calibrate", "short"], r"short\.txt is too short: it has"),
         (["--scheme", RULES, "--method", "gptq", "--calibrate", "text", "--tokens", "100000"], "text.txt is too short: it fills"),
         (["--scheme", RULES, "--method", "gptq", "--calibrate", "binary"], "is no text: byte 1 is not UTF-8"),
         (["--scheme", RULES, "--method", "gptq", "--calibrate", "text", "--window", "5000"], "a window of 5,000 tokens: the model takes 512"),
+        (["--scheme", "int8", "--damping", "0.1"], "--damping changes nothing without the method gptq; leave it out"),
+        (["--scheme", "int8", "--no-act-order"], "--no-act-order changes nothing without the method gptq"),
+        (["--scheme", "int8", "--percentile", "99"], "--percentile changes nothing without the method percentile"),
+        (["--scheme", "int8", "--strength", "0.4"], "--strength changes nothing without the method smoothquant"),
+        (["--scheme", "int8", "--activations", "mse"], "--activations changes nothing without int8-static"),
+        (["--scheme", "int8", "--formats", "int8"], "--formats changes nothing without --budget"),
+        (["--scheme", "int8", "--budget-tokens", "64"], "--budget-tokens changes nothing without --budget"),
+        (["--scheme", "int8", "--tokens", "64", "--evaluate", "text"], "--tokens changes nothing without --calibrate"),
+        (["--scheme", "int8", "--window", "64"], "--window changes nothing without --calibrate or --evaluate"),
+        (["--scheme", "int8", "--evaluate", "text", "--quality-tokens", "0"], "--evaluate changes nothing without --quality-tokens above 0"),
+        (["--budget", "5", "--calibrate", "text", "--strength", "0.4"], "--strength changes nothing without the method smoothquant"),
         (["--scheme", "*=fp8"], "model.embed_tokens cannot be kept in fp8, for rows of it are looked up"),
         (["--scheme", "lm_head=int8-static", "--calibrate", "text"], "lm_head cannot be kept in int8-static"),
         (["--scheme", "int8", "--method", "gtpq"], "invalid choice: 'gtpq'"),

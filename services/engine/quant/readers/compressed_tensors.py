@@ -114,6 +114,8 @@ class CompressedTensors(Reader):
         read = [_Group.of(name, said, format=format) for name, said in groups.items()]
         self._targets = {target: group for group in read for target in group.targets}
         self._ignore = tuple(config.get("ignore") or ())
+        for target in (*self._targets, *self._ignore):
+            _require_pattern(target)
 
     def holds(self, name: str) -> bool:
         return self._group(name) is not None
@@ -184,6 +186,14 @@ class CompressedTensors(Reader):
         return next(
             (self._targets[each] for each in targets if each in self._targets and _matches(each, name, kind)), None
         )
+
+
+def _require_pattern(target: str) -> None:
+    """Refuses what stands after `re:` and is no regular expression."""
+    try:
+        re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
+    except re.error as error:
+        refuse(f"{target!r} is no pattern: {error}")
 
 
 def _matches(target: str, name: str, kind: str) -> bool:
