@@ -16,12 +16,12 @@ from torch import Tensor
 
 from holdfast.errors import ConfigurationError
 from services.engine.kv_cache import KVCache, KVShape
-from services.engine.models.decoder import Decoder
+from services.engine.models.decoder import Decoder, ignored
 from services.engine.models.spec import FAMILIES, Config, ModelSpec, NotCovered, read_config
 from services.engine.quant.rules import Rules
 from services.engine.shard import ALONE, Shard
-from services.engine.weight_format import HEAD, WeightFormat
-from services.engine.weights import INV_FREQ, Dummy, gguf_file, open_checkpoint
+from services.engine.weight_format import WeightFormat
+from services.engine.weights import Dummy, gguf_file, open_checkpoint
 
 if TYPE_CHECKING:
     from services.engine.models.fallback import TransformersDecoder
@@ -99,7 +99,7 @@ def load(
             folder, dtype=dtype, device=device, rules=rules, shard=shard, quantization_config=quantized
         ) as checkpoint:
             model = Decoder(checkpoint, spec)
-            checkpoint.finish(ignored=(f"*{INV_FREQ}", *((f"{HEAD}.weight",) if spec.tied else ())))
+            checkpoint.finish(ignored=ignored(spec))
     rules.finish()
     return model
 

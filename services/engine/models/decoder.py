@@ -24,7 +24,7 @@ from services.engine.ops import attention
 from services.engine.ops.forms import Terms, summed
 from services.engine.ops.rotary import Angles
 from services.engine.weight_format import EMBEDDING, HEAD
-from services.engine.weights import Weights
+from services.engine.weights import INV_FREQ, Weights
 
 if TYPE_CHECKING:
     from services.engine.state import Batch
@@ -58,6 +58,11 @@ class Layer:
         terms = self._attention(normed, angles, plan, cache, add=x_NI)
         normed, x_NI = self._mlp_norm.of_sum(terms, self._mlp.takes)
         return self._mlp(normed, add=x_NI)
+
+
+def ignored(spec: ModelSpec) -> tuple[str, ...]:
+    """Globs of what a checkpoint may hold and a decoder does without."""
+    return (f"*{INV_FREQ}", *((f"{HEAD}.weight",) if spec.tied else ()))
 
 
 class Decoder:

@@ -68,6 +68,7 @@ Terms = Tensor | Unsummed
 Activations = Tensor | Quantized | Unnormed
 """What a matrix is multiplied with."""
 
+
 Form = RowScaled | type[Unnormed] | None
 """What a matrix takes beside plain activations: rows in eight bits, a row before its norm, or nothing else."""
 
@@ -75,6 +76,14 @@ Form = RowScaled | type[Unnormed] | None
 def summed(terms: Terms) -> Tensor:
     """The sum, which may take the place of what is added."""
     return terms.add_NI.add_(terms.x_NI) if isinstance(terms, Unsummed) else terms
+
+
+def single_row(x: Activations) -> Tensor | None:
+    """The row, where there is one alone, on a GPU, and not in eight bits: kernels of its own multiply it."""
+    if isinstance(x, Quantized):
+        return None
+    row = x.x_1I if isinstance(x, Unnormed) else x
+    return row if row.is_cuda and len(row) == 1 else None
 
 
 def rounds(form: Form, num_rows: int) -> TypeGuard[RowScaled]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.engine.ops.forms import Activations, Quantized, Unnormed
+from services.engine.ops.forms import Activations, Unnormed, single_row
 from services.engine.ops.linear import in_dtype, plus
 
 MOST_ROWS = 256
@@ -65,12 +65,12 @@ def linear(x: Tensor, matrix: Matrix, *, bias_O: Tensor | None, add: Tensor | No
 
 def takes_row(x: Activations, matrix: Matrix) -> TypeGuard[Tensor | Unnormed]:
     """Whether `row_linear` multiplies these activations: a single row on a GPU."""
-    if isinstance(x, Quantized) or not matrix[0].is_cuda:
+    row = single_row(x)
+    if row is None:
         return False
     from services.engine.ops.kernels import gemv4, int4
 
-    row = x.x_1I if isinstance(x, Unnormed) else x
-    return len(row) == 1 and gemv4.is_supported(int4.Packed(*matrix), row.dtype)
+    return gemv4.is_supported(int4.Packed(*matrix), row.dtype)
 
 
 def row_linear(

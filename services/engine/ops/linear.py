@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from services.engine.ops.activation import silu_mul
-from services.engine.ops.forms import Unnormed
+from services.engine.ops.forms import Unnormed, single_row
 from services.engine.ops.norm import rms_norm
 
 # Outputs from which on a float32 matrix is packed.
@@ -79,8 +79,7 @@ def plus(out_NO: Tensor, bias_O: Tensor | None, add: Tensor | None) -> Tensor:
 
 def gated_linear(x: Tensor | Unnormed, weight_OI: Tensor, *counters: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """silu(gate) * up, [N, O / 2], where `linear` gives gate and then up."""
-    row = x.x_1I if isinstance(x, Unnormed) else x
-    if row.is_cuda and row.shape[0] == 1:
+    if single_row(x) is not None:
         from services.engine.ops.kernels import gemv
 
         if gemv.is_supported(weight_OI):

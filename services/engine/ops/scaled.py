@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from services.engine.ops import linear
-from services.engine.ops.forms import Activations, Quantized, Unnormed
+from services.engine.ops.forms import Activations, Quantized, Unnormed, single_row
 
 ROWS, COLUMNS = 64, 64
 """A matrix in fp8 must fall into tiles of that to be multiplied on a GPU."""
@@ -98,9 +98,7 @@ def blocks(scales_TU: Tensor, tile: tuple[int, int], shape: Sequence[int]) -> Te
 
 def takes_row(x: Activations, weight: Tensor) -> TypeGuard[Tensor | Unnormed]:
     """Whether `row_linear` multiplies these activations: a single row on a GPU that is not in eight bits."""
-    if isinstance(x, Quantized) or not weight.is_cuda:
-        return False
-    if len(x.x_1I if isinstance(x, Unnormed) else x) > 1:
+    if single_row(x) is None:
         return False
     from services.engine.ops.kernels import gemv
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import ConfigurationError
-from services.engine.models.decoder import Decoder
+from services.engine.models.decoder import Decoder, ignored
 from services.engine.models.spec import ModelSpec
 from services.engine.quant.readers.source import FLOATS
 from services.engine.shard import ALONE, Part
-from services.engine.weights import INV_FREQ, Checkpoint, Weights, open_checkpoint
+from services.engine.weights import Checkpoint, Weights, open_checkpoint
 
 
 class Outline(Weights):
@@ -44,7 +44,7 @@ def check_names(model: Path, spec: ModelSpec) -> None:
     for one that the model has no place for. Only the heads of files are read."""
     with _opened(model) as checkpoint:
         Decoder(Outline(checkpoint), spec)
-        checkpoint.finish(ignored=_ignored(spec))
+        checkpoint.finish(ignored=ignored(spec))
 
 
 def check_values(model: Path, spec: ModelSpec) -> None:
@@ -52,7 +52,7 @@ def check_values(model: Path, spec: ModelSpec) -> None:
     read, one after the other."""
     with _opened(model) as checkpoint:
         for name in sorted(checkpoint.names):
-            if any(fnmatchcase(name, glob) for glob in _ignored(spec)):
+            if any(fnmatchcase(name, glob) for glob in ignored(spec)):
                 continue
             extremes = checkpoint.raw(name, *checkpoint.shape(name), dtypes=FLOATS).aminmax()  # of which NaN is both
             if not all(each.isfinite() for each in extremes):
@@ -64,8 +64,3 @@ def check_values(model: Path, spec: ModelSpec) -> None:
 
 def _opened(model: Path) -> AbstractContextManager[Checkpoint]:
     return open_checkpoint(model, dtype=torch.float32, device=torch.device("cpu"))
-
-
-def _ignored(spec: ModelSpec) -> tuple[str, ...]:
-    """Globs of what a model does without."""
-    return (f"*{INV_FREQ}", *(("lm_head.weight",) if spec.tied else ()))
