@@ -201,7 +201,7 @@ def measure(arguments: argparse.Namespace) -> Report:
         require_matplotlib()
     folder = models.resolve(arguments.model)
     tokenizer, text = tokenizer_of(folder), text_of(arguments.text)
-    windows = windows_of(text, tokenizer, length=arguments.window, most_tokens=arguments.tokens, name=arguments.text)
+    windows = windows_of(text, tokenizer, length=arguments.window, most_tokens=arguments.tokens)
     asked = lookups(tokenizer, arguments.lookups)
     subjects = subjects_of(arguments, folder, tokenizer)
     conversations: list[Passage] = []
