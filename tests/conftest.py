@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
@@ -54,6 +55,13 @@ def complaints(caplog: pytest.LogCaptureFixture) -> list[str]:
 def _is_late(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
     return "PollerCompletionQueue" in record.getMessage() and str(error) == "Event loop is closed"
+
+
+@pytest.fixture(autouse=True)
+def numbers_are_drawn_anew() -> None:
+    """What a test draws from torch's own generator is the same in every run, whichever tests ran before it."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
