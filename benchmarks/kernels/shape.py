@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -20,12 +20,13 @@ from benchmarks.kernels.costs import (
     rows_bytes,
 )
 from benchmarks.kernels.timing import Call, copies
+from services.engine.batch import Admission, Step
 from services.engine.kv_cache import KVCache, KVShape
 from services.engine.kv_format import KVFormat
 from services.engine.layers.head import Head
 from services.engine.layers.linear import Linear
 from services.engine.models.spec import ModelSpec, MoESpec
-from services.engine.ops import activation, attention, moe, norm, qkv, quantize, sampling
+from services.engine.ops import activation, attention, moe, norm, qkv, quantize
 from services.engine.ops.forms import Activations, Form, RowScaled, Unnormed, rounds
 from services.engine.ops.rotary import angles
 from services.engine.quant import Format
@@ -33,12 +34,24 @@ from services.engine.quant.fp8 import Fp8
 from services.engine.quant.int4 import Int4
 from services.engine.quant.int8 import Int8
 from services.engine.quant.unquantized import Unquantized
+from services.engine.sampler import sampler_for
+from services.engine.sequence import SamplingParams, StopRules
 from services.engine.shard import ALONE
-from services.engine.state import Batch, SamplingState, Selection
+from services.engine.state import Batch, DeviceState, Selection
 
 LONGEST = 4096
 """Tokens that block tables have room for, as in `offline`."""
 BLOCK = 64
+KNOWN = 1024
+"""Tokens of a sequence that is sampled for, half of them its prompt."""
+WISHES = {
+    "likeliest": SamplingParams(temperature=0.0),
+    "drawn": SamplingParams(),
+    "top-k": SamplingParams(top_k=50),
+    "top-p": SamplingParams(top_p=0.9),
+    "penalties": SamplingParams(temperature=0.0, repetition_penalty=1.1, frequency_penalty=0.1),
+    "log-probabilities": SamplingParams(temperature=0.0, logprobs=5),
+}
 FORMATS: dict[str, Format] = {"bf16": Unquantized(), "fp8": Fp8(), "w8a8": Int8(), "w4a16": Int4(128)}
 
 Timed = tuple[Cost, list[Call]]
@@ -124,8 +137,8 @@ class Shape:
             yield Kernel("router", "", every(mixtures), router)
             yield Kernel("experts", "", every(mixtures), partial(self._experts, moe))
         yield Kernel("head", "", once, self._head)
-        yield Kernel("sample", "likeliest", once, always(partial(self._sample, 0.0)))
-        yield Kernel("sample", "drawn", once, always(partial(self._sample, 1.0)))
+        for name, wish in WISHES.items():
+            yield Kernel("sample", name, once, always(partial(self._sample, wish)))
 
     def fuses(self, load: Load) -> bool:
         """Whether the products of a layer norm and gate what they multiply: a single row on a GPU."""
@@ -280,27 +293,24 @@ class Shape:
         gate_up = self.noise(spec.num_experts, 2 * spec.intermediate, self.spec.hidden, size=0.02)
         return gate_up, self.noise(spec.num_experts, self.spec.hidden, spec.intermediate, size=0.02)
 
-    def _sample(self, temperature: float, load: Load) -> Timed:
+    def _sample(self, wish: SamplingParams, load: Load) -> Timed:
         rows, vocab = load.tokens, self.spec.vocab_size
         logits = torch.randn(rows, vocab, device=self.device)
-        return Cost(4 * rows * vocab), [sampling_call(logits, temperature)]
+        return Cost(4 * rows * vocab), [sampling_call(logits, wish)]
 
 
-def sampling_call(logits_RV: Tensor, temperature: float) -> Call:
-    """The tokens of rows that are all drawn, or all the likeliest."""
+def sampling_call(logits_RV: Tensor, wish: SamplingParams) -> Call:
+    """The tokens of rows that all ask for the same."""
     rows, device = len(logits_RV), logits_RV.device
-    state = SamplingState(rows, device=device)
-    state.floats[:, 0] = temperature
+    state = DeviceState(num_slots=rows, max_len=KNOWN + 1, block_size=BLOCK, device=device)
+    prompt = [7 * each % logits_RV.shape[1] for each in range(KNOWN)]
+    admission = Admission(0, prompt, num_prompt=KNOWN // 2, choice=0, sampling=wish, stop=StopRules(1))
+    state.update(Step(0, (), admitted=tuple(replace(admission, slot=slot) for slot in range(rows))))
     slots = torch.arange(rows, device=device)
-    if logits_RV.is_cuda:
-        from services.engine.ops.kernels.sampling import sample
-
-        tokens, positions = torch.zeros(rows, 1, dtype=torch.int32, device=device), torch.zeros_like(slots)
-        return lambda: sample(logits_RV, state.floats, state.integers, slots, positions, tokens)
-    if not temperature:
-        return lambda: sampling.argmax(logits_RV)
-    key = {"seed_R2": state.integers[:, 1:3], "position_R": slots, "choice_R": slots}
-    return lambda: sampling.draw(sampling.probabilities(logits_RV.clone()), **key)
+    positions = torch.full_like(slots, KNOWN)
+    selection = Selection(slots.tolist(), positions.tolist(), slots, positions)
+    sampler = sampler_for(state)
+    return lambda: sampler(logits_RV, selection)
 
 
 def wanted_experts(logits_NE: Tensor, spec: MoESpec) -> int:

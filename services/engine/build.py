@@ -24,10 +24,10 @@ from services.engine.kv_format import KVFormat, formats_of
 from services.engine.model_runner import Eager, ModelRunner, TwoCopies
 from services.engine.models import Model
 from services.engine.models.decoder import Decoder
-from services.engine.sampler import RowByRow, Sampler
+from services.engine.sampler import sampler_for
 from services.engine.settings import Capacity, EngineSettings
 from services.engine.shard import ALONE, Shard
-from services.engine.state import DeviceState, Wants
+from services.engine.state import DeviceState
 from services.engine.token_by_token import TokenByToken
 
 log = structlog.stdlib.get_logger(__name__)
@@ -175,7 +175,7 @@ def _runner(
     deterministic: bool,
     economical: Model | None,
 ) -> ModelRunner:
-    sampler = RowByRow(state) if deterministic else Sampler(state)
+    sampler = sampler_for(state)
     eager = Eager(model, cache, state, sampler)
     if economical is not None:
         return ModelRunner(TwoCopies(eager, Eager(economical, cache, state, sampler)))
@@ -183,13 +183,9 @@ def _runner(
         return ModelRunner(TokenByToken(eager) if deterministic else eager)
     if not isinstance(model, Decoder):
         return ModelRunner(eager)
-    from services.engine.graphs import CAPTURED_WANTS, Graphs  # needs Triton, which a CPU does without
+    from services.engine.graphs import Graphs  # needs Triton, which a CPU does without
 
-    # The captured sampler rounds differently from the other, and which it is depends on what others want.
-    wants = Wants(0) if deterministic else CAPTURED_WANTS
-    return ModelRunner(
-        Graphs(model, cache, state, sampler, larger=eager, most_tokens=most_tokens, captured_wants=wants)
-    )
+    return ModelRunner(Graphs(model, cache, state, larger=eager, most_tokens=most_tokens))
 
 
 def _check_deterministic(settings: EngineSettings, device: torch.device) -> None:

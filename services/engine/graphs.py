@@ -1,9 +1,9 @@
 """Steps as CUDA graphs: a step of each form is captured once and replayed with whatever the slots hold.
 
-So the host launches step after step without having seen a token, and an operation costs it nothing. The model and the
-sampler are two graphs: rows that want more than a temperature are sampled operation by operation from the logits that the
-first one leaves. Beyond `MOST_TOKENS` there is one form more, of as many tokens as a step may have: with prompts waiting,
-the scheduler fills steps up to just that. What lies between runs operation by operation.
+So the host launches step after step without having seen a token, and an operation costs it nothing. A graph is a whole
+step, from the slots to the tokens in them. Where a row asks for more than a temperature, another graph samples once more
+from the logits that the first one leaves. Beyond `MOST_TOKENS` there is one form more, of as many tokens as a step may have:
+with prompts waiting, the scheduler fills steps up to just that. What lies between runs operation by operation.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from services.engine.batch import Step
+from services.engine.kernel_sampler import KernelSampler
 from services.engine.kv_cache import KVCache
 from services.engine.model_runner import Executor
 from services.engine.models.decoder import Decoder
-from services.engine.ops.kernels import decode_attention, sampling
+from services.engine.ops.kernels import decode_attention
 from services.engine.packets import Decodes, Form, Tokens, decode_sizes, token_counts
-from services.engine.sampler import Sampled, Sampler
-from services.engine.state import DeviceState, Selection, Wants, on_device
+from services.engine.sampler import Sampled
+from services.engine.state import DeviceState, Selection
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -40,9 +41,6 @@ than this would, even behind a busy host, be done sooner by itself than as a ful
 
 FEW_ROWS = 32
 """Logits of so many rows have a place of their own."""
-
-CAPTURED_WANTS = Wants.DRAW | Wants.TEMPERATURE
-"""What the captured sampler does."""
 
 
 class Replay(Protocol):
@@ -64,10 +62,12 @@ class _Captured:
     form: Form
     packet: Tensor
     """int32, [rows, width]."""
-    model: Replay
-    logits_RV: Tensor
-    sampler: Replay
-    sampled: Sampled
+    step: Replay
+    plain: Sampled
+    """What the step samples, with rows of the form that are nobody's."""
+    resampling: Replay
+    whole: Sampled
+    """The same, whatever the rows ask for."""
 
 
 class Graphs:
@@ -79,24 +79,22 @@ class Graphs:
         model: Decoder,
         cache: KVCache,
         state: DeviceState,
-        sampler: Sampler,
         *,
         larger: Executor,
         most_tokens: int,
-        captured_wants: Wants = CAPTURED_WANTS,
         capture: Capture | None = None,
     ) -> None:
-        """`larger` runs what is not captured. `most_tokens`: of any step, as the scheduler makes them. A row that wants more than
-        `captured_wants` is left to the sampler, and those beside it too."""
+        """`larger` runs what is not captured. `most_tokens`: of any step, as the scheduler makes them."""
         self._model = model
         self._cache = cache
         self._state = state
-        self._sampler = sampler
+        self._sampler = KernelSampler(state)
         self._larger = larger
-        self._captured_wants = captured_wants
         self._capture = capture or CudaCapture()
-        # Logits are the largest of what a step leaves: those of many rows share their place.
-        self._logits_RV = torch.empty((state.num_slots, model.vocab_size), dtype=torch.float32, device=state.device)
+        # Logits are the largest of what a step leaves: those of many rows share their place, and so do all before they are edited.
+        size = (state.num_slots, model.vocab_size)
+        self._logits_RV = torch.empty(size, dtype=torch.float32, device=state.device)
+        self._before_RV = torch.empty_like(self._logits_RV)
         state.block_tables[state.spare_slot] = cache.spare_block
         # The largest first: the others find room in the memory that it leaves.
         self._counts = captured_counts(most_tokens)
@@ -110,19 +108,17 @@ class Graphs:
         captured = self._fitting(step)
         if captured is None:
             return self._larger.run(step)
-        state = self._state
-        state.update(step)
+        self._state.update(step)
         captured.packet.copy_(self._numbers(captured.form, step), non_blocking=True)
-        captured.model.replay()
-        sampling = [work for work in step.works if work.samples]
-        if not sampling:
+        captured.step.replay()
+        slots = [work.slot for work in step.works if work.samples]
+        if not slots:
             return None
-        slots = [work.slot for work in sampling]
-        if state.sampling.wanted_by(slots) & ~self._captured_wants:
-            return self._sample(captured.logits_RV[: len(slots)], slots, [work.end for work in sampling])
-        captured.sampler.replay()
-        sampled = captured.sampled
-        return Sampled(sampled.token_ids_R[: len(slots)], sampled.peaks_R[: len(slots)], None)
+        if self._sampler.is_plain(slots):
+            plain = captured.plain
+            return Sampled(plain.token_ids_R[: len(slots)], plain.peaks_R[: len(slots)], None)
+        captured.resampling.replay()
+        return self._sampler.of_slots(captured.whole, slots)
 
     def _numbers(self, form: Form, step: Step) -> Tensor:
         """The step's packet, where a GPU may fetch it by itself."""
@@ -137,41 +133,24 @@ class Graphs:
         count = self._counts[bisect_left(self._counts, num_tokens)]
         return self._mixed[count] if num_tokens <= MOST_TOKENS or num_tokens >= FULL * count else None
 
-    def _sample(self, logits_RV: Tensor, slots: list[int], positions: list[int]) -> Sampled:
-        slots_R, positions_R = on_device([slots, positions], self._state.device).unbind(0)
-        selection = Selection(slots, positions, slots_R, positions_R)
-        sampled = self._sampler(logits_RV, selection)
-        self._state.append(selection, sampled.token_ids_R)
-        return sampled
-
     def _captured(self, form: Form) -> _Captured:
         state, spare_block = self._state, self._cache.spare_block
         packet = torch.zeros((form.rows, form.width), dtype=torch.int32, device=state.device)
         packet[0] = state.spare_slot
 
-        def compute() -> tuple[Tensor, Selection]:
+        def compute() -> tuple[Tensor, Selection, Sampled]:
             batch = form.batch(packet, state, spare_block=spare_block)
             num_rows = len(batch.selection.slots_R)
             shared_RV = self._logits_RV[:num_rows] if num_rows > FEW_ROWS else None
-            return self._model.forward(batch, self._cache, shared_RV), batch.selection
+            logits_RV = self._model.forward(batch, self._cache, shared_RV)
+            return logits_RV, batch.selection, self._sampler.plain(logits_RV, batch.selection)
 
-        (logits_RV, selection), model = self._capture(compute)
-        # Capturing computes nothing, and whose logits these are is looked up as soon as the sampler is tried.
-        model.replay()
-        sampled, sampler = self._capture(lambda: self._draw(logits_RV, selection))
-        return _Captured(form, packet, model, logits_RV, sampler, sampled)
-
-    def _draw(self, logits_RV: Tensor, selection: Selection) -> Sampled:
-        parameters = self._state.sampling
-        token_ids_R, peaks_R = sampling.sample(
-            logits_RV,
-            parameters.floats,
-            parameters.integers,
-            selection.slots_R,
-            selection.positions_R,
-            self._state.tokens,
-        )
-        return Sampled(token_ids_R, peaks_R, None)
+        (logits_RV, selection, plain), step = self._capture(compute)
+        # Capturing computes nothing, and whose logits these are is looked up as soon as sampling is tried.
+        step.replay()
+        before_RV = self._before_RV[: len(logits_RV)]
+        whole, resampling = self._capture(lambda: self._sampler.whole(logits_RV, before_RV, selection))
+        return _Captured(form, packet, step, plain, resampling, whole)
 
 
 class CudaCapture:
@@ -202,8 +181,9 @@ def num_forms(*, num_slots: int, most_tokens: int) -> int:
 
 
 def logits_rows(*, num_slots: int, most_tokens: int) -> int:
-    """Rows of logits that are kept: a place for all forms of many rows, and one for each of few."""
-    return num_slots + sum(rows for rows in _rows(num_slots, most_tokens) if rows <= FEW_ROWS)
+    """Rows of logits that are kept: a place for all forms of many rows, one for each of few, and one for what any of them was before
+    it was edited."""
+    return 2 * num_slots + sum(rows for rows in _rows(num_slots, most_tokens) if rows <= FEW_ROWS)
 
 
 def scratch_bytes(*, num_slots: int, max_len: int, heads: int, kv_heads: int, head_dim: int) -> int:

@@ -17,8 +17,8 @@ from services.engine.kv_cache import KVCache
 from services.engine.kv_format import KVFormat
 from services.engine.model_runner import Eager
 from services.engine.models import Model
-from services.engine.sampler import Sampler
-from services.engine.sequence import SamplingParams, StopRules
+from services.engine.sampler import sampler_for
+from services.engine.sequence import MAX_LOGIT_BIAS, MAX_STOP_TOKENS, SamplingParams, StopRules
 from services.engine.state import DeviceState
 
 FORM_BYTES = 8 << 20
@@ -87,7 +87,7 @@ def run_largest(model: Model, largest: Largest, *, formats: Seq[KVFormat], devic
     state = DeviceState(
         num_slots=largest.num_works, max_len=largest.longest + 1, block_size=largest.block_size, device=device
     )
-    Eager(model, cache, state, Sampler(state)).run(largest.step())
+    Eager(model, cache, state, sampler_for(state)).run(largest.step())
     return cache.data.nbytes
 
 
@@ -117,5 +117,6 @@ def captured_bytes(*, step: int, forms: int, logits_rows: int, vocab_size: int) 
 
 
 def slot_bytes(*, num_slots: int, max_len: int, block_size: int) -> int:
-    """Bytes of the `DeviceState`: tokens and block tables."""
-    return 4 * (num_slots + 1) * (max_len + -(-max_len // block_size))
+    """Bytes of the `DeviceState`: tokens, block tables, and what may be added to logits."""
+    additions = 2 * (MAX_LOGIT_BIAS + MAX_STOP_TOKENS)
+    return 4 * (num_slots + 1) * (max_len + -(-max_len // block_size) + additions)

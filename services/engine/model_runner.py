@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from services.engine.batch import Step, StepResult
+from services.engine.copies import on_host
 from services.engine.kv_cache import KVCache
 from services.engine.models import Model
 from services.engine.sampler import Reported, Sampled, Sampler
@@ -49,9 +49,7 @@ class Eager:
         logits_RV = self._model.forward(batch, self._cache)
         if not len(batch.selection):
             return None
-        sampled = self._sampler(logits_RV, batch.selection)
-        self._state.append(batch.selection, sampled.token_ids_R)
-        return sampled
+        return self._sampler(logits_RV, batch.selection)
 
 
 class TwoCopies:
@@ -110,37 +108,29 @@ def _on_host(sampled: Sampled) -> Sampled:
     """The same in pinned memory, as soon as the copies that this starts are done."""
     reported = sampled.reported
     return Sampled(
-        token_ids_R=_pinned(sampled.token_ids_R),
-        peaks_R=_pinned(sampled.peaks_R),
+        token_ids_R=on_host(sampled.token_ids_R),
+        peaks_R=on_host(sampled.peaks_R),
         reported=reported
         and Reported(
-            rows=reported.rows,
             counts=reported.counts,
-            chosen_P=_pinned(reported.chosen_P),
-            top_PC=_pinned(reported.top_PC),
-            top_ids_PC=_pinned(reported.top_ids_PC),
+            chosen_R=on_host(reported.chosen_R),
+            top_RC=on_host(reported.top_RC),
+            top_ids_RC=on_host(reported.top_ids_RC),
         ),
     )
 
 
-def _pinned(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-
-
 def _result(step: Step, sampled: Sampled) -> StepResult:
     token_ids = tuple(sampled.token_ids_R.tolist())
-    logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
-    if sampled.reported is not None:
-        for row, each in zip(sampled.reported.rows, _logprobs(sampled.reported), strict=True):
-            logprobs[row] = each
+    logprobs = _logprobs(sampled.reported) if sampled.reported is not None else (None,) * len(token_ids)
     failed = frozenset(row for row, peak in enumerate(sampled.peaks_R.tolist()) if not math.isfinite(peak))
-    return StepResult(step, token_ids, tuple(logprobs), failed)
+    return StepResult(step, token_ids, logprobs, failed)
 
 
-def _logprobs(reported: Reported) -> list[TokenLogprobs]:
-    """Of each reporting row, with as many likeliest tokens as it wants."""
-    columns = (reported.counts, reported.chosen_P.tolist(), reported.top_ids_PC.tolist(), reported.top_PC.tolist())
-    return [
-        TokenLogprobs(chosen, tuple(zip(ids[:count], values[:count], strict=True)))
+def _logprobs(reported: Reported) -> tuple[TokenLogprobs | None, ...]:
+    """Of each row that wants them, with as many likeliest tokens as it wants."""
+    columns = (reported.counts, reported.chosen_R.tolist(), reported.top_ids_RC.tolist(), reported.top_RC.tolist())
+    return tuple(
+        None if count is None else TokenLogprobs(chosen, tuple(zip(ids[:count], values[:count], strict=True)))
         for count, chosen, ids, values in zip(*columns, strict=True)
-    ]
+    )

@@ -5,7 +5,8 @@
     draw     a token by the row's own noise; all other rows take the likeliest
 
 Reported log-probabilities are of the model's own distribution, before any of it. Where every row is greedy and nothing
-else is asked for, a step is one arg max.
+else is asked for, a step is one arg max. A GPU does the same by kernels (`kernel_sampler`), for which this is the
+specification.
 
 Shapes: R rows to sample, D rows among them that are drawn from, P rows that report log-probabilities, V vocabulary,
 C tokens reported.
@@ -16,28 +17,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from services.engine.copies import on_device
 from services.engine.ops import sampling
-from services.engine.state import DeviceState, Parameters, Selection, Wants, on_device
+from services.engine.ops.parameters import Floats, Integers
+from services.engine.sampling_state import SamplingState, Wants
+from services.engine.state import DeviceState, Selection
 
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """Log-probabilities of the rows that want them."""
+    """Log-probabilities of the rows that want them; what stands in other rows means nothing."""
 
-    rows: Seq[int]
-    """Which of the R."""
-    counts: Seq[int]
-    """How many of the likeliest each of them wants."""
-    chosen_P: Tensor
-    top_PC: Tensor
-    """Likeliest first; as many as the row that wants most."""
-    top_ids_PC: Tensor
+    counts: Seq[int | None]
+    """How many of the likeliest each row is told, beside the chosen one; None where it wants to hear of none."""
+    chosen_R: Tensor
+    top_RC: Tensor
+    """Likeliest first; as many as the row that wants most, or more."""
+    top_ids_RC: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +54,32 @@ class Sampled:
     reported: Reported | None
 
 
-class Sampler:
+class Sampler(Protocol):
     """Samples for the slots of one `DeviceState`."""
+
+    def __call__(self, logits_RV: Tensor, selection: Selection) -> Sampled:
+        """The next token of each selected slot, which is known to the slot then. Leaves anything in the logits, which are
+        float32."""
+        ...
+
+
+def sampler_for(state: DeviceState) -> Sampler:
+    """The sampler of the state's device."""
+    if state.device.type != "cuda":
+        return TorchSampler(state)
+    from services.engine.kernel_sampler import KernelSampler  # needs Triton, which a CPU does without
+
+    return KernelSampler(state)
+
+
+class TorchSampler:
+    """A `Sampler`, operation by operation."""
 
     def __init__(self, state: DeviceState) -> None:
         self._state = state
 
     def __call__(self, logits_RV: Tensor, selection: Selection) -> Sampled:
-        """The next token of each selected slot. Leaves anything in the logits, which are float32."""
+        """As `Sampler`."""
         wanted = self._state.sampling.wanted_by(selection.slots)
         raw_PV = self._kept_for_report(logits_RV, selection) if Wants.LOGPROBS in wanted else None
         self._edit(logits_RV, selection, wanted)
@@ -67,6 +87,7 @@ class Sampler:
         if Wants.DRAW in wanted:
             token_ids_R = self._draw(logits_RV, token_ids_R, selection, wanted)
         reported = self._report(raw_PV, token_ids_R, selection) if raw_PV is not None else None
+        self._state.append(selection, token_ids_R)
         return Sampled(token_ids_R, peaks_R, reported)
 
     def _edit(self, logits_RV: Tensor, selection: Selection, wanted: Wants) -> None:
@@ -85,14 +106,13 @@ class Sampler:
         return likeliest_R.index_copy(0, rows_D, drawn_D)
 
     def _draw_all(self, logits_DV: Tensor, selection: Selection, wanted: Wants) -> Tensor:
-        parameters = self._state.sampling.parameters(selection)
-        p_DV = sampling.probabilities(logits_DV, parameters.temperature_R if Wants.TEMPERATURE in wanted else None)
+        floats, integers = self._state.sampling.parameters.take(selection.slots_R)
+        p_DV = sampling.probabilities(logits_DV, floats.temperature if Wants.TEMPERATURE in wanted else None)
         for want, shape in SHAPES.items():
             if want in wanted:
-                shape(p_DV, parameters)
-        return sampling.draw(
-            p_DV, seed_R2=parameters.seed_R2, position_R=selection.positions_R, choice_R=parameters.choice_R
-        )
+                shape(p_DV, floats, integers)
+        seed_R2 = torch.stack((integers.seed_low, integers.seed_high), dim=1)
+        return sampling.draw(p_DV, seed_R2=seed_R2, position_R=selection.positions_R, choice_R=integers.choice)
 
     def _kept_for_report(self, logits_RV: Tensor, selection: Selection) -> Tensor:
         """A copy of the rows that report, as the model gave them."""
@@ -100,54 +120,51 @@ class Sampler:
         return logits_RV[on_device(rows, logits_RV.device)]
 
     def _report(self, raw_PV: Tensor, token_ids_R: Tensor, selection: Selection) -> Reported:
-        rows = self._rows_wanting(Wants.LOGPROBS, selection)
-        counts = [self._state.sampling.params(selection.slots[row]).logprobs or 0 for row in rows]
-        chosen_P = token_ids_R[on_device(rows, token_ids_R.device)]
-        return Reported(rows, counts, *sampling.log_probabilities(raw_PV, chosen_P, most=max(counts)))
+        counts = num_tops(self._state.sampling, selection.slots)
+        rows_P = on_device(self._rows_wanting(Wants.LOGPROBS, selection), token_ids_R.device)
+        most = max(count for count in counts if count is not None)
+        found = sampling.log_probabilities(raw_PV, token_ids_R[rows_P], most=most)
+        return Reported(counts, *(_spread(each, rows_P, len(selection)) for each in found))
 
     def _rows_wanting(self, want: Wants, selection: Selection) -> list[int]:
         return [row for row, slot in enumerate(selection.slots) if want in self._state.sampling.wants(slot)]
 
 
-class RowByRow(Sampler):
-    """Samples each row by itself wherever a row wants more than its likeliest token: how a GPU adds up the probabilities
-    of a row follows from how many rows there are. The likeliest token does not."""
-
-    def __call__(self, logits_RV: Tensor, selection: Selection) -> Sampled:
-        if not self._state.sampling.wanted_by(selection.slots):
-            return super().__call__(logits_RV, selection)
-        found = []
-        for row in range(len(selection)):
-            one = selection.take([row], on_device([row], logits_RV.device))
-            found.append(super().__call__(logits_RV[row : row + 1], one))
-        whole = joined(found)
-        assert whole is not None
-        return whole
+def num_tops(state: SamplingState, slots: Seq[int]) -> list[int | None]:
+    """`Reported.counts` of these slots."""
+    return [state.num_top(slot) for slot in slots]
 
 
 def joined(parts: Seq[Sampled]) -> Sampled | None:
     """What several samplers found, one after the other; None where there is none."""
     if not parts:
         return None
-    firsts = [0, *accumulate(len(part.token_ids_R) for part in parts)]
-    reports = [(first, part.reported) for first, part in zip(firsts, parts, strict=False) if part.reported is not None]
+    reports = [part.reported or _nothing_reported(len(part.token_ids_R)) for part in parts]
     return Sampled(
         torch.cat([part.token_ids_R for part in parts]),
         torch.cat([part.peaks_R for part in parts]),
-        _joined_reports(reports) if reports else None,
+        _joined_reports(reports) if any(part.reported is not None for part in parts) else None,
     )
 
 
-def _joined_reports(parts: Seq[tuple[int, Reported]]) -> Reported:
-    """Each with the row that its first one is. What a row does not want is filled up with zeros."""
-    most = max(part.top_PC.shape[1] for _, part in parts)
+def _nothing_reported(num_rows: int) -> Reported:
+    none_R0 = torch.zeros(num_rows, 0)
+    return Reported([None] * num_rows, torch.zeros(num_rows), none_R0, none_R0.long())
+
+
+def _joined_reports(reports: Seq[Reported]) -> Reported:
+    most = max(report.top_RC.shape[1] for report in reports)
     return Reported(
-        [first + row for first, part in parts for row in part.rows],
-        [count for _, part in parts for count in part.counts],
-        torch.cat([part.chosen_P for _, part in parts]),
-        torch.cat([F.pad(part.top_PC, (0, most - part.top_PC.shape[1])) for _, part in parts]),
-        torch.cat([F.pad(part.top_ids_PC, (0, most - part.top_ids_PC.shape[1])) for _, part in parts]),
+        [count for report in reports for count in report.counts],
+        torch.cat([report.chosen_R for report in reports]),
+        torch.cat([F.pad(report.top_RC, (0, most - report.top_RC.shape[1])) for report in reports]),
+        torch.cat([F.pad(report.top_ids_RC, (0, most - report.top_ids_RC.shape[1])) for report in reports]),
     )
+
+
+def _spread(each_P: Tensor, rows_P: Tensor, num_rows: int) -> Tensor:
+    """The same where P are rows among R."""
+    return each_P.new_zeros((num_rows, *each_P.shape[1:])).index_copy(0, rows_P, each_P)
 
 
 def _penalize(logits_V: Tensor, state: DeviceState, slot: int, position: int) -> None:
@@ -171,7 +188,7 @@ def _forbid_stops(logits_V: Tensor, state: DeviceState, slot: int, position: int
     num_output = position - state.sampling.num_prompt(slot)
     # The sequence may end with the token that makes it `min_tokens` long.
     if num_output + 1 < state.sampling.min_tokens(slot):
-        logits_V.index_fill_(0, state.sampling.stop_ids(slot), -torch.inf)
+        logits_V.index_fill_(0, state.sampling.stop_ids(slot).long(), -torch.inf)
 
 
 EDITS: dict[Wants, Callable[[Tensor, DeviceState, int, int], None]] = {
@@ -181,9 +198,9 @@ EDITS: dict[Wants, Callable[[Tensor, DeviceState, int, int], None]] = {
 }
 """What changes the logits of one row, in place, given its slot and the position of the token to sample, in order."""
 
-SHAPES: dict[Wants, Callable[[Tensor, Parameters], Tensor]] = {
-    Wants.TOP_K: lambda p_DV, parameters: sampling.keep_top_k(p_DV, parameters.top_k_R, most=parameters.most_top_k),
-    Wants.TOP_P: lambda p_DV, parameters: sampling.keep_top_p(p_DV, parameters.top_p_R),
-    Wants.MIN_P: lambda p_DV, parameters: sampling.keep_min_p(p_DV, parameters.min_p_R),
+SHAPES: dict[Wants, Callable[[Tensor, Floats[Tensor], Integers[Tensor]], Tensor]] = {
+    Wants.TOP_K: lambda p_DV, _, integers: sampling.keep_top_k(p_DV, integers.top_k, most=int(integers.top_k.max())),
+    Wants.TOP_P: lambda p_DV, floats, _: sampling.keep_top_p(p_DV, floats.top_p),
+    Wants.MIN_P: lambda p_DV, floats, _: sampling.keep_min_p(p_DV, floats.min_p),
 }
 """What drops unlikely tokens of all rows, in place, in order."""

@@ -6,6 +6,11 @@ import enum
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
+MAX_STOP_TOKENS = 1024 + 128
+"""Those that a request may name, and the model's own."""
+
 
 class Phase(enum.Enum):
     """Where a sequence stands."""

@@ -10,45 +10,19 @@ Shapes: N tokens of the step, S works of the step, R rows to sample, B blocks.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from functools import reduce
-from operator import or_
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from services.engine.batch import Admission, Growth, Step
-from services.engine.sequence import SamplingParams, StopRules
+from services.engine.copies import on_device
+from services.engine.sampling_state import SamplingState
 
 if TYPE_CHECKING:
     from services.engine.ops.kernels.attention import Works
-
-
-class Wants(enum.Flag):
-    """What a sequence asks of the sampler beyond its likeliest token."""
-
-    PENALTIES = enum.auto()
-    """Its own tokens made less likely."""
-    BIAS = enum.auto()
-    """Something added to some logits."""
-    MIN_TOKENS = enum.auto()
-    """No stop token for a while."""
-    DRAW = enum.auto()
-    """A token drawn from the distribution."""
-    TEMPERATURE = enum.auto()
-    """One other than 1."""
-    TOP_K = enum.auto()
-    TOP_P = enum.auto()
-    MIN_P = enum.auto()
-    LOGPROBS = enum.auto()
-    """Log-probabilities reported."""
-
-
-COLDEST = 1e-5
-"""Temperatures below are greedy: the logits they divide would leave float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,108 +87,6 @@ class Batch:
     @property
     def max_kv(self) -> int:
         return max(self.kv_lens)
-
-
-class SamplingState:
-    """The sampling parameters of every slot."""
-
-    def __init__(self, num_slots: int, *, device: torch.device) -> None:
-        self._device = device
-        self.floats = torch.zeros((num_slots, 3), dtype=torch.float32, device=device)
-        """Temperature (0 where the likeliest token is taken), top_p, min_p."""
-        self.integers = torch.zeros((num_slots, 4), dtype=torch.int64, device=device)
-        """top_k, the seed's low and high 32 bits, the choice."""
-        self._admissions: list[Admission | None] = [None] * num_slots
-        self._wants = [Wants(0)] * num_slots
-        # Of few slots, and of a different length in each.
-        self._biases: dict[int, tuple[Tensor, Tensor]] = {}
-        self._stop_ids: dict[int, Tensor] = {}
-
-    def admit(self, admission: Admission) -> None:
-        """The slot's sequence asks for this."""
-        slot, params = admission.slot, admission.sampling
-        wants = _wants(params, admission.stop)
-        self._admissions[slot] = admission
-        self._wants[slot] = wants
-        floats = (params.temperature if Wants.DRAW in wants else 0.0, params.top_p, params.min_p)
-        integers = (params.top_k, params.seed & 0xFFFFFFFF, params.seed >> 32, admission.choice)
-        self.floats[slot] = on_device(floats, self._device, dtype=torch.float32)
-        self.integers[slot] = on_device(integers, self._device)
-        if Wants.BIAS in wants:
-            ids, values = zip(*params.logit_bias, strict=True)
-            self._biases[slot] = (
-                on_device(ids, self._device),
-                on_device(values, self._device, dtype=torch.float32),
-            )
-        if Wants.MIN_TOKENS in wants:
-            self._stop_ids[slot] = on_device(sorted(admission.stop.stop_token_ids), self._device)
-
-    def release(self, slot: int) -> None:
-        """The slot's sequence left."""
-        self._admissions[slot] = None
-        self._biases.pop(slot, None)
-        self._stop_ids.pop(slot, None)
-
-    def wants(self, slot: int) -> Wants:
-        """What this slot asks for."""
-        return self._wants[slot]
-
-    def wanted_by(self, slots: Seq[int]) -> Wants:
-        """What any of the slots asks for."""
-        return reduce(or_, {self._wants[slot] for slot in slots}, Wants(0))
-
-    def params(self, slot: int) -> SamplingParams:
-        """What this slot's sequence asks for, in its own words."""
-        return self._admission(slot).sampling
-
-    def num_prompt(self, slot: int) -> int:
-        """Tokens of its prompt."""
-        return self._admission(slot).num_prompt
-
-    def min_tokens(self, slot: int) -> int:
-        """Tokens before which it must not end."""
-        return self._admission(slot).stop.min_tokens
-
-    def bias(self, slot: int) -> tuple[Tensor, Tensor]:
-        """Token ids, and what is added to their logits."""
-        return self._biases[slot]
-
-    def stop_ids(self, slot: int) -> Tensor:
-        """The tokens that it must not end with."""
-        return self._stop_ids[slot]
-
-    def parameters(self, selection: Selection) -> Parameters:
-        """The numbers of these slots, which are all drawn from."""
-        temperature_R, top_p_R, min_p_R = self.floats.index_select(0, selection.slots_R).unbind(1)
-        integers = self.integers.index_select(0, selection.slots_R)
-        return Parameters(
-            temperature_R=temperature_R,
-            top_k_R=integers[:, 0],
-            most_top_k=max(self.params(slot).top_k for slot in selection.slots),
-            top_p_R=top_p_R,
-            min_p_R=min_p_R,
-            seed_R2=integers[:, 1:3],
-            choice_R=integers[:, 3],
-        )
-
-    def _admission(self, slot: int) -> Admission:
-        admission = self._admissions[slot]
-        assert admission is not None, f"slot {slot} holds no sequence"
-        return admission
-
-
-@dataclass(frozen=True, slots=True)
-class Parameters:
-    """The numbers by which rows are drawn from."""
-
-    temperature_R: Tensor
-    top_k_R: Tensor
-    most_top_k: int
-    top_p_R: Tensor
-    min_p_R: Tensor
-    seed_R2: Tensor
-    """int64: the low and the high 32 bits."""
-    choice_R: Tensor
 
 
 class DeviceState:
@@ -318,31 +190,8 @@ class DeviceState:
         return blocks_N.long() * self.block_size + positions_N % self.block_size
 
 
-def on_device(values: object, device: torch.device, *, dtype: torch.dtype = torch.int64) -> Tensor:
-    """A tensor of these numbers. The host does not wait for the copy to a GPU, as it would from ordinary memory."""
-    if device.type == "cpu":
-        return torch.tensor(values, dtype=dtype)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
-
-
 def _spread(slots_S: Tensor, starts_S: Tensor, query_starts_S1: Tensor, *, num_tokens: int) -> tuple[Tensor, Tensor]:
     """The slot and the position of each token of the step."""
     works_N = torch.repeat_interleave(query_starts_S1.diff(), output_size=num_tokens)
     offsets_S = starts_S - query_starts_S1[:-1]
     return slots_S[works_N], torch.arange(num_tokens, device=slots_S.device) + offsets_S[works_N]
-
-
-def _wants(params: SamplingParams, stop: StopRules) -> Wants:
-    draws = params.temperature >= COLDEST
-    asked = {
-        Wants.PENALTIES: (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0),
-        Wants.BIAS: bool(params.logit_bias),
-        Wants.MIN_TOKENS: stop.min_tokens > 0 and bool(stop.stop_token_ids),
-        Wants.DRAW: draws,
-        Wants.TEMPERATURE: draws and params.temperature != 1,
-        Wants.TOP_K: draws and params.top_k > 0,
-        Wants.TOP_P: draws and params.top_p < 1,
-        Wants.MIN_P: draws and params.min_p > 0,
-        Wants.LOGPROBS: params.logprobs is not None,
-    }
-    return reduce(or_, (want for want, is_asked in asked.items() if is_asked), Wants(0))

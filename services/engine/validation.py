@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 from holdfast.errors import InvalidRequest, NotFound
 from holdfast.v1 import generation_pb2 as pb
-from services.engine.sequence import SamplingParams, Sequence, StopRules
+from services.engine.sequence import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS, SamplingParams, Sequence, StopRules
 
 MAX_CHOICES = 128
-MAX_LOGPROBS = 20
 
 _RANGES = {
     "temperature": (0.0, 100.0),
@@ -102,6 +101,8 @@ def _check_sampling(sampling: pb.SamplingParams, served: Served) -> None:
         raise _wrong("sampling.top_k", sampling.top_k, "must be at least 1")
     if sampling.HasField("logprobs") and sampling.logprobs > MAX_LOGPROBS:
         raise _wrong("sampling.logprobs", sampling.logprobs, f"must be 0 to {MAX_LOGPROBS}")
+    if len(sampling.logit_bias) > MAX_LOGIT_BIAS:
+        raise _wrong("sampling.logit_bias", f"{len(sampling.logit_bias)} entries", f"may have at most {MAX_LOGIT_BIAS}")
     _check_ids("sampling.logit_bias", max(sampling.logit_bias, default=0), served)
     for bias in sampling.logit_bias.values():
         if not -100 <= bias <= 100:
@@ -111,6 +112,9 @@ def _check_sampling(sampling: pb.SamplingParams, served: Served) -> None:
 def _check_stop(stop: pb.StopRules, served: Served) -> None:
     if stop.HasField("max_tokens") and stop.max_tokens < 1:
         raise _wrong("stop.max_tokens", stop.max_tokens, "must be at least 1")
+    if (number := len({*stop.stop_token_ids, *served.stop_token_ids})) > MAX_STOP_TOKENS:
+        right = f"may have at most {MAX_STOP_TOKENS} ids, those of the model among them"
+        raise _wrong("stop.stop_token_ids", number, right)
     _check_ids("stop.stop_token_ids", max(stop.stop_token_ids, default=0), served)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from services.engine.batch import Admission, Growth, Step, Work
-from services.engine.sampler import Sampled, Sampler
+from services.engine.sampler import Sampled, TorchSampler
 from services.engine.sequence import SamplingParams, Sequence, StopRules
 from services.engine.state import DeviceState, Selection
 
@@ -26,9 +26,9 @@ def sequence(
     return Sequence("r", choice, list(prompt_ids), params, stop or StopRules(max_tokens=100), output_ids=known)
 
 
-def admitted(*sequences: Sequence, max_len: int = 1024) -> tuple[DeviceState, Selection]:
+def admitted(*sequences: Sequence, max_len: int = 1024, device: str = "cpu") -> tuple[DeviceState, Selection]:
     """The slots that hold these sequences, and the selection of a step that samples the next token of each."""
-    state = DeviceState(num_slots=len(sequences), max_len=max_len, block_size=BLOCK_SIZE)
+    state = DeviceState(num_slots=len(sequences), max_len=max_len, block_size=BLOCK_SIZE, device=device)
     works = tuple(Work(slot, each.num_known - 1, 1, True) for slot, each in enumerate(sequences))
     admissions = tuple(Admission.of(each, slot) for slot, each in enumerate(sequences))
     blocks = tuple(range(-(-max_len // BLOCK_SIZE)))
@@ -40,7 +40,7 @@ def sample(logits_RV: Tensor, *sequences: Sequence) -> Sampled:
     """What the sampler makes of these logits."""
     state, selection = admitted(*sequences)
     with torch.inference_mode():
-        return Sampler(state)(logits_RV.clone(), selection)
+        return TorchSampler(state)(logits_RV.clone(), selection)
 
 
 def tokens(logits_RV: Tensor, *sequences: Sequence) -> list[int]:

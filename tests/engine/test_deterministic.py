@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from holdfast.errors import ConfigurationError
 from services.engine.batch import Step
@@ -158,24 +157,3 @@ def test_several_ranks_are_refused() -> None:
 
     with pytest.raises(ConfigurationError, match="deterministic: not with tensor_parallel 2"):
         build(EngineSettings(device="cpu", deterministic=True, tensor_parallel=2), Path(), Shard(0, 2))
-
-
-def test_rows_sampled_by_themselves_get_what_they_get_together() -> None:
-    """Reports of different widths among them, in the order of the rows."""
-    from services.engine.sampler import RowByRow, Sampler
-    from services.engine.state import DeviceState
-    from tests.engine.slots import admitted, sequence
-
-    rows = [sequence(), sequence(temperature=1.0, seed=4), sequence(logprobs=3), sequence(logprobs=1, top_k=2)]
-    logits_RV: Tensor = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
-    found: list[Sampled] = []
-    for kind in (Sampler, RowByRow):
-        state, selection = admitted(*rows)
-        assert isinstance(state, DeviceState)
-        found.append(kind(state)(logits_RV.clone(), selection))
-    together, apart = found
-    assert torch.equal(together.token_ids_R, apart.token_ids_R) and torch.equal(together.peaks_R, apart.peaks_R)
-    assert together.reported is not None and apart.reported is not None
-    assert (apart.reported.rows, apart.reported.counts) == ([2, 3], [3, 1])
-    assert apart.reported.top_PC[0].tolist() == pytest.approx(together.reported.top_PC[0].tolist())
-    assert apart.reported.top_ids_PC[1, 0] == together.reported.top_ids_PC[1, 0]

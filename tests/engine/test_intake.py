@@ -217,8 +217,13 @@ async def test_interactive_requests_take_the_slots_of_batch_ones(memory: MemoryB
         ({"sampling": pb.SamplingParams(top_k=0)}, "sampling.top_k"),
         ({"sampling": pb.SamplingParams(logprobs=21)}, "sampling.logprobs"),
         ({"sampling": pb.SamplingParams(logit_bias={99: 1.0})}, "sampling.logit_bias"),
+        (
+            {"sampling": pb.SamplingParams(logit_bias=dict.fromkeys(range(1025), 1.0))},
+            "logit_bias may have at most 1024",
+        ),
         ({"stop": pb.StopRules(max_tokens=0)}, "stop.max_tokens"),
         ({"stop": pb.StopRules(stop_token_ids=[99])}, "stop.stop_token_ids"),
+        ({"stop": pb.StopRules(stop_token_ids=range(2000))}, "stop_token_ids may have at most 1152"),
     ],
 )
 async def test_a_request_that_cannot_be_honoured_is_told_why(memory: MemoryBus, wrong: Any, field: str) -> None:

@@ -55,7 +55,7 @@ def test_what_is_free_is_shared_between_the_cache_and_everything_else() -> None:
     assert room_for_cache(free=20, total=100, share=0.9, **parts) == 0
     captured = captured_bytes(step=8 << 30, forms=40, logits_rows=300, vocab_size=1000)
     assert captured == (8 << 30) + 4 * 300 * 1000 + (40 * 8 << 20)
-    assert slot_bytes(num_slots=3, max_len=100, block_size=64) == 4 * 4 * (100 + 2)
+    assert slot_bytes(num_slots=3, max_len=100, block_size=64) == 4 * 4 * (100 + 2 + 2 * (1024 + 1152))
 
 
 def test_a_model_is_all_that_is_needed(stories260k: Path) -> None:
@@ -75,7 +75,7 @@ def test_what_decodes_leave_is_counted_for_the_longest_context() -> None:
     )
     assert scratch_bytes(num_slots=1, max_len=131072, heads=32, kv_heads=8, head_dim=128) == 2 * 256 * 32 * 129 * 4
     assert num_forms(num_slots=4, most_tokens=100) == 3 + 4
-    assert logits_rows(num_slots=4, most_tokens=100) == 4 + (1 + 2 + 4) + 4 * 4
+    assert logits_rows(num_slots=4, most_tokens=100) == 2 * 4 + (1 + 2 + 4) + 4 * 4
     assert num_forms(num_slots=4, most_tokens=2048) == 3 + 21
     assert num_forms(num_slots=4, most_tokens=8192) == 3 + 22  # and the full step
-    assert logits_rows(num_slots=4, most_tokens=8192) == 4 + (1 + 2 + 4) + 22 * 4
+    assert logits_rows(num_slots=4, most_tokens=8192) == 2 * 4 + (1 + 2 + 4) + 22 * 4

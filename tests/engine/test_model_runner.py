@@ -18,7 +18,7 @@ from services.engine.blocks import BlockPool
 from services.engine.build import build
 from services.engine.kv_cache import KVCache, KVShape
 from services.engine.model_runner import Eager, ModelRunner
-from services.engine.sampler import Sampler
+from services.engine.sampler import TorchSampler
 from services.engine.scheduler import Limits, Scheduler
 from services.engine.sequence import FinishReason, SamplingParams, Sequence, StopRules, TokenLogprobs
 from services.engine.settings import EngineSettings
@@ -48,7 +48,7 @@ def runner() -> ModelRunner:
     model = Successor()
     state = DeviceState(num_slots=4, max_len=128, block_size=BLOCK_SIZE)
     cache = KVCache(model.kv_shape, num_blocks=8, block_size=BLOCK_SIZE)
-    return ModelRunner(Eager(model, cache, state, Sampler(state)))
+    return ModelRunner(Eager(model, cache, state, TorchSampler(state)))
 
 
 def test_steps_may_be_launched_before_the_last_one_is_collected() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import MinNewTokensLengthLogitsProcessor
 
-from services.engine.sampler import Sampler
+from services.engine.sampler import TorchSampler
 from services.engine.sequence import FinishReason, Sequence, StopRules
 from tests.engine.slots import admitted, sample, sequence, tokens
 
@@ -124,7 +124,7 @@ def test_penalties_read_the_tokens_known_to_the_slot() -> None:
     logits_RV[0, [10, 20]] = torch.tensor([8.0, 7.0])
     state.append(selection, torch.tensor([10]))
     later = type(selection)([0], [3], selection.slots_R, selection.positions_R + 1)
-    assert Sampler(state)(logits_RV, later).token_ids_R.tolist() == [20]
+    assert TorchSampler(state)(logits_RV, later).token_ids_R.tolist() == [20]
 
 
 @pytest.mark.parametrize("num_output", [0, 1, 2, 3])
@@ -154,13 +154,15 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
     sampled = sample(logits_RV, *rows)
     reported = sampled.reported
     assert reported is not None
-    assert list(reported.rows) == [0, 2, 3]
+    assert reported.counts == [2, None, 0, 5]
     expected = logits_RV.log_softmax(-1)[[0, 2, 3]]
     chosen = sampled.token_ids_R[[0, 2, 3]]
     assert chosen[0] == 5
-    torch.testing.assert_close(reported.chosen_P, expected.gather(1, chosen[:, None])[:, 0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(reported.top_PC, expected.topk(5, -1).values, atol=1e-5, rtol=0)
-    assert torch.equal(reported.top_ids_PC, expected.topk(5, -1).indices)
+    torch.testing.assert_close(
+        reported.chosen_R[[0, 2, 3]], expected.gather(1, chosen[:, None])[:, 0], atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(reported.top_RC[[0, 2, 3]], expected.topk(5, -1).values, atol=1e-5, rtol=0)
+    assert torch.equal(reported.top_ids_RC[[0, 2, 3]], expected.topk(5, -1).indices)
 
 
 def test_reporting_changes_no_token() -> None:

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 
 from services.engine.batch import Admission, Growth, Step, Work
+from services.engine.sampling_state import Wants
 from services.engine.sequence import Sequence, StopRules
-from services.engine.state import Batch, DeviceState, Wants
+from services.engine.state import Batch, DeviceState
 from tests.engine.driver import Driver
 from tests.engine.driver import sequence as known_to_fake_model
 from tests.engine.fake_runner import FakeRunner, Launched
@@ -146,8 +147,8 @@ def test_seeds_keep_all_their_bits() -> None:
     largest, other = sequence(temperature=1.0, seed=2**64 - 1), sequence(temperature=1.0, seed=3 << 32 | 7)
     state.apply(admitting(largest, slot=0))
     selection = state.apply(Step(2, (Work(0, 3, 1, True), Work(1, 2, 1, True)), (Admission.of(other, 1),))).selection
-    parameters = state.sampling.parameters(selection)
-    assert parameters.seed_R2.tolist() == [[2**32 - 1, 2**32 - 1], [7, 3]]
+    _, integers = state.sampling.parameters.take(selection.slots_R)
+    assert (integers.seed_low.tolist(), integers.seed_high.tolist()) == ([2**32 - 1, 7], [2**32 - 1, 3])
 
 
 def test_a_sequence_longer_than_a_slot_is_our_fault() -> None:

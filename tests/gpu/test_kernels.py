@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, replace
+from itertools import cycle
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,6 @@ from services.engine.kv_cache import KVCache, KVLayer, KVShape
 from services.engine.kv_format import KVFormat
 from services.engine.layers.linear import Linear
 from services.engine.ops import moe
-from services.engine.ops import sampling as specified
 from services.engine.ops.activation import silu_mul
 from services.engine.ops.attention import AttentionPlan, paged_attention, plan
 from services.engine.ops.forms import Unsummed
@@ -23,10 +25,13 @@ from services.engine.ops.linear import counters_for, linear, products
 from services.engine.ops.moe import Experts
 from services.engine.ops.norm import rms_norm, rms_norm_of_sum
 from services.engine.quant.rules import FORMATS
+from services.engine.sampler import TorchSampler
+from services.engine.sequence import StopRules
 from services.engine.shard import Shard
 from services.engine.state import Batch, Selection
 from services.engine.weight_format import WeightFormat
 from tests.engine.batches import fill
+from tests.engine.slots import admitted, sequence
 
 SHAPES = [(32, 8, 128, 64, None), (16, 8, 128, 32, None), (9, 3, 64, 16, None), (8, 4, 8, 32, 40)]
 ERRORS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -236,29 +241,51 @@ def _numbered(x: Tensor) -> Tensor:
     return torch.where(bits < 128, bits, 128 - bits)
 
 
-def test_sampled_tokens_are_those_of_the_specification() -> None:
-    """On a real vocabulary, greedy rows among drawn ones."""
-    from services.engine.ops.kernels import sampling
+WISHES: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 50, "seed": 9},
+    {"temperature": 1.0, "top_p": 0.9, "seed": 1 << 40},
+    {"temperature": 1.3, "top_k": 2000, "top_p": 0.8, "min_p": 0.001},
+    {"temperature": 3.0, "top_p": 0.95},
+    {"temperature": 0.8, "min_p": 0.05, "logprobs": 20},
+    {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2, "logprobs": 3},
+    {"temperature": 1.0, "repetition_penalty": 0.8, "top_k": 10},
+    {"logit_bias": tuple((token, 0.01 * token) for token in range(1024)), "logprobs": 0},
+    {"stop": StopRules(100, min_tokens=100, stop_token_ids=frozenset(range(0, 128000, 125)))},
+]
 
-    num_rows, vocab = 200, 128256
+
+def test_whatever_rows_ask_for_is_what_the_specification_gives_them() -> None:
+    """On a real vocabulary, 220 rows of all kinds: tokens, where they are written, and log-probabilities."""
+    from services.engine.kernel_sampler import KernelSampler
+
+    num_rows, vocab = 220, 128256
+    draw = random.Random(0)
+    asked = [
+        sequence(
+            [draw.randrange(vocab) for _ in range(300)],
+            [draw.randrange(50) for _ in range(99)],
+            **{"seed": row, **wish},
+        )
+        for row, wish in zip(range(num_rows), cycle(WISHES), strict=False)
+    ]
+    state, selection = admitted(*asked, device="cuda")
     logits = 3 * torch.randn(num_rows, vocab, device="cuda")
-    floats, integers = torch.rand(num_rows, 3, device="cuda"), torch.randint(0, 1 << 32, (num_rows, 4), device="cuda")
-    floats[::3, 0] = 0
-    slots, positions = torch.randperm(num_rows, device="cuda"), torch.randint(0, 999, (num_rows,), device="cuda")
-    integers[:, 3] = 1
-    tokens = torch.zeros(num_rows, 1000, dtype=torch.int32, device="cuda")
-    token_ids, peaks = sampling.sample(logits, floats, integers, slots, positions, tokens)
-    temperature, chosen = floats[slots, 0], integers[slots]
-    drawn = temperature > 0
-    expected = logits.argmax(-1)
-    p = specified.probabilities(logits[drawn].clone(), temperature[drawn])
-    expected[drawn] = specified.draw(
-        p, seed_R2=chosen[drawn, 1:3], position_R=positions[drawn], choice_R=chosen[drawn, 3]
-    )
-    # The sums of a group are rounded in another order: a near tie may go the other way.
-    assert (token_ids == expected).sum() >= num_rows - 1
-    assert torch.equal(peaks, logits.amax(-1))
-    assert torch.equal(tokens[slots, positions].long(), token_ids)
+    expected = TorchSampler(state)(logits.clone(), selection)
+    found = KernelSampler(state)(logits.clone(), selection)
+    # Sums are rounded in another order: a near tie may go the other way.
+    assert (found.token_ids_R == expected.token_ids_R).sum() >= num_rows - 2
+    torch.testing.assert_close(found.peaks_R, expected.peaks_R)
+    assert torch.equal(state.tokens[selection.slots_R, selection.positions_R].long(), found.token_ids_R)
+    assert found.reported is not None and expected.reported is not None
+    assert found.reported.counts == expected.reported.counts
+    for row, count in enumerate(expected.reported.counts):
+        if count is not None and found.token_ids_R[row] == expected.token_ids_R[row]:
+            for name in ("chosen_R", "top_RC"):
+                mine, theirs = getattr(found.reported, name)[row], getattr(expected.reported, name)[row]
+                some = slice(count) if mine.ndim else ...
+                torch.testing.assert_close(mine[some], theirs[some], atol=1e-4, rtol=1e-5)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,14 +18,15 @@ from triton.runtime import interpreter
 
 from services.engine import graphs, models
 from services.engine.batch import Step, Work
-from services.engine.graphs import CAPTURED_WANTS, Graphs, Replay, captured_counts
+from services.engine.graphs import Graphs, Replay, captured_counts
+from services.engine.kernel_sampler import KernelSampler
 from services.engine.model_runner import Eager, ModelRunner
 from services.engine.models.decoder import Decoder
 from services.engine.ops.kernels import activation, gemv, int4, norm, overlap, quantize, scaled
 from services.engine.packets import Decodes, Tokens, decode_sizes, token_counts
-from services.engine.sampler import RowByRow, Sampled, Sampler
+from services.engine.sampler import Sampled
 from services.engine.sequence import SamplingParams, Sequence, StopRules
-from services.engine.state import DeviceState, Wants
+from services.engine.state import DeviceState
 from tests.engine import executors
 from tests.engine.test_model_runner import Engine
 
@@ -126,14 +127,9 @@ def captured(
         model = models.load(folder, dtype=cache.shape.dtype, invariant=True)
     assert isinstance(model, Decoder)
     state = DeviceState(num_slots=NUM_SLOTS, max_len=64, block_size=cache.block_size)
-    sampler = RowByRow(state) if deterministic else Sampler(state)
     replayed: list[str] = []
-    wants = Wants(0) if deterministic else CAPTURED_WANTS
-    eager = Eager(model, cache, state, sampler)
-    executor = Graphs(
-        model, cache, state, sampler,
-        larger=eager, most_tokens=max_step_tokens, captured_wants=wants, capture=capture,
-    )  # fmt: skip
+    eager = Eager(model, cache, state, KernelSampler(state))
+    executor = Graphs(model, cache, state, larger=eager, most_tokens=max_step_tokens, capture=capture)
     run, fitting = executor.run, executor._fitting
 
     def noted(step: Step) -> Sampled | None:
@@ -152,7 +148,7 @@ def asked(prompt_ids: list[int], max_tokens: int, **sampling: float) -> Sequence
 
 
 def requests() -> list[Sequence]:
-    """Greedy, drawn, and one that the captured sampler does not know; prompts that make a large step, full or not."""
+    """Greedy, drawn, and one that takes sampling once more; prompts that make a large step, full or not."""
     story = [1, 403, 407, 261, 378, 398, 285, 322, 421, 395, 426, 338, 266, 298, 270, 273, 413, 302, 260, 413, 270]
     return [
         asked(story[:1], 6),

@@ -13,24 +13,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from services.engine.ops.parameters import Parameters
 from services.engine.ops.sampling import GROUP
 
 _GROUPS = 16
 """Groups of a part."""
 
 
-def sample(
+def draw(
     logits_RV: Tensor,
-    floats: Tensor,
-    integers: Tensor,
+    parameters: Parameters,
     slots_R: Tensor,
     positions_R: Tensor,
     tokens: Tensor,
+    *,
+    floors_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The next tokens, [R] int64, and the largest logit of each row, [R]. Rows of a temperature of 0 take the likeliest.
+    """The next tokens, [R] int64, and the largest logit of each row, [R]. Rows of a temperature of 0 take the likeliest; others
+    are drawn from the tokens whose logits reach the row's floor, if there is one.
 
-    floats and integers are those of `SamplingState`; `tokens`, [slots, length] int32, gets each row's token at its slot
-    and position.
+    `tokens`, [slots, length] int32, gets each row's token at its slot and position.
     """
     num_rows, vocab_size = logits_RV.shape
     num_parts = triton.cdiv(vocab_size, _GROUPS * GROUP)
@@ -40,13 +42,16 @@ def sample(
     scores_RC, groups_RC = torch.empty_like(peaks_RC), torch.empty_like(places_RC)
     token_ids_R = torch.empty(num_rows, dtype=torch.int64, device=device)
     peaks_R = torch.empty(num_rows, dtype=torch.float32, device=device)
-    _best[(num_parts, num_rows)](
-        logits_RV, floats, integers, slots_R, positions_R, peaks_RC, places_RC, scores_RC, groups_RC,
-        logits_RV.stride(0), VOCAB=vocab_size, GROUPS=_GROUPS, GROUP=GROUP, num_warps=4,
+    temperatures, numbers = parameters.floats.temperature, parameters.integers
+    rows = (
+        logits_RV, floors_R, slots_R, positions_R, temperatures, numbers.seed_low, numbers.seed_high, numbers.choice,
     )  # fmt: skip
+    parts = (peaks_RC, places_RC, scores_RC, groups_RC)
+    _best[(num_parts, num_rows)](
+        *rows, *parts, logits_RV.stride(0), VOCAB=vocab_size, GROUPS=_GROUPS, GROUP=GROUP, num_warps=4
+    )
     _choose[(num_rows,)](
-        logits_RV, floats, integers, slots_R, positions_R, peaks_RC, places_RC, scores_RC, groups_RC,
-        tokens, token_ids_R, peaks_R, logits_RV.stride(0), tokens.stride(0), num_parts,
+        *rows, *parts, tokens, token_ids_R, peaks_R, logits_RV.stride(0), tokens.stride(0), num_parts,
         VOCAB=vocab_size, PARTS=triton.next_power_of_2(num_parts), GROUP=GROUP, num_warps=4,
     )  # fmt: skip
     return token_ids_R, peaks_R
@@ -72,20 +77,10 @@ def _gumbel(index, position, choice, series, low, high):
 
 @triton.jit
 def _best(
-    logits,
-    floats,
-    integers,
-    slots,
-    positions,
-    peaks,
-    places,
-    scores,
-    groups,
-    row_stride,
-    VOCAB: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    logits, floors, slots, positions, temperatures, seeds_low, seeds_high, choices,
+    peaks, places, scores, groups,
+    row_stride, VOCAB: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     part, row = tl.program_id(0), tl.program_id(1)
     group = part * GROUPS + tl.arange(0, GROUPS)
     token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -99,14 +94,23 @@ def _best(
     tl.store(peaks + out, tl.where(spoiled, float("nan"), peak))
     tl.store(places + out, tl.minimum(first, VOCAB - 1))
     slot = tl.load(slots + row).to(tl.int64)
-    temperature = tl.load(floats + slot * 3)
+    temperature = tl.load(temperatures + slot)
     if temperature > 0:
-        scaled, top = x / temperature, highest / temperature
+        top = highest / temperature
         some = top > -float("inf")
         origin = tl.where(some, top, 0.0)
-        mass = tl.sum(tl.exp(scaled - origin[:, None]), 1)
-        at = integers + slot * 4
-        noise = _gumbel(group, tl.load(positions + row), tl.load(at + 3), 1, tl.load(at + 1), tl.load(at + 2))
+        weight = tl.exp(x / temperature - origin[:, None])
+        if floors is not None:
+            weight = tl.where(x >= tl.load(floors + row), weight, 0.0)
+        mass = tl.sum(weight, 1)
+        noise = _gumbel(
+            group,
+            tl.load(positions + row),
+            tl.load(choices + slot),
+            1,
+            tl.load(seeds_low + slot),
+            tl.load(seeds_high + slot),
+        )
         score = tl.where(some, origin + tl.log(mass) + noise, -float("inf"))
         best = tl.max(score, 0)
         tl.store(scores + out, best)
@@ -115,25 +119,11 @@ def _best(
 
 @triton.jit
 def _choose(
-    logits,
-    floats,
-    integers,
-    slots,
-    positions,
-    peaks,
-    places,
-    scores,
-    groups,
-    tokens,
-    token_ids,
-    peaks_out,
-    row_stride,
-    token_stride,
-    num_parts,
-    VOCAB: tl.constexpr,
-    PARTS: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    logits, floors, slots, positions, temperatures, seeds_low, seeds_high, choices,
+    peaks, places, scores, groups,
+    tokens, token_ids, peaks_out,
+    row_stride, token_stride, num_parts, VOCAB: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     part = tl.arange(0, PARTS)
     there = part < num_parts
@@ -143,7 +133,7 @@ def _choose(
     peak = tl.max(peak_of, 0)
     chosen = tl.min(tl.where(peak_of == peak, tl.load(places + at, mask=there, other=VOCAB - 1), VOCAB - 1), 0)
     slot = tl.load(slots + row).to(tl.int64)
-    temperature = tl.load(floats + slot * 3)
+    temperature = tl.load(temperatures + slot)
     position = tl.load(positions + row)
     if temperature > 0:
         score = tl.load(scores + at, mask=there, other=-float("inf"))
@@ -153,9 +143,12 @@ def _choose(
         place = tl.arange(0, GROUP)
         token = group * GROUP + place
         x = tl.load(logits + row.to(tl.int64) * row_stride + token, mask=token < VOCAB, other=-float("inf"))
-        key = integers + slot * 4
-        noise = _gumbel(place, position, tl.load(key + 3), 0, tl.load(key + 1), tl.load(key + 2))
+        noise = _gumbel(
+            place, position, tl.load(choices + slot), 0, tl.load(seeds_low + slot), tl.load(seeds_high + slot)
+        )
         shaken = x / temperature + noise
+        if floors is not None:
+            shaken = tl.where(x >= tl.load(floors + row), shaken, -float("inf"))
         chosen = tl.min(tl.where(shaken == tl.max(shaken, 0), token, VOCAB - 1), 0)
     tl.store(token_ids + row, chosen.to(tl.int64))
     tl.store(peaks_out + row, tl.where(spoiled, float("nan"), peak))
