@@ -108,7 +108,7 @@ class Graphs:
         captured = self._fitting(step)
         if captured is None:
             return self._larger.run(step)
-        self._state.update(step)
+        self._state.update(step, grow=not captured.form.grows(step))
         captured.packet.copy_(self._numbers(captured.form, step), non_blocking=True)
         captured.step.replay()
         slots = [work.slot for work in step.works if work.samples]

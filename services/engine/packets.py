@@ -36,6 +36,10 @@ class Form(Protocol):
         """Of its packet."""
         ...
 
+    def grows(self, step: Step) -> bool:
+        """Whether the packet says how the step's block tables grow. If not, they have grown before it is read."""
+        ...
+
     def numbers(self, step: Step, *, spare_slot: int) -> NDArray[np.int32]:
         """The packet."""
         ...
@@ -53,26 +57,38 @@ class Decodes:
 
     @property
     def rows(self) -> int:
-        """Slots and positions."""
-        return 2
+        """Slots, positions, entries of the block tables that are new, and their blocks."""
+        return 4
 
     @property
     def width(self) -> int:
         """A number for each sequence."""
         return _aligned(self.size)
 
+    def grows(self, step: Step) -> bool:
+        """As `Form.grows`: by a block each, of sequences that the step computes, which is nearly always so."""
+        if not step.grown:
+            return False
+        computed = {work.slot for work in step.works}
+        return all(len(growth.blocks) == 1 and growth.slot in computed for growth in step.grown)
+
     def numbers(self, step: Step, *, spare_slot: int) -> NDArray[np.int32]:
         """As `Form.numbers`."""
         packet = np.zeros((self.rows, self.width), np.int32)
-        packet[0] = spare_slot
-        packet[:, : len(step.works)] = _columns(step)[:2]
+        packet[0], packet[2] = spare_slot, -1
+        packet[:2, : len(step.works)] = _columns(step)[:2]
+        if self.grows(step):
+            row_of = {work.slot: row for row, work in enumerate(step.works)}
+            rows = [row_of[growth.slot] for growth in step.grown]
+            packet[2, rows] = [growth.index for growth in step.grown]
+            packet[3, rows] = [growth.blocks[0] for growth in step.grown]
         return packet
 
     def batch(self, packet: Tensor, state: DeviceState, *, spare_block: int) -> Batch:
         """As `Form.batch`. A row that is nobody's is a first token in the spare slot."""
-        slots_S, starts_S = packet[:, : self.size].unbind(0)
+        slots_S, starts_S, grown_S, blocks_S = packet[:, : self.size].unbind(0)
         ids, positions, writes, lengths = lay_out(
-            slots_S, starts_S, state.tokens, state.block_tables, block_size=state.block_size
+            slots_S, starts_S, grown_S, blocks_S, state.tokens, state.block_tables, block_size=state.block_size
         )
         nobody = slots_S[:0]
         return Batch(
@@ -113,6 +129,10 @@ class Tokens:
     def width(self) -> int:
         """A number for each work, and one more for where the last one's tokens end."""
         return _aligned(self.num_works + 1)
+
+    def grows(self, step: Step) -> bool:
+        """As `Form.grows`: never, for prompts grow by any number of blocks."""
+        return False
 
     def numbers(self, step: Step, *, spare_slot: int) -> NDArray[np.int32]:
         """As `Form.numbers`."""

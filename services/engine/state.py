@@ -111,13 +111,13 @@ class DeviceState:
         self.update(step)
         return self._batch(step)
 
-    def update(self, step: Step) -> None:
-        """Takes in the step's delta."""
+    def update(self, step: Step, *, grow: bool = True) -> None:
+        """Takes in the step's delta; without `grow` all but the blocks."""
         for slot in step.released:
             self.sampling.release(slot)
         for admission in step.admitted:
             self._admit(admission)
-        if step.grown:
+        if step.grown and grow:
             self._grow(step.grown)
 
     def append(self, selection: Selection, token_ids_R: Tensor) -> None:

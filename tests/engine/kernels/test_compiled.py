@@ -63,7 +63,7 @@ def launch_all(
     )
     rows, longs = torch.zeros(ROWS + 1, dtype=torch.int32), torch.zeros(ROWS, dtype=torch.int64)
     x, head_norm = torch.zeros(ROWS, hidden, dtype=dtype), torch.zeros(head_dim, dtype=dtype)
-    step.lay_out(rows[:ROWS], rows[:ROWS], tokens, tables, block_size=64)
+    step.lay_out(*[rows[:ROWS]] * 4, tokens, tables, block_size=64)
     step.lay_out_works(
         rows[:ROWS], rows[:ROWS], rows, rows[:1], tokens, tables, num_tokens=512, block_size=64, spare_block=9
     )

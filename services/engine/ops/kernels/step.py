@@ -14,29 +14,44 @@ from torch import Tensor
 
 
 def lay_out(
-    slots_S: Tensor, starts_S: Tensor, tokens: Tensor, tables: Tensor, *, block_size: int
+    slots_S: Tensor,
+    starts_S: Tensor,
+    grown_S: Tensor,
+    blocks_S: Tensor,
+    tokens: Tensor,
+    tables: Tensor,
+    *,
+    block_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For works of one token each: its id and position, where its keys and values go, all int64, and the keys it sees,
-    itself among them, int32; [S] each. `tokens` and `tables` are those of `DeviceState`."""
+    itself among them, int32; [S] each. `tokens` and `tables` are those of `DeviceState`; first of all entry `grown` of a work's
+    table, unless that is negative, becomes `block`."""
     num_works, device = len(slots_S), slots_S.device
     ids_S = torch.empty(num_works, dtype=torch.int64, device=device)
     positions_S, writes_S = torch.empty_like(ids_S), torch.empty_like(ids_S)
     lengths_S = torch.empty(num_works, dtype=torch.int32, device=device)
     _lay_out[(triton.cdiv(num_works, 32),)](
-        slots_S, starts_S, tokens, tables, ids_S, positions_S, writes_S, lengths_S,
+        slots_S, starts_S, grown_S, blocks_S, tokens, tables, ids_S, positions_S, writes_S, lengths_S,
         num_works, tokens.stride(0), tables.stride(0), T=block_size, B=32, num_warps=1,
     )  # fmt: skip
     return ids_S, positions_S, writes_S, lengths_S
 
 
 @triton.jit
-def _lay_out(slots, starts, tokens, tables, ids, positions, writes, lengths, num_works, token_stride, table_stride, T: tl.constexpr, B: tl.constexpr):  # fmt: skip
+def _lay_out(
+    slots, starts, grown, blocks, tokens, tables, ids, positions, writes, lengths,
+    num_works, token_stride, table_stride, T: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
     work = tl.program_id(0) * B + tl.arange(0, B)
     inside = work < num_works
     slot = tl.load(slots + work, mask=inside, other=0).to(tl.int64)
     position = tl.load(starts + work, mask=inside, other=0).to(tl.int64)
     token = tl.load(tokens + slot * token_stride + position, mask=inside, other=0)
-    block = tl.load(tables + slot * table_stride + position // T, mask=inside, other=0).to(tl.int64)
+    entry = tl.load(grown + work, mask=inside, other=-1)
+    new = tl.load(blocks + work, mask=inside, other=0)
+    tl.store(tables + slot * table_stride + entry, new, mask=inside & (entry >= 0))
+    known = tl.load(tables + slot * table_stride + position // T, mask=inside, other=0)
+    block = tl.where(entry == position // T, new, known).to(tl.int64)
     tl.store(ids + work, token.to(tl.int64), mask=inside)
     tl.store(positions + work, position, mask=inside)
     tl.store(writes + work, block * T + position % T, mask=inside)

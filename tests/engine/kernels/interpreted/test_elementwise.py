@@ -184,11 +184,19 @@ def test_one_row_is_normed_and_gated_while_it_is_multiplied(outputs: int, inputs
 
 
 def test_a_step_is_laid_out_from_slots_and_positions() -> None:
-    """Each row's token, position, place in the cache and number of keys, for more rows than a program has."""
-    tokens, tables = torch.randint(0, 99, (9, 64), dtype=torch.int32), torch.randint(0, 50, (9, 4), dtype=torch.int32)
-    slots = torch.randint(0, 9, (40,), dtype=torch.int32)
+    """Each row's token, position, place in the cache and number of keys, for more rows than a program has; some of their tables
+    grow before, by the block that the token goes to or by the next one."""
+    tokens, tables = torch.randint(0, 99, (40, 64), dtype=torch.int32), torch.randint(0, 50, (40, 5), dtype=torch.int32)
+    slots = torch.randperm(40).int()
     starts = torch.randint(0, 64, (40,), dtype=torch.int32)
-    ids, positions, writes, lengths = step.lay_out(slots, starts, tokens, tables, block_size=16)
+    grown = torch.where(torch.arange(40) % 3 == 0, -1, starts // 16 + torch.arange(40) % 3 - 1).int()
+    blocks = torch.arange(60, 100, dtype=torch.int32)
+    expected = tables.clone()
+    for slot, entry, block in zip(slots.tolist(), grown.tolist(), blocks.tolist(), strict=True):
+        if entry >= 0:
+            expected[slot, entry] = block
+    ids, positions, writes, lengths = step.lay_out(slots, starts, grown, blocks, tokens, tables, block_size=16)
+    assert torch.equal(tables, expected)
     at, where = slots.long(), starts.long()
     assert torch.equal(ids, tokens[at, where].long())
     assert torch.equal(positions, where)

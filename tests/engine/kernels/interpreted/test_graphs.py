@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from triton.runtime import interpreter
 
 from services.engine import graphs, models
-from services.engine.batch import Step, Work
+from services.engine.batch import Growth, Step, Work
 from services.engine.graphs import Graphs, Replay, captured_counts
 from services.engine.kernel_sampler import KernelSampler
 from services.engine.model_runner import Eager, ModelRunner
@@ -390,4 +390,18 @@ def test_a_packet_names_nobody_beyond_its_step() -> None:
     assert (rows[:2], to[:5], at[:2]) == ([0, 6], [3, 2, 9, 9, 9], [8, 2])
     assert decodes[0] == 1
     decode = Step(2, (Work(3, 8, 1, True),))
-    assert Decodes(2).numbers(decode, spare_slot=9).tolist() == [[3, 9, 9, 9], [8, 0, 0, 0]]
+    nothing = [[-1] * 4, [0] * 4]
+    assert Decodes(2).numbers(decode, spare_slot=9).tolist() == [[3, 9, 9, 9], [8, 0, 0, 0], *nothing]
+
+
+def test_a_packet_of_decodes_says_how_their_tables_grow() -> None:
+    """By a block each; more, or those of others, are left to operations before it."""
+    works = (Work(3, 15, 1, True), Work(1, 32, 1, True))
+    grown = Step(1, works, grown=(Growth(1, 2, (70,)), Growth(3, 1, (80,))))
+    assert Decodes(2).grows(grown)
+    assert Decodes(2).numbers(grown, spare_slot=9)[:, :2].tolist() == [[3, 1], [15, 32], [1, 2], [80, 70]]
+    for others in ((Growth(1, 2, (70, 71)),), (Growth(1, 2, (70,)), Growth(5, 0, (80,)))):
+        left = Step(1, works, grown=others)
+        assert not Decodes(2).grows(left)
+        assert Decodes(2).numbers(left, spare_slot=9)[2, :2].tolist() == [-1, -1]
+    assert not Tokens(16, 4).grows(grown)
