@@ -18,12 +18,12 @@ from typing import Protocol
 import torch
 
 from services.engine.batch import Step, StepResult
-from services.engine.copies import on_host
 from services.engine.kv_cache import KVCache
 from services.engine.models import Model
 from services.engine.sampler import Reported, Sampled, Sampler
 from services.engine.sequence import TokenLogprobs
 from services.engine.state import DeviceState
+from services.engine.transfers import on_host
 
 
 class Executor(Protocol):

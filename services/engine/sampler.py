@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.engine.copies import on_device
 from services.engine.ops import sampling
 from services.engine.ops.parameters import Floats, Integers
 from services.engine.sampling_state import SamplingState, Wants
 from services.engine.state import DeviceState, Selection
+from services.engine.transfers import on_device
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from services.engine.batch import Admission
-from services.engine.copies import on_device
 from services.engine.ops.parameters import Floats, Integers, Parameters
 from services.engine.sequence import MAX_LOGIT_BIAS, MAX_STOP_TOKENS, SamplingParams, StopRules
+from services.engine.transfers import on_device
 
 
 class Wants(enum.Flag):

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from services.engine.batch import Admission, Growth, Step
-from services.engine.copies import on_device
 from services.engine.sampling_state import SamplingState
+from services.engine.transfers import on_device
 
 if TYPE_CHECKING:
     from services.engine.ops.kernels.attention import Works
