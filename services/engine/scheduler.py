@@ -144,11 +144,10 @@ class Scheduler:
         """Ends the sequences whose deadline has passed."""
         if self._next_deadline is None or now < self._next_deadline:
             return
-        for sequence in [*self._running, *self._waiting]:
+        for sequence in self._held():
             if sequence.deadline is not None and sequence.deadline <= now:
                 self.cancel(sequence, FinishReason.DEADLINE, now=now)
-        held = (*self._running, *self._waiting)
-        self._next_deadline = min((each.deadline for each in held if each.deadline is not None), default=None)
+        self._next_deadline = min((each.deadline for each in self._held() if each.deadline is not None), default=None)
 
     def learn(self, step: Step, seconds: float) -> None:
         """The step took so long, which the copy of the weights that computed it will take again."""
@@ -158,6 +157,9 @@ class Scheduler:
         """The sequences that got tokens or ended since this was last asked."""
         news, self._news = list(self._news), {}
         return news
+
+    def _held(self) -> list[Sequence]:
+        return [*self._running, *self._waiting]
 
     # The step.
 
@@ -226,7 +228,7 @@ class Scheduler:
     ) -> None:
         if sequence.phase is Phase.RUNNING:
             sequence.was_economical |= economical
-            self._compute(sequence, work)
+            self._note_computed(sequence, work)
         if sample is not None:
             if sequence.newly_full:
                 self._tell_of_full(sequence)
@@ -239,8 +241,7 @@ class Scheduler:
         sequence.error = "the model's output is not a number after these tokens; the engine cannot continue them"
         self._end(sequence, FinishReason.ERROR, now)
 
-    def _compute(self, sequence: Sequence, work: Work) -> None:
-        """Notes that the tokens are computed."""
+    def _note_computed(self, sequence: Sequence, work: Work) -> None:
         self._prefixes.register(sequence, sequence.num_computed, work.end)
         sequence.num_computed = work.end
         # A sampled token's keys are computed by the step after, so one token of each decode is no prefill.
