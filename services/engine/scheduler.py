@@ -7,156 +7,39 @@ plans than commits:
 
     add, cancel, expire ... step = plan(now) ... commit(result of the oldest step, now)
 
-What it promises:
+What it promises, and which of its parts keeps that:
 
-* Interactive sequences come before batch ones, and first come is first served among equals. Batch sequences may hold a
-  tenth of the slots against interactive ones, with their blocks, and a tenth of each step's prefill; beyond it they yield,
-  and within it none of them keeps an interactive one from being admitted for longer than until a slot or a block is free.
-* A running sequence that needs a block takes it from the youngest one running, never from an older one. Who is thrown
-  out computes its tokens again later; its full blocks stay in the prefix cache as long as nobody needs them. So the
-  oldest always gets on, and every sequence that is added ends.
-* A prefix hit never covers the last known token: its logits are what the next token is sampled from.
-* A block is given back only when the last step that uses it was committed.
-* What the smaller copy of the weights computed (`economy`) is found by no other sequence.
-* The device hears of a slot in the order released, admitted, grown; a slot it never heard of is never released.
+* Interactive sequences come before batch ones, and first come is first served among equals; batch has a tenth of the
+  slots and of each step's prefill all the same (`waiting`, `admission`, `prefill`).
+* A running sequence that needs a block takes it from the youngest one running, so the oldest always gets on, and every
+  sequence that is added ends (`assignment`).
+* What is held of a prefix is not computed again, but for the last known token (`prefixes`).
+* A block is given back only when the last step that uses it was committed (`running`).
+* What the smaller copy of the weights computed (`copies`) is found by no other sequence.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
+from collections.abc import Callable
 
-from services.engine.batch import Admission, Growth, Step, StepResult, Work
-from services.engine.blocks import BlockPool, chain_hash
-from services.engine.economy import Economy
+from services.engine.admission import AdmissionPolicy
+from services.engine.assignment import Assignment
+from services.engine.batch import Step, StepResult, Work
+from services.engine.blocks import BlockPool
+from services.engine.copies import Copies
+from services.engine.limits import Limits
 from services.engine.pace import Pace
+from services.engine.prefill import PrefillBudget
+from services.engine.prefixes import Prefixes
+from services.engine.running import Running
 from services.engine.sequence import FinishReason, Phase, Sequence, TokenLogprobs
+from services.engine.totals import Totals
+from services.engine.waiting import Waiting
+
+__all__ = ["Limits", "Scheduler"]
 
 _ENDED_UNANSWERED = (FinishReason.CANCELLED, FinishReason.DEADLINE, FinishReason.ERROR)
-
-_MOST_STEPS_OF_PROMPTS = 64
-"""For so many steps at most decodes wait, where they may: however many prompts come, each answer gets on."""
-
-_FULL_EACH = 8
-"""Of so many steps one is computed by the full weights, whatever is in danger, once both copies' paces are known."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a step may be."""
-
-    max_sequences: int
-    """Slots."""
-    max_step_tokens: int
-    """Most tokens in a step; at least one for each slot."""
-    lookahead: int = 0
-    """How many steps may be planned before the result of the oldest is committed, that one apart."""
-    itl_target: float = 0.2
-    """Seconds between two tokens that prefill should leave to running sequences. Infinite: decodes wait while prompts fill the step, which is
-    most tokens a second. Beside a step full of prompts the products of a decode cost as much as those of a prompt's token, and once all
-    prompts are computed next to nothing."""
-    economy: Economy | None = None
-    """When steps are computed with the smaller copy of the weights; None where there is none."""
-
-    def __post_init__(self) -> None:
-        if self.max_step_tokens < self.max_sequences:
-            raise ValueError(
-                f"max_step_tokens must be at least max_sequences ({self.max_sequences}), not {self.max_step_tokens}"
-            )
-
-    @property
-    def batch_share(self) -> int:
-        """Slots that batch sequences hold against interactive ones: a tenth; of a single one nothing."""
-        return _tenth(self.max_sequences)
-
-
-@dataclass(slots=True)
-class Totals:
-    """What happened since the start."""
-
-    num_generated_tokens: int = 0
-    num_prefill_tokens: int = 0
-    """Tokens computed of prompts, and of outputs after a preemption."""
-    num_queried_tokens: int = 0
-    """Prompt tokens that were looked for in the prefix cache."""
-    num_cached_tokens: int = 0
-    """Those of them that were found."""
-    num_preemptions: int = 0
-    num_economical_tokens: int = 0
-    """Tokens generated by the smaller copy of the weights."""
-
-
-@dataclass(slots=True)
-class _Delta:
-    """What the device has to be told about slots with the next step."""
-
-    released: list[int] = field(default_factory=list)
-    admitted: dict[int, Sequence] = field(default_factory=dict)
-    grown: dict[int, Growth] = field(default_factory=dict)
-
-    def release(self, slot: int) -> None:
-        self.grown.pop(slot, None)
-        if self.admitted.pop(slot, None) is None:
-            self.released.append(slot)
-
-    def admit(self, slot: int, sequence: Sequence) -> None:
-        self.admitted[slot] = sequence
-
-    def grow(self, slot: int, index: int, blocks: list[int]) -> None:
-        before = self.grown.get(slot)
-        if before is None:
-            self.grown[slot] = Growth(slot, index, tuple(blocks))
-        else:
-            assert index == before.index + len(before.blocks)
-            self.grown[slot] = Growth(slot, before.index, (*before.blocks, *blocks))
-
-    def step(self, number: int, works: tuple[Work, ...], *, economical: bool) -> Step:
-        """The step that brings all of this along."""
-        return Step(
-            number=number,
-            works=works,
-            admitted=tuple(Admission.of(sequence, slot) for slot, sequence in self.admitted.items()),
-            grown=tuple(self.grown.values()),
-            released=tuple(self.released),
-            economical=economical,
-        )
-
-
-class _Line:
-    """Sequences in their order."""
-
-    def __init__(self) -> None:
-        self._sequences: list[Sequence] = []
-
-    def __len__(self) -> int:
-        return len(self._sequences)
-
-    def __iter__(self) -> Iterator[Sequence]:
-        """Over a copy, so that the line may change meanwhile."""
-        return iter(self._sequences[:])
-
-    def add(self, sequence: Sequence) -> None:
-        insort(self._sequences, sequence, key=_order)
-
-    def remove(self, sequence: Sequence) -> None:
-        index = bisect_left(self._sequences, sequence.order, key=_order)
-        assert self._sequences[index] is sequence
-        del self._sequences[index]
-
-    @property
-    def first(self) -> Sequence | None:
-        return self._sequences[0] if self._sequences else None
-
-    @property
-    def youngest(self) -> Sequence | None:
-        return self._sequences[-1] if self._sequences else None
-
-
-def _order(sequence: Sequence) -> tuple[bool, float, int]:
-    return sequence.order
 
 
 class Scheduler:
@@ -165,34 +48,43 @@ class Scheduler:
     def __init__(self, pool: BlockPool, limits: Limits) -> None:
         self.pool = pool
         self.limits = limits
-        self.paces = {economical: Pace() for economical in (False, True)}
-        """Of the steps of each copy of the weights."""
         self.totals = Totals()
         self.on_full: Callable[[int, bytes, bytes], None] | None = None
         """Told of every block that is newly known by its hash: the block, its hash, and that of the one before it
         (empty for a first one). Not before a token was sampled behind it: until then its content may be no numbers."""
-        self._free_slots = list(range(limits.max_sequences))
-        heapify(self._free_slots)  # the lowest first, so that slots in use lie close together
-        self._loading: set[Sequence] = set()
-        self._waiting = {True: _Line(), False: _Line()}  # by `interactive`
-        self._running = _Line()
-        self._delta = _Delta()
+        self._waiting = Waiting()
+        self._running = Running(pool, self._waiting, self.totals, max_sequences=limits.max_sequences)
+        self._prefixes = Prefixes(pool)
+        self._copies = Copies(limits, self._waiting, self._running)
+        prefill = PrefillBudget(limits, self._copies, self._running, block_size=pool.block_size)
+        self._admission = AdmissionPolicy(
+            pool,
+            limits,
+            waiting=self._waiting,
+            running=self._running,
+            prefixes=self._prefixes,
+            prefill=prefill,
+            totals=self.totals,
+        )
+        self._assignment = Assignment(pool, limits, self._running, prefill)
         self._in_flight: deque[tuple[Sequence, ...]] = deque()  # of each step, whose the works are
-        self._returning: list[tuple[int, list[int]]] = []  # blocks, and the step after which they are nobody's
         self._news: dict[Sequence, None] = {}
         self._next_deadline: float | None = None  # no deadline of those held is earlier
-        self._economical = False
         self._num_added = 0
         self._num_steps = 0
-        self._num_steps_of_prompts = 0  # since the last one in which decodes took part
         self._num_committed = 0
 
     # What it is asked.
 
     @property
+    def paces(self) -> dict[bool, Pace]:
+        """Of the steps of each copy of the weights, the smaller one's under True."""
+        return self._copies.paces
+
+    @property
     def pace(self) -> Pace:
         """Of the copy of the weights that computed the newest step."""
-        return self.paces[self._economical]
+        return self._copies.pace
 
     @property
     def num_running(self) -> int:
@@ -200,7 +92,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting[True]) + len(self._waiting[False]) + len(self._loading)
+        return len(self._waiting)
 
     @property
     def num_held(self) -> int:
@@ -214,10 +106,7 @@ class Scheduler:
 
     def hashes_beyond_cache(self, sequence: Sequence) -> list[bytes]:
         """The chained hashes of the full blocks that would save work and that are not held here, first one first."""
-        if not self.pool.keeps_prefixes:
-            return []
-        hashes = self._usable_hashes(sequence)
-        return hashes[len(self.pool.match(hashes)) :]
+        return self._prefixes.hashes_beyond(sequence)
 
     # What it is told.
 
@@ -232,18 +121,16 @@ class Scheduler:
         if sequence.deadline is not None:
             self._next_deadline = min(sequence.deadline, self._next_deadline or sequence.deadline)
         if loading:
-            sequence.phase = Phase.LOADING
-            self._loading.add(sequence)
+            self._waiting.load(sequence)
         else:
-            self._waiting[sequence.interactive].add(sequence)
+            self._waiting.add(sequence)
 
     def loaded(self, sequence: Sequence) -> None:
         """What can be had from the KV store is in the pool now: the sequence may run. Does nothing where it ended
         meanwhile."""
         if sequence.phase is Phase.LOADING:
-            self._loading.remove(sequence)
-            sequence.phase = Phase.WAITING
-            self._waiting[sequence.interactive].add(sequence)
+            self._waiting.remove(sequence)
+            self._waiting.add(sequence)
 
     def cancel(self, sequence: Sequence, reason: FinishReason, *, now: float, error: str = "") -> None:
         """Ends a sequence in whatever phase it is; what it held is free for the next plan, as far as no step in flight
@@ -262,297 +149,73 @@ class Scheduler:
                 self.cancel(sequence, FinishReason.DEADLINE, now=now)
         self._next_deadline = min((each.deadline for each in self._held() if each.deadline is not None), default=None)
 
+    def learn(self, step: Step, seconds: float) -> None:
+        """The step took so long, which the copy of the weights that computed it will take again."""
+        self._copies.learn(step, seconds)
+
     def take_news(self) -> list[Sequence]:
         """The sequences that got tokens or ended since this was last asked."""
         news, self._news = list(self._news), {}
         return news
 
     def _held(self) -> list[Sequence]:
-        return [*self._running, *self._waiting[True], *self._waiting[False], *self._loading]
+        return [*self._running, *self._waiting]
 
     # The step.
 
     def plan(self, now: float) -> Step | None:
         """The next step, None where nothing can be computed before something else happens: a commit, a new sequence,
         a block given back by the KV store's client."""
-        in_danger = self._is_in_danger(now)
-        if self._waiting[True] or self._waiting[False]:
-            self._admit(now)
-        assigned = self._assign()
+        in_danger = self._copies.is_in_danger(now)
+        self._admission.admit(now)
+        assigned = self._assignment.assign()
         if not assigned:
             return None
-        self._economical = in_danger and all(self._may_save(sequence) for sequence, _ in assigned)
-        self._num_steps += 1
         sequences, works = zip(*assigned, strict=True)
-        step = self._delta.step(self._num_steps, works, economical=self._economical)
-        self._delta = _Delta()
-        for sequence, work in assigned:
-            self._take_off(sequence, work)
-        self._in_flight.append(sequences)
-        return step
+        economical = self._copies.choose(sequences, in_danger=in_danger)
+        return self._take_off(sequences, works, economical=economical)
 
     def commit(self, result: StepResult, now: float) -> list[Sequence]:
         """Takes the result of the oldest step in flight, and returns the sequences with news. Rows of sequences that
         ended meanwhile are dropped; those of preempted ones are kept, so that nothing is sampled twice."""
         step = result.step
-        assert step.number == self._num_committed + 1, "steps are committed in the order of their plans"
-        self._num_committed = step.number
         samples = enumerate(zip(result.token_ids, result.logprobs, strict=True))
-        for sequence, work in zip(self._in_flight.popleft(), step.works, strict=True):
+        for sequence, work in self._land(step):
             index, sample = next(samples) if work.samples else (-1, None)
-            if self._land(sequence, work) and index in result.failed:
+            if sequence.is_finished:
+                continue
+            if index in result.failed:
                 self._fail(sequence, now)
-            elif not sequence.is_finished:
+            else:
                 self._take_result(sequence, work, sample, now, economical=step.economical)
-        self._give_back()
+        self._running.give_back(self._num_committed)
         return self.take_news()
 
-    def learn(self, step: Step, seconds: float) -> None:
-        """The step took so long, which the copy of the weights that computed it will take again."""
-        self.paces[step.economical].observe(
-            tokens=step.num_tokens,
-            kv_tokens=sum(work.end for work in step.works),
-            seconds=seconds,
-            prefills=step.num_decodes < len(step.works),
-        )
+    # Steps in flight.
 
-    # Economy.
+    def _take_off(self, sequences: tuple[Sequence, ...], works: tuple[Work, ...], *, economical: bool) -> Step:
+        """A step of these works, which is in flight from now on."""
+        self._num_steps += 1
+        step = self._running.take_step(self._num_steps, works, economical=economical)
+        for sequence, work in zip(sequences, works, strict=True):
+            sequence.num_planned = work.end
+            sequence.num_pending += work.samples
+            sequence.num_in_flight += 1
+            sequence.last_step = self._num_steps
+        self._in_flight.append(sequences)
+        return step
 
-    def _is_in_danger(self, now: float) -> bool:
-        """Whether a target is, as things stand before the next step, and the smaller copy would help."""
-        economy = self.limits.economy
-        if economy is None:
-            return False
-        heads = [head for line in self._waiting.values() if (head := line.first) and self._may_save(head)]
-        decoding = [each for each in self._running if each.num_remaining == 1]
-        kv_tokens = sum(each.num_planned + 1 for each in decoding)
-        starting = heads if len(self._running) < self.limits.max_sequences else []
-        prefill = sum(self._prefilling().values()) + sum(head.num_remaining for head in starting)
-        tokens = min(len(decoding) + prefill, self.limits.max_step_tokens)
-        gain = self._gain(tokens=tokens, kv_tokens=kv_tokens)
-        if gain is not None and self._num_steps % _FULL_EACH == 0:
-            # What the full weights take is learnt from steps like those that are left to the other copy.
-            return False
-        return economy.is_due(
-            decode_seconds=self.paces[False].seconds(tokens=len(decoding), kv_tokens=kv_tokens),
-            waited=max((now - head.arrival for head in heads), default=0.0),
-            gain=gain,
-        )
-
-    def _gain(self, *, tokens: int, kv_tokens: int) -> float | None:
-        """Seconds by which the smaller copy is expected to compute such a step sooner, None where that is not known yet."""
-        full, small = (
-            self.paces[economical].seconds(tokens=tokens, kv_tokens=kv_tokens) for economical in (False, True)
-        )
-        return None if full is None or small is None else full - small
-
-    def _may_save(self, sequence: Sequence) -> bool:
-        return self.limits.economy is not None and self.limits.economy.may(interactive=sequence.interactive)
-
-    # Admission.
-
-    def _admit(self, now: float) -> None:
-        """Gives slots to waiting sequences as long as the step has tokens for them and there are blocks."""
-        budget = self.limits.max_step_tokens if self._decodes_may_wait else self._prefill_tokens()
-        prefilling = self._prefilling()
-        while True:
-            for sequence in self._next_in_line():
-                num_tokens = self._tokens_for(sequence, budget, prefilling)
-                if num_tokens > 0 and self._make_room(sequence, num_tokens):
-                    self._start(sequence, now)
-                    prefilling[sequence.interactive] += sequence.num_remaining
-                    break
-            else:
-                return
-
-    def _prefilling(self) -> dict[bool, int]:
-        """By `interactive`, the tokens of prompts that running sequences have yet to compute."""
-        tokens = {True: 0, False: 0}
-        for sequence in self._running:
-            if not sequence.has_all_planned and sequence.num_remaining > 1:
-                tokens[sequence.interactive] += sequence.num_remaining
-        return tokens
-
-    def _tokens_for(self, sequence: Sequence, budget: int, prefilling: dict[bool, int]) -> int:
-        """How many tokens the next step may have for one that is not admitted yet. Those of batch ones are in nobody's way
-        but their own; and where interactive ones fill the step batch ones have their share."""
-        left = budget - prefilling[True]
-        return left if sequence.interactive else max(left, _tenth(budget)) - prefilling[False]
-
-    def _next_in_line(self) -> list[Sequence]:
-        """Who may be admitted next, the one to try first in front."""
-        heads = [head for line in (self._waiting[True], self._waiting[False]) if (head := _first_ready(line))]
-        if self._num_batch_running < self.limits.batch_share:
-            return sorted(heads, key=lambda head: (head.arrival, head.order))
-        return heads[:1]
-
-    @property
-    def _num_batch_running(self) -> int:
-        return sum(not sequence.interactive for sequence in self._running)
-
-    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Whether there is a slot for it, and blocks for its first chunk beside a reserve for those that run. Batch
-        sequences are thrown out for an interactive one."""
-        while not (self._free_slots and self._has_blocks_for(sequence, num_tokens)):
-            victim = self._running.youngest
-            yields = sequence.interactive and self._num_batch_running > self.limits.batch_share
-            if not yields or victim is None or self._returning:
-                return False
-            self._preempt(victim)
-        return True
-
-    def _has_blocks_for(self, sequence: Sequence, num_tokens: int) -> bool:
-        hits = self._cached_prefix(sequence)
-        first = min(sequence.num_known, len(hits) * self.pool.block_size + num_tokens)
-        wanted = self.pool.blocks_for(first) - len(hits) + self.pool.num_idle(hits)
-        return self.pool.num_available - wanted >= self._reserve(sequence)
-
-    def _reserve(self, newcomer: Sequence) -> int:
-        """Blocks that running sequences will want soon: the rest of their prompts, or the next one. A batch one's prompt
-        takes its time, and keeps no interactive newcomer out."""
-        return sum(
-            1
-            if newcomer.interactive and not each.interactive
-            else max(1, self.pool.blocks_for(each.num_known + 1) - len(each.blocks))
-            for each in self._running
-        )
-
-    def _cached_prefix(self, sequence: Sequence) -> list[int]:
-        """The blocks of its longest prefix that is held and leaves something to compute."""
-        return self.pool.match(self._usable_hashes(sequence)) if self.pool.keeps_prefixes else []
-
-    def _usable_hashes(self, sequence: Sequence) -> list[bytes]:
-        return self._hashes(sequence, (sequence.num_known - 1) // self.pool.block_size)
-
-    def _hashes(self, sequence: Sequence, count: int) -> list[bytes]:
-        """The chained hashes of its first `count` blocks."""
-        hashes, size = sequence.block_hashes, self.pool.block_size
-        while len(hashes) < count:
-            start = len(hashes) * size
-            parent = hashes[-1] if hashes else self.pool.root
-            hashes.append(chain_hash(parent, sequence.token_ids(start, start + size)))
-        return hashes[:count]
-
-    def _start(self, sequence: Sequence, now: float) -> None:
-        """Gives it a slot and the blocks of its prefix that are held."""
-        hits = self._cached_prefix(sequence)
-        self._waiting[sequence.interactive].remove(sequence)
-        self._running.add(sequence)
-        sequence.phase = Phase.RUNNING
-        sequence.slot = heappop(self._free_slots)
-        self._delta.admit(sequence.slot, sequence)
-        if hits:
-            self.pool.share(hits)
-            sequence.blocks.extend(hits)
-            self._delta.grow(sequence.slot, 0, hits)
-        sequence.num_computed = sequence.num_planned = len(hits) * self.pool.block_size
-        if sequence.started_at is None:
-            sequence.started_at = now
-            sequence.num_cached = min(sequence.num_computed, len(sequence.prompt_ids))
-            self.totals.num_queried_tokens += len(sequence.prompt_ids)
-            self.totals.num_cached_tokens += sequence.num_cached
-
-    # Planning.
-
-    @property
-    def _decodes_may_wait(self) -> bool:
-        return self.limits.itl_target == float("inf")
-
-    def _prefill_tokens(self) -> int:
-        """How many tokens of prefill the next step may have beside the decodes."""
-        decoding = [s for s in self._running if s.num_remaining == 1 and not s.has_all_planned]
-        spare = self.limits.max_step_tokens - len(decoding)
-        if not decoding:
-            return spare
-        kv_tokens = sum(sequence.num_planned + 1 for sequence in decoding)
-        within = self.pace.tokens_within(self.limits.itl_target, kv_tokens=kv_tokens) - len(decoding)
-        return int(min(spare, max(within, self.pool.block_size)))
-
-    def _assign(self) -> list[tuple[Sequence, Work]]:
-        """What each running sequence computes."""
-        waits = self._decodes_may_wait and sum(self._prefilling().values()) >= self.limits.max_step_tokens
-        if waits and self._num_steps_of_prompts < _MOST_STEPS_OF_PROMPTS and (chunks := self._assigned(decoding=False)):
-            self._num_steps_of_prompts += 1
-            return chunks
-        self._num_steps_of_prompts = 0
-        return self._assigned(decoding=True)
-
-    def _assigned(self, *, decoding: bool) -> list[tuple[Sequence, Work]]:
-        """Decodes in front, where they take part; where not they get their blocks, lest prompts have them all. The first in line comes first,
-        so that whoever is thrown out for want of blocks has nothing assigned yet."""
-        decodes: list[tuple[Sequence, Work]] = []
-        chunks: list[tuple[Sequence, Work]] = []
-        left: dict[bool, int] | None = None
-        for sequence in self._running:
-            if sequence.phase is not Phase.RUNNING or sequence.has_all_planned:
-                continue
-            remaining = sequence.num_remaining
-            if remaining == 1:
-                if self._grow(sequence, 1) and decoding:
-                    decodes.append((sequence, _work(sequence, 1, remaining)))
-                continue
-            if left is None:
-                left = self._shares_of_prefill(self._prefill_tokens() if decoding else self.limits.max_step_tokens)
-            count = self._grow(sequence, min(remaining, left[sequence.interactive]))
-            left = {interactive: tokens - count for interactive, tokens in left.items()}
-            if count:
-                (chunks if count > 1 else decodes).append((sequence, _work(sequence, count, remaining)))
-        return decodes + chunks
-
-    def _shares_of_prefill(self, budget: int) -> dict[bool, int]:
-        """By `interactive`, how so many tokens of prefill in the next step are shared: interactive ones come first, and leave batch ones
-        their share where they want it."""
-        return {True: budget - (_tenth(budget) if self._prefilling()[False] else 0), False: budget}
-
-    def _grow(self, sequence: Sequence, count: int) -> int:
-        """Sees to blocks for the next `count` tokens of a sequence and, where there are plenty, for the `lookahead`
-        tokens after them. Returns for how many of the tokens there are blocks now."""
-        end = sequence.num_planned + count
-        if end <= len(sequence.blocks) * self.pool.block_size:
-            return count
-        missing = self.pool.blocks_for(end) - len(sequence.blocks)
-        while not self.pool.num_available and self._throw_out_after(sequence):
-            pass
-        ahead = self.pool.blocks_for(min(end + self.limits.lookahead, sequence.num_stored_at_most))
-        plenty = self.pool.num_available > len(self._running)
-        self._append_blocks(sequence, ahead - len(sequence.blocks) if plenty else missing)
-        return min(end, len(sequence.blocks) * self.pool.block_size) - sequence.num_planned
-
-    def _append_blocks(self, sequence: Sequence, count: int) -> None:
-        """As many of `count` blocks as are available."""
-        assert sequence.slot is not None
-        blocks = self.pool.allocate(min(count, self.pool.num_available))
-        if blocks:
-            self._delta.grow(sequence.slot, len(sequence.blocks), blocks)
-            sequence.blocks.extend(blocks)
-
-    def _throw_out_after(self, sequence: Sequence) -> bool:
-        """Preempts the youngest one running behind this one; batch ones that hold no more than their share only for the
-        first in line, who has to get on. False where there is none, or where blocks are on their way back anyway."""
-        behind = list(self._running)
-        behind = behind[behind.index(sequence) + 1 :]
-        if sequence.interactive and self._num_batch_running <= self.limits.batch_share:
-            others = [each for each in behind if each.interactive]
-            behind = others if others or sequence is not self._running.first else behind
-        if self._returning or not behind:
-            return False
-        self._preempt(behind[-1])
-        return True
-
-    def _take_off(self, sequence: Sequence, work: Work) -> None:
-        """The work is part of the step that was just planned."""
-        sequence.num_planned = work.end
-        sequence.num_pending += work.samples
-        sequence.num_in_flight += 1
-        sequence.last_step = self._num_steps
+    def _land(self, step: Step) -> list[tuple[Sequence, Work]]:
+        """The step, which is the oldest, is no longer in flight. Returns its works and whose they are."""
+        assert step.number == self._num_committed + 1, "steps are committed in the order of their plans"
+        self._num_committed = step.number
+        landed = list(zip(self._in_flight.popleft(), step.works, strict=True))
+        for sequence, work in landed:
+            sequence.num_in_flight -= 1
+            sequence.num_pending -= work.samples
+        return landed
 
     # Results.
-
-    def _land(self, sequence: Sequence, work: Work) -> bool:
-        """The work is no longer in flight. Returns whether anybody still wants its result."""
-        sequence.num_in_flight -= 1
-        sequence.num_pending -= work.samples
-        return not sequence.is_finished
 
     def _take_result(
         self,
@@ -565,9 +228,10 @@ class Scheduler:
     ) -> None:
         if sequence.phase is Phase.RUNNING:
             sequence.was_economical |= economical
-            self._compute_until(sequence, work)
+            self._note_computed(sequence, work)
         if sample is not None:
-            self._tell_of_full(sequence)
+            if sequence.newly_full:
+                self._tell_of_full(sequence)
             self.totals.num_economical_tokens += economical
             self._append(sequence, *sample, now=now)
 
@@ -577,25 +241,16 @@ class Scheduler:
         sequence.error = "the model's output is not a number after these tokens; the engine cannot continue them"
         self._end(sequence, FinishReason.ERROR, now)
 
-    def _compute_until(self, sequence: Sequence, work: Work) -> None:
-        """Notes that the tokens are computed, and the hashes of the blocks that are full with them."""
-        size = self.pool.block_size
-        first_full, end_full = sequence.num_computed // size, work.end // size
+    def _note_computed(self, sequence: Sequence, work: Work) -> None:
+        self._prefixes.register(sequence, sequence.num_computed, work.end)
         sequence.num_computed = work.end
         # A sampled token's keys are computed by the step after, so one token of each decode is no prefill.
         self.totals.num_prefill_tokens += work.count if work.start < len(sequence.prompt_ids) or work.count > 1 else 0
-        if self.pool.keeps_prefixes and end_full > first_full and not sequence.was_economical:
-            hashes = self._hashes(sequence, end_full)
-            for index in range(first_full, end_full):
-                if self.pool.register(sequence.blocks[index], hashes[index]):
-                    sequence.newly_full.append(index)
 
     def _tell_of_full(self, sequence: Sequence) -> None:
-        newly_full, sequence.newly_full = sequence.newly_full, []
-        if self.on_full is not None:
-            hashes = sequence.block_hashes
-            for index in newly_full:
-                self.on_full(sequence.blocks[index], hashes[index], hashes[index - 1] if index else b"")
+        for full in self._prefixes.take_newly_full(sequence):
+            if self.on_full is not None:
+                self.on_full(*full)
 
     def _append(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None, *, now: float) -> None:
         reason = sequence.append(token_id, logprobs)
@@ -606,7 +261,7 @@ class Scheduler:
         if reason is not None:
             self._end(sequence, reason, now)
 
-    # Leaving.
+    # Ends.
 
     def _refuse(self, sequence: Sequence) -> None:
         sequence.error = (
@@ -614,65 +269,13 @@ class Scheduler:
             f"{self.pool.blocks_for(sequence.num_stored_at_most)} blocks of {self.pool.block_size} tokens; "
             f"the whole cache has {self.pool.num_blocks}"
         )
-        sequence.phase, sequence.finish, sequence.ended_at = Phase.FINISHED, FinishReason.ERROR, sequence.arrival
-        self._news[sequence] = None
+        self._finish(sequence, FinishReason.ERROR, sequence.arrival)
 
     def _end(self, sequence: Sequence, reason: FinishReason, now: float) -> None:
-        if sequence.phase is Phase.RUNNING:
-            self._vacate(sequence)
-        elif sequence.phase is Phase.WAITING:
-            self._waiting[sequence.interactive].remove(sequence)
-        elif sequence.phase is Phase.LOADING:
-            self._loading.remove(sequence)
+        """Takes it from where it stands."""
+        (self._running if sequence.phase is Phase.RUNNING else self._waiting).remove(sequence)
+        self._finish(sequence, reason, now)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, now: float) -> None:
         sequence.phase, sequence.finish, sequence.ended_at = Phase.FINISHED, reason, now
         self._news[sequence] = None
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Back to the line, at its old place; its known tokens will be computed again."""
-        self._vacate(sequence)
-        sequence.phase = Phase.WAITING
-        sequence.num_computed = sequence.num_planned = 0
-        sequence.was_economical = False
-        self._waiting[sequence.interactive].add(sequence)
-        self.totals.num_preemptions += 1
-
-    def _vacate(self, sequence: Sequence) -> None:
-        """Takes slot and blocks from a running sequence."""
-        assert sequence.slot is not None
-        self._running.remove(sequence)
-        self._delta.release(sequence.slot)
-        heappush(self._free_slots, sequence.slot)
-        sequence.slot = None
-        blocks, sequence.blocks, sequence.newly_full = sequence.blocks, [], []
-        if sequence.num_in_flight:
-            self._returning.append((sequence.last_step, blocks))
-        else:
-            self.pool.release(blocks)
-
-    def _give_back(self) -> None:
-        """Releases the blocks of sequences that left whose last step is committed now."""
-        for last_step, blocks in self._returning:
-            if last_step <= self._num_committed:
-                self.pool.release(blocks)
-        self._returning = [each for each in self._returning if each[0] > self._num_committed]
-
-
-def _work(sequence: Sequence, count: int, remaining: int) -> Work:
-    assert sequence.slot is not None
-    return Work(sequence.slot, start=sequence.num_planned, count=count, samples=count == remaining)
-
-
-def _tenth(number: int) -> int:
-    """Rounded up, but never all."""
-    return -(-number // 10) if number > 1 else 0
-
-
-def _first_ready(line: _Line) -> Sequence | None:
-    """The first that may be admitted: no step in flight computes anything of it, and where it shares a prompt, that is
-    computed."""
-    return next((s for s in line if not s.num_in_flight and _prompt_is_shared(s)), None)
-
-
-def _prompt_is_shared(sequence: Sequence) -> bool:
-    first = sequence.shares_prompt_with
-    return first is None or first.is_finished or bool(first.output_ids)

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from services.engine import scheduler
+from services.engine import assignment
 from services.engine.scheduler import Limits
 from services.engine.sequence import FinishReason, Phase, Sequence
 from tests.engine.driver import Driver, sequence
@@ -98,7 +98,7 @@ def test_without_a_target_decodes_wait_while_prompts_fill_the_step() -> None:
 
 def test_without_a_target_decodes_get_on_however_many_prompts_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts whose answers are one token free their slots at once, and more may come without end."""
-    monkeypatch.setattr(scheduler, "_MOST_STEPS_OF_PROMPTS", 5)
+    monkeypatch.setattr(assignment, "_MOST_STEPS_OF_PROMPTS", 5)
     driver = Driver(num_blocks=64, max_step_tokens=8, itl_target=float("inf"), keeps_prefixes=False)
     first = driver.add(sequence([1, 2, 3], max_tokens=6))
     steps = 0
