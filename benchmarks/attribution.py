@@ -43,10 +43,10 @@ from services.engine.model_runner import Launched
 T = TypeVar("T")
 
 PARTS = {
-    "attention": r"attend|number_items|_list|attention|flash",
+    "attention": r"attend|number_items|_list_|_widen_pages|attention|flash",
     "experts": r"expert|moe|grouped",
     "products": r"gemv|matmul|gemm|nvjet|cutlass|splitk|cublas|linear|mm\b",
-    "sampling": r"_best|_choose|argmax|softmax|topk|exponential",
+    "sampling": r"_best|_choose|_weigh_groups|_floor|_keep|_edit|_report|argmax|softmax|topk|exponential",
     "copies": r"memcpy|memset|copy|gather|index",
 }
 """What the name of an operation says of it, the first that fits. All others are norms, rotations, gates and the like."""

@@ -30,7 +30,7 @@ def step(start: float, *, slower: int = 1) -> list[Operation]:
     operations = [
         Operation("_lay_out", 0, 1),
         Operation("_gemv", 1, 10),
-        Operation("_attend", 5, 20),
+        Operation("_attend_decodes", 5, 20),
         Operation("_rms_norm", 6, 8),
         Operation("Memcpy DtoH", 24, 25),
     ]
@@ -60,7 +60,7 @@ def test_every_instant_belongs_to_one_operation_or_to_a_gap() -> None:
 def test_only_steps_of_the_whole_batch_count() -> None:
     """Not those in which prompts are computed, one before such, smaller batches before and after, and a larger one; and of
     the others not the first and last two."""
-    prefill = [Operation("_lay_out_works", 0, 500), Operation("_attend", 500, 900)]
+    prefill = [Operation("_lay_out_works", 0, 500), Operation("_attend_decodes", 500, 900)]
     whole, other = step(0), step(0, slower=10)
     kinds = [(0, prefill), (2, other), (0, prefill), (3, other), (0, prefill), (4, other)]
     kinds += [(3, other), (3, other), *[(3, whole)] * 3, (3, other), (3, other), (2, other), (1, other)]
@@ -86,7 +86,8 @@ def test_a_trace_that_does_not_know_its_steps_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("_attend", "attention"),
+        ("_attend_prompts", "attention"),
+        ("_list_chunks", "attention"),
         ("aten::scaled_dot_product_attention", "attention"),
         ("_route_experts", "experts"),
         ("_experts_product", "experts"),
@@ -94,6 +95,7 @@ def test_a_trace_that_does_not_know_its_steps_is_refused() -> None:
         ("aten::addmm", "products"),
         ("mkldnn::_linear_pointwise", "products"),
         ("_choose", "sampling"),
+        ("_weigh_groups", "sampling"),
         ("Memcpy HtoD (Pinned -> Device)", "copies"),
         ("_rms_norm", "other"),
         ("_prepare", "other"),

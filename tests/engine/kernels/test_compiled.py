@@ -126,7 +126,7 @@ def test_no_kernel_spills_registers(compiled: list[Compiled]) -> None:
 def test_prompts_and_few_rows_use_hopper_s_matrix_units(compiled: list[Compiled]) -> None:
     """They multiply by wgmma, out of no more shared memory than a multiprocessor has."""
     wide = {each.name: each for each in compiled if "wgmma" in each.ptx}
-    assert set(wide) - {"_matmul"} == {"_attend"}
+    assert set(wide) - {"_matmul_few_rows"} == {"_attend_prompts"}
     assert all(each.shared_bytes <= 227 << 10 for each in wide.values())
 
 
@@ -153,7 +153,7 @@ def test_deterministic_products_and_attention_use_the_matrix_units(model: dict[s
             most_tokens=2048, group=heads // kv_heads, tuning=prefill_attention.tuning(q.dtype, 2),
         )  # fmt: skip
         prefill_attention.attend(q, q, cache, 1, works, scale=0.1, window=None, alike=True)
-    found = [each for each in map(described, kernels) if each.name in ("_matmul_invariant", "_attend")]
+    found = [each for each in map(described, kernels) if each.name in ("_matmul_invariant", "_attend_prompts")]
     assert len(found) == 3
     for each in found:
         assert "wgmma" in each.ptx and "ld.global.b8" not in each.ptx
@@ -172,7 +172,7 @@ def test_decodes_with_wide_heads_find_room(sequences: int, dtype: torch.dtype) -
         work = decode_attention.plan(tables, rows[:sequences], rows[:sequences], chunk=128, most_items=99)
         scratch = decode_attention.scratch(work, heads=16, cache=cache)
         decode_attention.attend(q, q, cache, 1, work, scratch, scale=0.1, window=None)
-    (found,) = (each for each in map(described, kernels) if each.name == "_attend")
+    (found,) = (each for each in map(described, kernels) if each.name == "_attend_decodes")
     assert found.shared_bytes <= 227 << 10 and found.spilled_bytes == 0
 
 
@@ -235,7 +235,7 @@ def quantized() -> list[Compiled]:
 @pytest.mark.timeout(300)
 def test_eight_bits_go_to_the_matrix_units_as_they_are(quantized: list[Compiled]) -> None:
     """Native e4m3, loaded sixteen bytes at a time, without a spill and within the shared memory that there is."""
-    products = [each for each in quantized if each.name == "_matmul"]
+    products = [each for each in quantized if each.name == "_matmul_few_rows"]
     assert len(products) == 18
     for each in products:
         assert re.search(r"wgmma\.mma_async\S+\.m64n(\d+)k32\.f32\.e4m3\.e4m3", each.ptx)
@@ -247,7 +247,7 @@ def test_eight_bits_go_to_the_matrix_units_as_they_are(quantized: list[Compiled]
 @pytest.mark.timeout(300)
 def test_rows_are_rounded_by_the_conversion_instruction(quantized: list[Compiled]) -> None:
     """Two values at a time, read and written in wide accesses, and NaN among them is seen."""
-    rounded = [each for each in quantized if each.name not in ("_matmul", "_silu_mul")]
+    rounded = [each for each in quantized if each.name not in ("_matmul_few_rows", "_silu_mul")]
     assert {each.name for each in rounded} == {"_rms_norm", "_quantize", "_silu_mul_quantized"}
     for each in rounded:
         assert "cvt.rn.satfinite.e4m3x2.f32" in each.ptx and "max.NaN.f32" in each.ptx
@@ -418,7 +418,8 @@ def eight_bits(request: pytest.FixtureRequest) -> dict[KVFormat, dict[str, Compi
             patch.setattr(pages, "overlapped", lambda _: {"OVERLAP": True, "launch_pdl": True})
             qkv.prepare(projected, angles, cache, 1, slots, heads=heads, norm_weights=None, eps=1e-5)
             launch_attention(cache, heads=heads, chunks=(64, 1024))
-        named = [each for each in map(described, kernels) if each.name in ("_prepare", "_attend", "_widen")]
+        meant = ("_prepare", "_attend_decodes", "_attend_prompts", "_widen_pages")
+        named = [each for each in map(described, kernels) if each.name in meant]
         names = ("prepare", "decode", "decode in turns", "prefill", "widen", "prefill of widened")
         found[format] = dict(zip(names, named, strict=True))
     return found

@@ -56,7 +56,7 @@ def groups(logits_RV: Tensor, slots_R: Tensor, wanted_S: Tensor, temperatures_S:
     num_groups = triton.cdiv(vocab_size, GROUP)
     highest_RG = torch.empty((num_rows, num_groups), dtype=torch.float32, device=logits_RV.device)
     found = Groups(highest_RG, torch.empty_like(highest_RG))
-    _groups[(triton.cdiv(num_groups, _GROUPS), num_rows)](
+    _weigh_groups[(triton.cdiv(num_groups, _GROUPS), num_rows)](
         logits_RV, slots_R, wanted_S, temperatures_S, *found, logits_RV.stride(0), num_groups,
         VOCAB=vocab_size, GROUPS=_GROUPS, GROUP=GROUP, num_warps=4,
     )  # fmt: skip
@@ -64,7 +64,7 @@ def groups(logits_RV: Tensor, slots_R: Tensor, wanted_S: Tensor, temperatures_S:
 
 
 @triton.jit
-def _groups(
+def _weigh_groups(
     logits, slots, wanted, temperatures, highest, masses, row_stride, num_groups,
     VOCAB: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip

@@ -137,7 +137,7 @@ def plan(tables: Tensor, slots_S: Tensor, lengths_S: Tensor, *, chunk: int, most
     first_S1 = torch.empty(num_sequences + 1, dtype=torch.int32, device=device)
     items_M4 = torch.empty((most_items, 4), dtype=torch.int32, device=device)
     number_items[(1,)](lengths_S, first_S1, num_sequences, chunk, S=triton.next_power_of_2(num_sequences))
-    _list[(num_sequences,)](first_S1, slots_S, lengths_S, items_M4, B=64, num_warps=1)
+    _list_chunks[(num_sequences,)](first_S1, slots_S, lengths_S, items_M4, B=64, num_warps=1)
     return Work(tables, first_S1, items_M4, chunk)
 
 
@@ -160,7 +160,7 @@ def attend(
     _, warps, stages = tuning(num_sequences, kv_heads, kv.itemsize)
     most_items = len(work.items_M4)
     programs = min(most_items, max(num_sequences, _PROGRAMS // kv_heads))
-    _attend[(programs, kv_heads)](
+    _attend_decodes[(programs, kv_heads)](
         q_NHD,
         kv,
         scales,
@@ -208,7 +208,7 @@ def number_items(lengths, first, num_sequences, chunk, S: tl.constexpr):
 
 
 @triton.jit
-def _list(first, slots, lengths, items, B: tl.constexpr):
+def _list_chunks(first, slots, lengths, items, B: tl.constexpr):
     sequence = tl.program_id(0)
     start, end = tl.load(first + sequence), tl.load(first + sequence + 1)
     slot, length = tl.load(slots + sequence).to(tl.int32), tl.load(lengths + sequence)
@@ -222,7 +222,7 @@ def _list(first, slots, lengths, items, B: tl.constexpr):
 
 
 @triton.jit
-def _attend(
+def _attend_decodes(
     q,
     kv,
     scales,

@@ -69,7 +69,7 @@ def gemv(
     rows, words, warps, stages = tile_of(matrix)
     outputs = len(matrix.weight_OW)
     out = torch.empty((1, outputs // 2 if gated else outputs), dtype=dtype or x_1I.dtype, device=x_1I.device)
-    _gemv[(outputs // rows,)](
+    _gemv_int4[(outputs // rows,)](
         x_1I,
         matrix.weight_OW,
         matrix.terms_TO2.view(torch.int32),
@@ -98,7 +98,7 @@ def gemv(
 
 
 @triton.jit
-def _gemv(
+def _gemv_int4(
     x,
     weight,
     pairs,

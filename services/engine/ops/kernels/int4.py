@@ -100,7 +100,7 @@ def matmul(
     shares = torch.empty(
         (cut.split, cut.block, outputs) if cut.split > 1 else 0, dtype=torch.float32, device=x_NI.device
     )
-    _matmul[(triton.cdiv(outputs, cut.rows) * num_blocks, cut.split)](
+    _matmul_int4[(triton.cdiv(outputs, cut.rows) * num_blocks, cut.split)](
         x_NI,
         matrix.weight_OW,
         matrix.terms_TO2.view(torch.int32),
@@ -151,7 +151,7 @@ def tiling_of(outputs: int, spans: int, padded_rows: int) -> Tiling:
 
 
 @triton.jit
-def _matmul(
+def _matmul_int4(
     x,
     weight,
     pairs,

@@ -70,7 +70,9 @@ def plan(
     _number[(1,)](
         lengths_P, counts_P, first_P1, num_works, room, FEWEST, T=size, S=triton.next_power_of_2(num_works)
     )  # fmt: skip
-    _list[(num_works,)](tables, rows_P, lengths_P, first_P1, blocks_W, tables.stride(0), T=size, B=64, num_warps=1)
+    _list_pages[(num_works,)](
+        tables, rows_P, lengths_P, first_P1, blocks_W, tables.stride(0), T=size, B=64, num_warps=1
+    )
     return Pages(first_P1, blocks_W, torch.arange(room, dtype=torch.int32, device=device), wide)
 
 
@@ -79,7 +81,7 @@ def widen(cache: KVCache, layer: int, pages: Pages) -> None:
     kv, scales, (_, _, kv_heads, _) = cache.layers[layer].kv, cache.layers[layer].scales, pages.wide.shape
     assert scales is not None
     head_dim = cache.shape.head_dim
-    _widen[(min(len(pages.wide), triton.cdiv(_PROGRAMS, kv_heads)), kv_heads)](
+    _widen_pages[(min(len(pages.wide), triton.cdiv(_PROGRAMS, kv_heads)), kv_heads)](
         kv, scales, pages.first_P1, pages.blocks_W, pages.wide, len(pages.first_P1) - 1,
         kv.stride(0), kv.stride(1), kv.stride(2), scales.stride(0),
         K=kv_heads, D=head_dim, T=cache.block_size, WIDTH=triton.next_power_of_2(head_dim), num_warps=4, **overlapped(kv),
@@ -99,7 +101,7 @@ def _number(lengths, counts, first, num_works, room, fewest, T: tl.constexpr, S:
 
 
 @triton.jit
-def _list(tables, slots, lengths, first, blocks, table_stride, T: tl.constexpr, B: tl.constexpr):
+def _list_pages(tables, slots, lengths, first, blocks, table_stride, T: tl.constexpr, B: tl.constexpr):
     work = tl.program_id(0)
     to = tl.load(first + work)
     if to >= 0:
@@ -112,7 +114,7 @@ def _list(tables, slots, lengths, first, blocks, table_stride, T: tl.constexpr, 
 
 
 @triton.jit
-def _widen(
+def _widen_pages(
     kv, scales, first, blocks, wide, num_works, block_stride, v_stride, head_stride, scale_stride,
     K: tl.constexpr, D: tl.constexpr, T: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip

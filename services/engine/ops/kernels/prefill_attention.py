@@ -85,7 +85,7 @@ def plan(
     most_tiles = most_tokens // tokens + min(num_works, most_tokens)
     tiles_M2 = torch.empty((most_tiles, 2), dtype=torch.int32, device=device)
     number_items[(1,)](counts_P, first_P1, num_works, tokens, S=triton.next_power_of_2(num_works))
-    _list[(num_works,)](first_P1, tiles_M2, B=64, num_warps=1)
+    _list_tiles[(num_works,)](first_P1, tiles_M2, B=64, num_warps=1)
     return Work(tables, rows_P, lengths_P, query_starts, first_P1, tiles_M2, tokens, tuning)
 
 
@@ -110,7 +110,7 @@ def attend(
     group = heads // kv_heads
     kv, scales = cache.layers[layer].kv, cache.layers[layer].scales
     _, keys, warps, stages = work.tuning
-    _attend[(len(work.tiles_M2), kv_heads)](
+    _attend_prompts[(len(work.tiles_M2), kv_heads)](
         q_NHD,
         kv,
         scales,
@@ -148,7 +148,7 @@ def attend(
 
 
 @triton.jit
-def _list(first, tiles, B: tl.constexpr):
+def _list_tiles(first, tiles, B: tl.constexpr):
     work = tl.program_id(0)
     start, end = tl.load(first + work), tl.load(first + work + 1)
     for at in range(start, end, B):
@@ -160,7 +160,7 @@ def _list(first, tiles, B: tl.constexpr):
 
 
 @triton.jit
-def _attend(
+def _attend_prompts(
     q,
     kv,
     scales,

@@ -89,7 +89,7 @@ def matmul(
     assert not by_blocks or (rows, columns) == BLOCK
     out = torch.empty((num_rows, outputs), dtype=dtype or x_MI.dtype, device=x_MI.device)
     shares = torch.empty((split, block // parts, outputs) if split > 1 else 0, dtype=torch.float32, device=x_MI.device)
-    _matmul[(triton.cdiv(outputs, rows) * num_blocks, split)](
+    _matmul_few_rows[(triton.cdiv(outputs, rows) * num_blocks, split)](
         x_MI,
         weight_OI,
         out,
@@ -119,7 +119,7 @@ def matmul(
 
 
 @triton.jit
-def _matmul(
+def _matmul_few_rows(
     x,
     weight,
     out,

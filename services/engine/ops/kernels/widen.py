@@ -42,14 +42,14 @@ def _launch(
 ) -> None:
     num_rows, inputs = out.shape
     if num_rows:
-        _widen[(num_rows, triton.cdiv(inputs, _COLUMNS))](
+        _widen_weights[(num_rows, triton.cdiv(inputs, _COLUMNS))](
             weight, terms, indices_R, out,
             O=outputs, I=inputs, GROUP=group, PAIRED=paired, SPAN=SPAN, PLANE=PLANE, COLUMNS=_COLUMNS, num_warps=4, **overlapped(out),
         )  # fmt: skip
 
 
 @triton.jit
-def _widen(
+def _widen_weights(
     weight, terms, indices, out,
     O: tl.constexpr, I: tl.constexpr, GROUP: tl.constexpr, PAIRED: tl.constexpr, SPAN: tl.constexpr, PLANE: tl.constexpr,
     COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
