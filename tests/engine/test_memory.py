@@ -79,3 +79,18 @@ def test_what_decodes_leave_is_counted_for_the_longest_context() -> None:
     assert num_forms(num_slots=4, most_tokens=2048) == 3 + 21
     assert num_forms(num_slots=4, most_tokens=8192) == 3 + 22  # and the full step
     assert logits_rows(num_slots=4, most_tokens=8192) == 2 * 4 + (1 + 2 + 4) + 22 * 4
+
+
+@pytest.mark.parametrize("itemsize", [1, 2])
+def test_what_decodes_leave_is_never_more_than_was_counted(itemsize: int) -> None:
+    """Whatever keys are kept in decides how sequences are cut."""
+    pytest.importorskip("triton")
+    from services.engine.ops.kernels.decode_attention import chunk_size, most_items, scratch_bytes
+    from services.engine.packets import decode_sizes
+
+    for num_sequences in decode_sizes(256):
+        for max_len in (500, 8192, 131072):
+            chunk = chunk_size(num_sequences, 8, max_len, itemsize=itemsize)
+            kept = most_items(num_sequences, max_len, chunk=chunk) * 8 * 4 * (128 + 1) * 4
+            counted = scratch_bytes(num_sequences, max_len=max_len, heads=32, kv_heads=8, head_dim=128)
+            assert kept <= counted

@@ -126,8 +126,9 @@ def most_items(num_sequences: int, max_len: int, *, chunk: int) -> int:
 
 
 def scratch_bytes(num_sequences: int, *, max_len: int, heads: int, kv_heads: int, head_dim: int) -> int:
-    """Of a `Scratch` for so many sequences, at most: a group of heads is padded to less than twice its size."""
-    chunk = chunk_size(num_sequences, kv_heads, max_len, itemsize=1)
+    """Of a `Scratch` for so many sequences, at most, whatever keys are kept in: a group of heads is padded to less than twice
+    its size."""
+    chunk = min(chunk_size(num_sequences, kv_heads, max_len, itemsize=itemsize) for itemsize in TUNING)
     return 2 * most_items(num_sequences, max_len, chunk=chunk) * heads * (head_dim + 1) * 4
 
 
