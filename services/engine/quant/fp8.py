@@ -30,6 +30,7 @@ class Fp8(Rounding):
     name = "fp8"
     scheme = Scheme(is_float=True)
     takes = RowScaled(torch.float8_e4m3fn)
+    rounds_activations = True
 
     def _packed(self, matrix: QuantizedMatrix, *, dtype: torch.dtype, input_scale: Tensor | None) -> Buffers:
         self._require(matrix, is_float=True, bits=8)
@@ -66,6 +67,7 @@ class Fp8Block(Rounding):
     name = "fp8-block"
     scheme = Scheme(is_float=True, tile=(_BLOCK, _BLOCK))
     takes = RowScaled(torch.float8_e4m3fn, share=_BLOCK)
+    rounds_activations = True
 
     def _packed(self, matrix: QuantizedMatrix, *, dtype: torch.dtype, input_scale: Tensor | None) -> Buffers:
         self._require(matrix, is_float=True, bits=8)
