@@ -8,7 +8,6 @@ nothing is held twice, and whatever does not fit is named.
 from __future__ import annotations
 
 import fnmatch
-import json
 import math
 import threading
 import zlib
@@ -33,6 +32,7 @@ from services.engine.quant.readers.gguf import GGUFFile
 from services.engine.quant.readers.source import Config, Reader, Source, refuse
 from services.engine.quant.rules import FORMATS, Rules
 from services.engine.shard import ALONE, Part, Shard
+from services.engine.strict_json import object_of
 from services.engine.weight_format import WeightFormat
 
 log = structlog.stdlib.get_logger(__name__)
@@ -413,10 +413,12 @@ def _shards(folder: Path) -> list[Path]:
         return [folder / SINGLE_FILE]
     if (folder / INDEX_FILE).is_file():
         try:
-            index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-            shards = sorted({folder / str(name) for name in dict(index["weight_map"]).values()})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigurationError(f"{folder / INDEX_FILE} is no index of shards: {error!r}") from error
+            index = object_of((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigurationError(f"{folder / INDEX_FILE} is no index of shards: {error}") from error
+        if not isinstance(places := index.get("weight_map"), dict):
+            raise ConfigurationError(f"{folder / INDEX_FILE} is no index of shards: it has no weight_map")
+        shards = sorted({folder / str(name) for name in places.values()})
         if missing := [shard.name for shard in shards if not shard.is_file()]:
             raise ConfigurationError(f"{folder} lacks the shards {_listed(missing)} that {INDEX_FILE} names")
         return shards
