@@ -26,7 +26,7 @@ from torch import Tensor
 
 from holdfast.errors import ConfigurationError
 from services.engine.quant import Format, Weight
-from services.engine.quant.matrix import QuantizedMatrix
+from services.engine.quant.matrix import QuantizedMatrix, all_finite
 from services.engine.quant.readers import reader_of
 from services.engine.quant.readers.gguf import GGUFFile
 from services.engine.quant.readers.source import Config, Reader, Source, refuse
@@ -258,14 +258,19 @@ class Checkpoint(Weights):
             self._untaken.discard(name)
 
     def raw(self, name: str, *shape: int, dtypes: Collection[torch.dtype]) -> Tensor:
-        """The tensor of this name as it lies in its file. Raises `ConfigurationError` if there is none, if it has another shape, or none
-        of these dtypes."""
+        """The tensor of this name as it lies in its file. Raises `ConfigurationError` if there is none, if it has another shape or none
+        of these dtypes, or if it holds floats that are not finite numbers."""
         tensor = self._file(name).get_tensor(name)
         self._require_shape(name, tensor.shape, shape)  # which is not the model's where a GGUF file packs
         if tensor.dtype not in dtypes:
             wanted = " or ".join(map(_named, dtypes))
             raise ConfigurationError(
                 f"{self._folder}: the tensor {name} holds {_named(tensor.dtype)}, but the config makes it {wanted}"
+            )
+        if not all_finite(tensor):
+            raise ConfigurationError(
+                f"{self._folder}: the tensor {name} holds values that are not finite numbers, of which nothing can be made; is it as it was "
+                "published?"
             )
         with self._lock:
             self._untaken.discard(name)

@@ -173,6 +173,19 @@ class QuantizedMatrix:
         return _spread(each_TU, self.tile, self.shape)
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether every value is a finite number. Nothing as large as the tensor is made on the way: a pass or two read it."""
+    if not values.is_floating_point() or not values.numel():
+        return True
+    match values.dtype:
+        case torch.float8_e4m3fn:  # it has no infinity, and NaN are all ones behind either sign
+            return bool(values.view(torch.uint8).amax() < 0xFF and values.view(torch.int8).amax() < 0x7F)
+        case torch.float8_e8m0fnu:
+            return bool(values.view(torch.uint8).amax() < 0xFF)
+    low, high = values.aminmax()  # of which NaN is both
+    return bool(low.isfinite() and high.isfinite())
+
+
 def plain(weight_OI: Tensor | QuantizedMatrix, dtype: torch.dtype) -> Tensor:
     """The weights themselves; those in few bits in this dtype."""
     return weight_OI if isinstance(weight_OI, Tensor) else weight_OI.dequant().to(dtype)
