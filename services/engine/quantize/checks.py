@@ -48,7 +48,7 @@ def check_names(model: Path, spec: ModelSpec) -> None:
 
 def check_values(model: Path, spec: ModelSpec) -> None:
     """Raises `ConfigurationError`, with its name, for a tensor that does not hold floats, or one that is not a finite number. All of them are
-    read, one after the other."""
+    read, one after the other, and once more when their layer's turn comes: the last one's comes when the work is nearly done."""
     with _opened(model) as checkpoint:
         for name in sorted(checkpoint.names):
             if any(fnmatchcase(name, glob) for glob in ignored(spec)):
