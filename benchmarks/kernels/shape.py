@@ -81,7 +81,7 @@ class Shape:
         return {
             name: format
             for name, format in FORMATS.items()
-            if format.scheme is None or all(map(format.scheme.groups, inputs))
+            if format.scheme is None or all(map(format.scheme.fits, inputs))
         }
 
     def kernels(self) -> Iterator[Kernel]:

@@ -204,4 +204,4 @@ def _key(sharing: Sharing, format: str) -> str:
 
 def _fits(format: WeightFormat, sharing: Sharing) -> bool:
     scheme = FORMATS[format].scheme
-    return scheme is None or scheme.groups(sharing.inputs)
+    return scheme is None or scheme.fits(sharing.inputs)

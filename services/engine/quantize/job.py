@@ -22,7 +22,7 @@ from services.engine.layers.linear import named
 from services.engine.models import dtype_of
 from services.engine.models.spec import ModelSpec, read_config
 from services.engine.quality.passages import Passage, text_of, tokenizer_of, windows_of
-from services.engine.quant.matrix import QuantizedMatrix, rounded
+from services.engine.quant.matrix import QuantizedMatrix
 from services.engine.quant.readers.source import FLOATS
 from services.engine.quant.rules import Rules
 from services.engine.quantize.budget import Assignment, best
@@ -255,11 +255,9 @@ class _Maker:
         return tensors_of(name, matrix, table.format, dtype=self._dtype, is_table=name == EMBEDDING)
 
     def _rounded(self, source: str, name: str, table: Table) -> QuantizedMatrix:
-        scheme = table.scheme
-        search = Search(table.method, scheme, self._dtype, self._job.options.percentile)
+        search = Search(table.method, table.scheme, self._dtype, self._job.options.percentile)
         with named(name):
-            weight_OI = self._whole(source)
-            return rounded(weight_OI, scheme, *search(weight_OI))
+            return search.rounded(self._whole(source))
 
     def _original(self, name: str) -> Tensor:
         """The tensor of this name in the dtype of its file."""
