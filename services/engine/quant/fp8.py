@@ -14,7 +14,7 @@ from torch import Tensor
 from services.engine.ops import linear, scaled
 from services.engine.ops.forms import Quantized, RowScaled
 from services.engine.ops.linear import counters_for
-from services.engine.ops.quantize import plain
+from services.engine.ops.quantize import dequantize
 from services.engine.ops.scaled import COLUMNS, ROWS, blocks, packed
 from services.engine.quant import Buffers
 from services.engine.quant.matrix import QuantizedMatrix, Scheme
@@ -88,6 +88,6 @@ class Fp8Block(Rounding):
         weight_OI = buffers[0]
         if weight_OI.is_cuda:
             return super()._products(x, buffers, bias_O=bias_O, add=add, dtype=dtype)
-        rows_NI = plain(self._rounded_rows(x, buffers), self.takes)
+        rows_NI = dequantize(self._rounded_rows(x, buffers), self.takes)
         out_NO = linear.linear(rows_NI.to(weight_OI.dtype), weight_OI).float()
         return linear.plus(out_NO, bias_O, add).to(dtype)

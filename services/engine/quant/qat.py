@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from holdfast.errors import ConfigurationError
 from services.engine.ops.forms import RowScaled
-from services.engine.ops.quantize import by_torch, plain
+from services.engine.ops.quantize import by_torch, dequantize
 from services.engine.quant import Format
 from services.engine.quant.rules import Rules
 from services.engine.weight_format import GATE_UP, QKV
@@ -78,7 +78,7 @@ class _Rows:
         x, *rest = inputs
         with torch.no_grad():
             rows = by_torch(x.reshape(-1, x.shape[-1]), self.form)
-            change = plain(rows, self.form).view(x.shape).to(x.dtype) - x
+            change = dequantize(rows, self.form).view(x.shape).to(x.dtype) - x
         return x + change, *rest
 
 

@@ -99,7 +99,7 @@ class Asked:
 
 
 @torch.inference_mode()
-def measured(
+def measured_costs(
     asked: Asked, shown: Sequence[Passage], judged: Sequence[Passage], *, kept: Path, say: Callable[[str], None]
 ) -> list[Item]:
     """What every matrix costs in every format that fits it. `shown`: what the method goes by, if it goes by a text; `judged`: by what costs are

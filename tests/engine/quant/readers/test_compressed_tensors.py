@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 from holdfast.errors import ConfigurationError
 from services.engine.models import load
 from services.engine.ops.forms import Quantized, RowScaled
-from services.engine.ops.quantize import plain
+from services.engine.ops.quantize import dequantize
 from services.engine.quant import Buffers
 from services.engine.quant.matrix import Scheme, extremes
 from services.engine.quant.readers.compressed_tensors import CompressedTensors
@@ -203,7 +203,7 @@ def rounded_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Ten
         form = self.form(buffers)
         assert isinstance(form, RowScaled)
         x = self._rounded_rows(x, buffers)
-        rows.append(plain(x, form))
+        rows.append(dequantize(x, form))
         return products(self, x, buffers, **more)
 
     with monkeypatch.context() as patch:
