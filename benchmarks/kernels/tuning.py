@@ -387,7 +387,7 @@ def _many_rows_search(
     """Rows and a matrix in eight bits, of which the GPU's own rate is the bound, by `bulk` or what takes its place."""
     (outputs, inputs), form = matrices.plain[0].shape, matrices.form
     x8 = by_torch(shape.noise(load.tokens, inputs), ROUNDED[form])
-    start = kernel.tiling(load.tokens, outputs, bulk.multiprocessors(shape.device))._asdict()
+    start = bulk.fitting(kernel.TILINGS, load.tokens, outputs, bulk.multiprocessors(shape.device))._asdict()
     return Search(
         f"{name} {kernel.__name__.rpartition('.')[2]} {form}",
         load,
