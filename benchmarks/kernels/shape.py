@@ -94,7 +94,7 @@ class Shape:
         return {
             name: format
             for name, format in FORMATS.items()
-            if format.scheme is None or all(map(format.scheme.groups, inputs))
+            if format.scheme is None or all(map(format.scheme.fits, inputs))
         }
 
     def kernels(self) -> Iterator[Kernel]:

@@ -48,7 +48,7 @@ from services.engine.ops.kernels import (
 )
 from services.engine.ops.kernels import moe as moe_kernels
 from services.engine.ops.linear import in_dtype
-from services.engine.ops.quantize import by_torch, plain
+from services.engine.ops.quantize import by_torch, dequantize
 from services.engine.quant.matrix import Scheme, nearest
 
 Setting = Mapping[str, Any]
@@ -284,7 +284,7 @@ class Matrices:
         """What the first stands for."""
         if self.four:
             return widen.int4(self.four[0], dtype=torch.float32)
-        return plain(self.eight[0], ROUNDED[self.form]) if self.eight else self.plain[0]
+        return dequantize(self.eight[0], ROUNDED[self.form]) if self.eight else self.plain[0]
 
 
 ROUNDED = {"fp8": RowScaled(torch.float8_e4m3fn), "w8a8": RowScaled(torch.int8)}
@@ -361,7 +361,7 @@ def _rows_search(shape: Shape, load: Load, name: str, matrices: Matrices) -> Sea
         serving = label(start) if form == "w8a8" or load.tokens <= scaled.most_rows(outputs) else "cuBLAS"
         calls = partial(_skinny8, x8, matrices)
         others = {"cuBLAS": [partial(CUBLAS[form], x8, weight) for weight in matrices.eight]}
-        expected = partial(_product, plain(x8, ROUNDED[form]), matrices.exact())
+        expected = partial(_product, dequantize(x8, ROUNDED[form]), matrices.exact())
     else:
         split = skinny.split_of(matrices.plain[0])
         start = {"rows": 64, "columns": 128 if lines <= 64 else 64, "split": split or 1, "warps": 4, "stages": 4}
@@ -387,7 +387,7 @@ def _many_rows_search(
     """Rows and a matrix in eight bits, of which the GPU's own rate is the bound, by `bulk` or what takes its place."""
     (outputs, inputs), form = matrices.plain[0].shape, matrices.form
     x8 = by_torch(shape.noise(load.tokens, inputs), ROUNDED[form])
-    start = kernel.tiling(load.tokens, outputs, bulk.multiprocessors(shape.device))._asdict()
+    start = bulk.fitting(kernel.TILINGS, load.tokens, outputs, bulk.multiprocessors(shape.device))._asdict()
     return Search(
         f"{name} {kernel.__name__.rpartition('.')[2]} {form}",
         load,
@@ -395,7 +395,7 @@ def _many_rows_search(
         start,
         axes,
         partial(_bulk8, x8, matrices, kernel),
-        partial(_product, plain(x8, ROUNDED[form]), matrices.exact()),
+        partial(_product, dequantize(x8, ROUNDED[form]), matrices.exact()),
         fits=fits,
         others={
             "cuBLAS": [partial(CUBLAS[form], x8, weight) for weight in matrices.eight],

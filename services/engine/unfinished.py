@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import ConfigurationError
+from services.engine.strict_json import object_of
 
 
 class Unusable(ConfigurationError):
@@ -78,9 +79,6 @@ def _claim(file: Path, command: Mapping[str, Any]) -> None:
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object that an earlier process left there. Raises `Damaged` if it is none."""
     try:
-        content = json.loads(file.read_text())
+        return object_of(file.read_text())
     except ValueError as error:
         raise Damaged(file, error) from error
-    if not isinstance(content, dict):
-        raise Damaged(file, "it is no JSON object")
-    return content

@@ -21,6 +21,8 @@ from fnmatch import fnmatchcase
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 """What matrices beside those of layers are called."""
+QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+"""And those of a module that are kept as one, and therefore in one format, side by side in this order."""
 
 
 class WeightFormat(enum.StrEnum):

@@ -23,13 +23,15 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from services.engine.strict_json import parsed
 from services.engine.weight_format import EMBEDDING, HEAD, Method, Rule, WeightFormat
 
 GROUPS = {
@@ -40,13 +42,26 @@ GROUPS = {
 }
 """The matrices of each group."""
 
+
+class _YAML(yaml.SafeLoader):  # type: ignore[misc]
+    """Without keys that stand twice, of which the last would count."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        found = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in found:
+                raise yaml.MarkedYAMLError(problem=f"it has the key {key.value!r} twice", problem_mark=key.start_mark)
+            found.add(key.value)
+        return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
+
+
 _READERS: dict[str, Callable[[str], object]] = {
-    ".yaml": yaml.safe_load,
-    ".yml": yaml.safe_load,
+    ".yaml": partial(yaml.load, Loader=_YAML),
+    ".yml": partial(yaml.load, Loader=_YAML),
     ".toml": tomllib.loads,
-    ".json": json.loads,
+    ".json": parsed,
 }
-"""By how a file's name ends."""
+"""By how a file's name ends. None of them takes a key twice."""
 
 _ROUTERS = ("*.gate",)
 

@@ -8,7 +8,6 @@ nothing is held twice, and whatever does not fit is named.
 from __future__ import annotations
 
 import fnmatch
-import json
 import math
 import threading
 import zlib
@@ -27,12 +26,13 @@ from torch import Tensor
 
 from holdfast.errors import ConfigurationError
 from services.engine.quant import Format, Weight
-from services.engine.quant.matrix import QuantizedMatrix
+from services.engine.quant.matrix import QuantizedMatrix, all_finite
 from services.engine.quant.readers import reader_of
 from services.engine.quant.readers.gguf import GGUFFile
 from services.engine.quant.readers.source import Config, Reader, Source, refuse
 from services.engine.quant.rules import FORMATS, Rules
 from services.engine.shard import ALONE, Part, Shard
+from services.engine.strict_json import object_of
 from services.engine.weight_format import WeightFormat
 
 log = structlog.stdlib.get_logger(__name__)
@@ -258,14 +258,19 @@ class Checkpoint(Weights):
             self._untaken.discard(name)
 
     def raw(self, name: str, *shape: int, dtypes: Collection[torch.dtype]) -> Tensor:
-        """The tensor of this name as it lies in its file. Raises `ConfigurationError` if there is none, if it has another shape, or none
-        of these dtypes."""
+        """The tensor of this name as it lies in its file. Raises `ConfigurationError` if there is none, if it has another shape or none
+        of these dtypes, or if it holds floats that are not finite numbers."""
         tensor = self._file(name).get_tensor(name)
         self._require_shape(name, tensor.shape, shape)  # which is not the model's where a GGUF file packs
         if tensor.dtype not in dtypes:
             wanted = " or ".join(map(_named, dtypes))
             raise ConfigurationError(
                 f"{self._folder}: the tensor {name} holds {_named(tensor.dtype)}, but the config makes it {wanted}"
+            )
+        if not all_finite(tensor):
+            raise ConfigurationError(
+                f"{self._folder}: the tensor {name} holds values that are not finite numbers, of which nothing can be made; is it as it was "
+                "published?"
             )
         with self._lock:
             self._untaken.discard(name)
@@ -413,10 +418,12 @@ def _shards(folder: Path) -> list[Path]:
         return [folder / SINGLE_FILE]
     if (folder / INDEX_FILE).is_file():
         try:
-            index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-            shards = sorted({folder / str(name) for name in dict(index["weight_map"]).values()})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigurationError(f"{folder / INDEX_FILE} is no index of shards: {error!r}") from error
+            index = object_of((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigurationError(f"{folder / INDEX_FILE} is no index of shards: {error}") from error
+        if not isinstance(places := index.get("weight_map"), dict):
+            raise ConfigurationError(f"{folder / INDEX_FILE} is no index of shards: it has no weight_map")
+        shards = sorted({folder / str(name) for name in places.values()})
         if missing := [shard.name for shard in shards if not shard.is_file()]:
             raise ConfigurationError(f"{folder} lacks the shards {_listed(missing)} that {INDEX_FILE} names")
         return shards

@@ -142,9 +142,14 @@ def test_a_folder_without_weights_says_so(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
     with pytest.raises(ConfigurationError, match=r"lacks the shards one\.safetensors"):
         load(tmp_path)
-    index.write_text("[]")
-    with pytest.raises(ConfigurationError, match="no index of shards"):
-        load(tmp_path)
+    for broken, why in (
+        ("[]", "it is \\[\\]"),
+        ("{}", "it has no weight_map"),
+        ('{"weight_map": {"a": "one", "b": "one", "a": "two"}}', "it has the key 'a' twice"),
+    ):
+        index.write_text(broken)
+        with pytest.raises(ConfigurationError, match=rf"/model\.safetensors\.index\.json is no index of shards: {why}"):
+            load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors at all")
     with pytest.raises(ConfigurationError, match=r"/model\.safetensors cannot be read as safetensors"):
         load(tmp_path)
@@ -222,6 +227,18 @@ def test_a_tensor_can_be_read_into_its_place(tmp_path: Path) -> None:
     assert not torch.equal(parts[0], parts[1])
 
 
+@pytest.mark.parametrize("at", ['"hidden_size"', '"bits"'])
+def test_a_config_that_has_a_key_twice_is_refused(at: str, tmp_path: Path) -> None:
+    """Wherever in it: the model's own, or one of its `quantization_config`. The file and the key are named."""
+    config = tmp_path / "config.json"
+    content = json.dumps(CONFIG | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    config.write_text(content.replace(at, f"{at}: 8, {at}"))
+    with pytest.raises(
+        ConfigurationError, match=rf"/config\.json cannot be read as a JSON object: .*{at[1:-1]}' twice"
+    ):
+        load(tmp_path)
+
+
 def test_the_end_tokens_are_the_generation_configs(tmp_path: Path) -> None:
     """generation_config.json decides where it names end tokens, one or several; else config.json; else there are none."""
     assert eos_token_ids(tmp_path) == frozenset()
@@ -232,5 +249,5 @@ def test_the_end_tokens_are_the_generation_configs(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6}))
     assert eos_token_ids(tmp_path) == {2}
     (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(ConfigurationError, match="not valid JSON"):
+    with pytest.raises(ConfigurationError, match=r"generation_config\.json cannot be read as a JSON object: Expecting"):
         eos_token_ids(tmp_path)

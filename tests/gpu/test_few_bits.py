@@ -74,7 +74,7 @@ def test_products(shape: tuple[int, int], num_rows: int, name: WeightFormat) -> 
     outputs, inputs = shape
     format = FORMATS[name]
     assert format.scheme is not None
-    if not format.scheme.groups(inputs):
+    if not format.scheme.fits(inputs):
         pytest.skip("the inputs do not fall into its groups")
     weight = (torch.randn(outputs, inputs, device="cuda") * 0.02 + 0.005).bfloat16()
     x = torch.randn(num_rows, inputs, device="cuda").bfloat16()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from services.engine.calibrate.scales import Parameters, Search
-from services.engine.quant.matrix import FLOAT, QuantizedMatrix, Scheme
+from services.engine.quant.matrix import FLOAT, QuantizedMatrix, levels_of
 
 _BLOCK = 128
 
@@ -103,7 +103,9 @@ class _Run:
         errors_OC = torch.empty_like(block_OC)
         for column, tile in enumerate((self._factor.order_I[start:end] // self._tile[1]).tolist()):
             weight_O = block_OC[:, column]
-            values_O, back_O = _nearest(weight_O, self._parameters[tile], self._scheme)
+            scales_O, zeros_O = self._parameters[tile]
+            values_O = levels_of(weight_O, scales_O, zeros_O, self._scheme)
+            back_O = (values_O.float() if zeros_O is None else values_O.float() - zeros_O) * scales_O
             errors_OC[:, column] = (weight_O - back_O) / upper_CC[column, column]
             self._values_OI[:, start + column] = values_O
             block_OC[:, column + 1 :].addr_(errors_OC[:, column], upper_CC[column, column + 1 :], alpha=-1)
@@ -118,18 +120,3 @@ def _columns(scales_TU: Tensor, zeros_TU: Tensor | None, *, rows: int, outputs: 
     assert scales_OU is not None
     zeros = [None] * scales_OU.shape[1] if zeros_OU is None else list(zeros_OU.unbind(1))
     return list(zip(scales_OU.unbind(1), zeros, strict=True))
-
-
-def _nearest(weight_O: Tensor, parameters: Parameters, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """One input's levels, and what they stand for: as `quant.matrix.rounded` rounds."""
-    scales_O, zeros_O = parameters
-    levels_O = weight_O / scales_O
-    if zeros_O is not None:
-        levels_O += zeros_O
-    if not scheme.is_float:
-        levels_O.round_()
-    values_O = levels_O.clamp_(*scheme.levels).to(FLOAT if scheme.is_float else torch.int8)
-    back_O = values_O.float()
-    if zeros_O is not None:
-        back_O = back_O - zeros_O
-    return values_O, back_O * scales_O

@@ -23,7 +23,7 @@ from services.engine.calibrate.scales import Search
 from services.engine.calibrate.statistics import Moments
 from services.engine.layers.linear import named
 from services.engine.models.spec import ModelSpec
-from services.engine.quant.matrix import QuantizedMatrix, rounded
+from services.engine.quant.matrix import QuantizedMatrix
 from services.engine.weight_format import Method
 
 Tensors = dict[str, Tensor]
@@ -70,7 +70,9 @@ class LayerWork:
         if choice.method is Method.AWQ:
             search = Search(Method.ABSMAX, choice.scheme, self.dtype)
             among = partial(smoothing.shared_by_heads, heads=heads, kv_heads=kv_heads) if sharing.by_heads else _apart
-            scales_I = smoothing.awq(weights, moments, lambda weight_OI: _back(weight_OI, search), among=among)
+            scales_I = smoothing.awq(
+                weights, moments, lambda weight_OI: search.rounded(weight_OI).dequant(), among=among
+            )
         else:
             scales_I = smoothing.smoothquant(weights, moments.largest_I, strength=self.options.strength)
         scales_I = self._take_up(sharing, scales_I)
@@ -119,7 +121,7 @@ class LayerWork:
             method, importance_I = Method.MSE, moments.squares_I
         search = Search(method, choice.scheme, self.dtype, self.options.percentile, importance_I)
         if choice.method is not Method.GPTQ:
-            return lambda weight_OI: rounded(weight_OI, search.scheme, *search(weight_OI))
+            return search.rounded
         assert moments is not None
         options = self.options
         factor = Factor.of(moments.products_II, act_order=options.act_order, damping=options.damping)
@@ -127,10 +129,6 @@ class LayerWork:
 
     def _full(self, names: Sequence[str]) -> list[str]:
         return [f"{self.prefix}.{name}" for name in names]
-
-
-def _back(weight_OI: Tensor, search: Search) -> Tensor:
-    return rounded(weight_OI, search.scheme, *search(weight_OI)).dequant()
 
 
 def _apart(each_I: Tensor) -> Tensor:

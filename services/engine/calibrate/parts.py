@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from services.engine.models.spec import ModelSpec
+from services.engine.weight_format import GATE_UP, QKV
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ def sharings(spec: ModelSpec, layer: int) -> Iterator[Sharing]:
     attention, hidden = "self_attn", spec.hidden
     heads, kv_heads = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     yield Sharing(
-        tuple(f"{attention}.{name}_proj" for name in "qkv"),
+        tuple(f"{attention}.{name}" for name in QKV),
         (heads, kv_heads, kv_heads),
         hidden,
         norm="input_layernorm",
@@ -37,7 +38,8 @@ def sharings(spec: ModelSpec, layer: int) -> Iterator[Sharing]:
     if spec.moe is not None and layer in spec.moe.layers:
         return
     size = spec.intermediate
-    yield Sharing(("mlp.gate_proj", "mlp.up_proj"), (size, size), hidden, norm="post_attention_layernorm")
+    gate_up = tuple(f"mlp.{name}" for name in GATE_UP)
+    yield Sharing(gate_up, (size, size), hidden, norm="post_attention_layernorm")
     yield Sharing(("mlp.down_proj",), (hidden,), size, rows_of="mlp.up_proj")
 
 

@@ -16,10 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from services.engine.quant.matrix import Scheme, extremes, parameters, rounded
+from services.engine.quant.matrix import QuantizedMatrix, Scheme, extremes, parameters, rounded, tiles_of
 from services.engine.weight_format import Method
 
 Parameters = tuple[Tensor, Tensor | None]
@@ -57,6 +56,10 @@ class Search:
             case _:
                 raise AssertionError(f"{self.method} finds no scales of weights")
 
+    def rounded(self, weight_OI: Tensor) -> QuantizedMatrix:
+        """The matrix to the nearest, by the parameters that are found."""
+        return rounded(weight_OI, self.scheme, *self(weight_OI))
+
     def of(self, inputs: slice) -> Search:
         """The same for these inputs of the matrix alone."""
         if self.importance_I is None:
@@ -68,7 +71,7 @@ class Search:
 
     def _percentiles(self, weight_OI: Tensor, low_TU: Tensor, high_TU: Tensor) -> tuple[Tensor, Tensor]:
         """The extremes without what is beyond the percentile: of absolute values, or on both sides where zero may lie anywhere."""
-        tiles_TUX = in_tiles(weight_OI.float(), self.scheme)
+        tiles_TUX = self._by_tile(weight_OI.float())
         # Tiles that are cut off at the edge are filled with zeros, which are no weights: for them the percentile is a little low.
         size = tiles_TUX.shape[-1]
         if self.scheme.symmetric:
@@ -97,15 +100,11 @@ class Search:
         errors_OI = (rounded(weight_OI, self.scheme, *tried).dequant() - weight_OI).square_()
         if self.importance_I is not None:
             errors_OI *= self.importance_I
-        return in_tiles(errors_OI, self.scheme).sum(-1)
+        return self._by_tile(errors_OI).sum(-1)
 
-
-def in_tiles(each_OI: Tensor, scheme: Scheme) -> Tensor:
-    """The values of each tile, [T, U, X]; tiles that are cut off at the edge are filled with zeros."""
-    (outputs, inputs), (height, width) = each_OI.shape, scheme.tile_of(each_OI.shape)
-    padded = F.pad(each_OI, (0, -inputs % width, 0, -outputs % height))
-    tiles = padded.view(padded.shape[0] // height, height, padded.shape[1] // width, width)
-    return tiles.transpose(1, 2).flatten(2)
+    def _by_tile(self, each_OI: Tensor) -> Tensor:
+        """The values of each tile, [T, U, X]; zeros where it is cut off at the edge."""
+        return tiles_of(each_OI, self.scheme).transpose(1, 2).flatten(2)
 
 
 def _chosen(where_TU: Tensor, one: Parameters, other: Parameters) -> Parameters:

@@ -13,6 +13,7 @@ from services.engine.ops import qkv
 from services.engine.ops.attention import AttentionPlan, paged_attention
 from services.engine.ops.forms import Activations, Form, Terms
 from services.engine.ops.rotary import Angles
+from services.engine.weight_format import QKV
 from services.engine.weights import Weights
 
 if TYPE_CHECKING:
@@ -32,9 +33,7 @@ class Attention:
         self._window = spec.windows[layer]
         self._scale = spec.head_dim**-0.5
         sizes = (heads.times(spec.head_dim), kv_heads.times(spec.head_dim), kv_heads.times(spec.head_dim))
-        self._qkv = Linear.load(
-            weights, "q_proj", "k_proj", "v_proj", inputs=spec.hidden, outputs=sizes, bias=spec.qkv_bias
-        )
+        self._qkv = Linear.load(weights, *QKV, inputs=spec.hidden, outputs=sizes, bias=spec.qkv_bias)
         self._o = Linear.load(weights, "o_proj", inputs=sizes[0], outputs=(spec.hidden,), bias=spec.o_bias)
         self._eps = spec.norm_eps
         self._norm_weights: tuple[Tensor, Tensor] | None = None

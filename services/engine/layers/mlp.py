@@ -6,26 +6,18 @@ from torch import Tensor
 
 from services.engine.layers.linear import Linear
 from services.engine.ops.forms import Activations, Form, Terms
+from services.engine.weight_format import GATE_UP
 from services.engine.weights import Weights
 
 
 class GatedMLP:
     """down(silu(gate(x)) * up(x)), gate and up in one matrix."""
 
-    def __init__(
-        self,
-        weights: Weights,
-        *,
-        hidden: int,
-        intermediate: int,
-        bias: bool = False,
-        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
-    ) -> None:
-        gate, up, down = names
+    def __init__(self, weights: Weights, *, hidden: int, intermediate: int, bias: bool = False) -> None:
         self._shard = weights.shard
         part = weights.shard.even_part(intermediate, "features of the MLP")
-        self._gate_up = Linear.load(weights, gate, up, inputs=hidden, outputs=(part, part), bias=bias)
-        self._down = Linear.load(weights, down, inputs=part, outputs=(hidden,), bias=bias)
+        self._gate_up = Linear.load(weights, *GATE_UP, inputs=hidden, outputs=(part, part), bias=bias)
+        self._down = Linear.load(weights, "down_proj", inputs=part, outputs=(hidden,), bias=bias)
 
     @property
     def takes(self) -> Form:

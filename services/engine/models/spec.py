@@ -7,7 +7,6 @@ are both understood. A key that is absent means what transformers takes it to me
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from holdfast.errors import ConfigurationError
 from services.engine.layers.rotary import LinearScaling, Llama3Scaling, RotarySpec, YarnScaling
+from services.engine.strict_json import object_of
 
 Config = Mapping[str, Any]
 """The content of a `config.json`."""
@@ -116,7 +116,7 @@ class ModelSpec:
 
 
 def read_config(folder: Path) -> Config:
-    """The `config.json` of a model folder."""
+    """The `config.json` of a model folder. Raises `ConfigurationError` where there is none, or it is no JSON object."""
     config = _read_json(folder / "config.json")
     if config is None:
         raise ConfigurationError(f"{folder} is no model folder: it has no config.json")
@@ -145,12 +145,9 @@ def _read_json(path: Path) -> Config | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return object_of(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigurationError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigurationError(f"{path} is not a JSON object")
-    return content
+        raise ConfigurationError(f"{path} cannot be read as a JSON object: {error}") from error
 
 
 # The families. What is not mentioned is as `ModelSpec` has it by default.

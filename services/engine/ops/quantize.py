@@ -41,7 +41,7 @@ def by_torch(x_NI: Tensor, form: RowScaled) -> Quantized:
     return Quantized(_rounded(x_NI * factors_N1, form), scales_N1.squeeze(1))
 
 
-def plain(x: Quantized, form: RowScaled) -> Tensor:
+def dequantize(x: Quantized, form: RowScaled) -> Tensor:
     """What rows in this form stand for, [N, I] in float32."""
     values_NI = x.values_NI.float()
     if form.share is not None:

@@ -56,6 +56,11 @@ class Format(Protocol):
         ...
 
     @property
+    def rounds_activations(self) -> bool:
+        """Whether it multiplies activations in eight bits: with scales found in every step, unless it `needs_input_scale`."""
+        ...
+
+    @property
     def needs_input_scale(self) -> bool:
         """Whether `pack` must be told the scale of activations."""
         ...

@@ -14,7 +14,7 @@ from torch import Tensor
 from services.engine.ops import linear, scaled
 from services.engine.ops.forms import Quantized, RowScaled
 from services.engine.ops.linear import counters_for
-from services.engine.ops.quantize import plain
+from services.engine.ops.quantize import dequantize
 from services.engine.ops.scaled import COLUMNS, ROWS, blocks, packed
 from services.engine.quant import Buffers
 from services.engine.quant.matrix import QuantizedMatrix, Scheme
@@ -30,6 +30,7 @@ class Fp8(Rounding):
     name = "fp8"
     scheme = Scheme(is_float=True)
     takes = RowScaled(torch.float8_e4m3fn)
+    rounds_activations = True
 
     def _packed(self, matrix: QuantizedMatrix, *, dtype: torch.dtype, input_scale: Tensor | None) -> Buffers:
         self._require(matrix, is_float=True, bits=8)
@@ -66,6 +67,7 @@ class Fp8Block(Rounding):
     name = "fp8-block"
     scheme = Scheme(is_float=True, tile=(_BLOCK, _BLOCK))
     takes = RowScaled(torch.float8_e4m3fn, share=_BLOCK)
+    rounds_activations = True
 
     def _packed(self, matrix: QuantizedMatrix, *, dtype: torch.dtype, input_scale: Tensor | None) -> Buffers:
         self._require(matrix, is_float=True, bits=8)
@@ -86,6 +88,6 @@ class Fp8Block(Rounding):
         weight_OI = buffers[0]
         if weight_OI.is_cuda:
             return super()._products(x, buffers, bias_O=bias_O, add=add, dtype=dtype)
-        rows_NI = plain(self._rounded_rows(x, buffers), self.takes)
+        rows_NI = dequantize(self._rounded_rows(x, buffers), self.takes)
         out_NO = linear.linear(rows_NI.to(weight_OI.dtype), weight_OI).float()
         return linear.plus(out_NO, bias_O, add).to(dtype)

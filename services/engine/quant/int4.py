@@ -102,7 +102,7 @@ class Int4(Rounding):
 
 def require_groups(format: Format, inputs: int) -> None:
     """Raises ValueError, with what fits, if so many inputs do not fall into the groups in which the format rounds plain matrices."""
-    if format.scheme is None or format.scheme.groups(inputs):
+    if format.scheme is None or format.scheme.fits(inputs):
         return
     group = format.scheme.tile[1]
     fits = " or ".join(format.name.replace(f"g{group}", f"g{size}") for size in (64, 32) if inputs % size == 0)

@@ -24,6 +24,7 @@ class Int8(Rounding):
     name = "int8"
     scheme = Scheme()
     takes: Form = RowScaled(torch.int8)
+    rounds_activations = True
 
     @property
     def table(self) -> TableFormat:  # type: ignore[override]
@@ -51,6 +52,7 @@ class Int8Weight(Int8):
 
     name = "int8-weight"
     takes: Form = None
+    rounds_activations = False
 
     def form(self, buffers: Buffers) -> Form:
         return int8.form_for(buffers[0])

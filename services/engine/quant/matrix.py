@@ -52,7 +52,7 @@ class Scheme:
         rows, inputs = self.tile
         return shape[0] if rows is None else rows, shape[1] if inputs is None else inputs
 
-    def groups(self, inputs: int) -> bool:
+    def fits(self, inputs: int) -> bool:
         """Whether so many inputs fall into whole tiles. Blocks may be cut off at the edge, groups not."""
         rows, size = self.tile
         return size is None or rows != 1 or inputs % size == 0
@@ -173,6 +173,19 @@ class QuantizedMatrix:
         return _spread(each_TU, self.tile, self.shape)
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether every value is a finite number. Nothing as large as the tensor is made on the way: a pass or two read it."""
+    if not values.is_floating_point() or not values.numel():
+        return True
+    match values.dtype:
+        case torch.float8_e4m3fn:  # it has no infinity, and NaN are all ones behind either sign
+            return bool(values.view(torch.uint8).amax() < 0xFF and values.view(torch.int8).amax() < 0x7F)
+        case torch.float8_e8m0fnu:
+            return bool(values.view(torch.uint8).amax() < 0xFF)
+    low, high = values.aminmax()  # of which NaN is both
+    return bool(low.isfinite() and high.isfinite())
+
+
 def plain(weight_OI: Tensor | QuantizedMatrix, dtype: torch.dtype) -> Tensor:
     """The weights themselves; those in few bits in this dtype."""
     return weight_OI if isinstance(weight_OI, Tensor) else weight_OI.dequant().to(dtype)
@@ -214,14 +227,19 @@ def nearest(weight_OI: Tensor, scheme: Scheme, *, scale_dtype: torch.dtype = tor
     return rounded(weight_OI, scheme, *parameters(*extremes(weight_OI, scheme), scheme, scale_dtype=scale_dtype))
 
 
+def tiles_of(each_OI: Tensor, scheme: Scheme) -> Tensor:
+    """The values of tiles, [T, outputs of one, U, inputs of one]; those that are cut off at the edge are filled with zeros."""
+    (outputs, inputs), (height, width) = each_OI.shape, scheme.tile_of(each_OI.shape)
+    padded = F.pad(each_OI, (0, -inputs % width, 0, -outputs % height))
+    return padded.view(padded.shape[0] // height, height, padded.shape[1] // width, width)
+
+
 def extremes(weight_OI: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """The lowest and the highest weight of each tile, [T, U], in float32; no higher and no lower than zero. Raises ValueError as
     `nearest` does."""
-    (outputs, inputs), (height, width) = weight_OI.shape, scheme.tile_of(weight_OI.shape)
-    if not scheme.groups(inputs):
-        raise ValueError(f"{inputs} inputs do not fall into groups of {width}")
-    padded = F.pad(weight_OI, (0, -inputs % width, 0, -outputs % height))
-    tiles = padded.view(padded.shape[0] // height, height, padded.shape[1] // width, width)
+    if not scheme.fits(inputs := weight_OI.shape[1]):
+        raise ValueError(f"{inputs} inputs do not fall into groups of {scheme.tile[1]}")
+    tiles = tiles_of(weight_OI, scheme)
     low_TU, high_TU = tiles.amin((1, 3)).float().clamp_(max=0), tiles.amax((1, 3)).float().clamp_(min=0)
     if not (low_TU.isfinite().all() and high_TU.isfinite().all()):
         raise ValueError("it holds weights that are not finite")
@@ -253,13 +271,23 @@ def rounded(weight_OI: Tensor, scheme: Scheme, scales_TU: Tensor, zeros_TU: Tens
     step = -(-_ROWS_AT_ONCE // tile[0]) * tile[0]
     for start in range(0, weight_OI.shape[0], step):
         rows, tiles = slice(start, start + step), slice(start // tile[0], -(-(start + step) // tile[0]))
-        piece = weight_OI[rows].float() / _spread(scales_TU[tiles], tile, weight_OI[rows].shape)
-        if zeros_TU is not None:
-            piece += _spread(zeros_TU[tiles], tile, piece.shape)
-        if not scheme.is_float:
-            piece.round_()
-        values_OI[rows] = piece.clamp_(*scheme.levels).to(values_OI.dtype)
+        piece = weight_OI[rows].float()
+        scales, zeros = (
+            None if each is None else _spread(each[tiles], tile, piece.shape) for each in (scales_TU, zeros_TU)
+        )
+        assert scales is not None
+        values_OI[rows] = levels_of(piece, scales, zeros, scheme)
     return QuantizedMatrix(values_OI, scales_TU, tile, scheme.bits, zeros_TU)
+
+
+def levels_of(weights: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme) -> Tensor:
+    """The nearest level of each weight, as `rounded` has it; `scales` and `zeros` as for each of them."""
+    levels = weights / scales
+    if zeros is not None:
+        levels += zeros
+    if scheme.is_float:
+        return levels.clamp_(*scheme.levels).to(FLOAT)
+    return levels.round_().clamp_(*scheme.levels).to(torch.int8)
 
 
 def _spread(each_TU: Tensor, tile: tuple[int, int], shape: Sequence[int]) -> Tensor:

@@ -18,12 +18,10 @@ from torch.nn.utils import parametrize
 
 from holdfast.errors import ConfigurationError
 from services.engine.ops.forms import RowScaled
-from services.engine.ops.quantize import by_torch, plain
+from services.engine.ops.quantize import by_torch, dequantize
 from services.engine.quant import Format
 from services.engine.quant.rules import Rules
-
-KEPT_AS_ONE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Matrices of one module that the engine keeps as one, and therefore in one format."""
+from services.engine.weight_format import GATE_UP, QKV
 
 
 class FakeQuantized(nn.Module):
@@ -80,7 +78,7 @@ class _Rows:
         x, *rest = inputs
         with torch.no_grad():
             rows = by_torch(x.reshape(-1, x.shape[-1]), self.form)
-            change = plain(rows, self.form).view(x.shape).to(x.dtype) - x
+            change = dequantize(rows, self.form).view(x.shape).to(x.dtype) - x
         return x + change, *rest
 
 
@@ -100,7 +98,7 @@ def _check(name: str, format: Format, module: nn.Module, dtype: torch.dtype) -> 
 def _kept_with(name: str, names: dict[str, Any]) -> list[str]:
     """The matrices that the engine keeps as one with this one, itself among them."""
     own = name.rpartition(".")[2]
-    for together in KEPT_AS_ONE:
+    for together in (QKV, GATE_UP):
         if own in together:
             return [each for sibling in together if (each := name.removesuffix(own) + sibling) in names]
     return [name]

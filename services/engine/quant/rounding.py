@@ -33,6 +33,7 @@ class Rounding(ABC):
     takes: Form = None
     table: TableFormat | None = None
     rounds_products = False
+    rounds_activations = False
     needs_input_scale = False
 
     def pack(self, weight_OI: Weight, *, dtype: torch.dtype, input_scale: Tensor | None = None) -> Buffers:

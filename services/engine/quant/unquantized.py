@@ -22,6 +22,7 @@ class Unrounded(ABC):
     scheme = None
     table = None
     rounds_products = False
+    rounds_activations = False
     needs_input_scale = False
 
     def adds(self, buffers: Buffers, *, num_rows: int) -> bool:

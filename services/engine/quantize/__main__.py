@@ -17,10 +17,10 @@ from services.engine.calibrate.choice import Options
 from services.engine.quality.passages import Passage
 from services.engine.quality.sizes import num_weights
 from services.engine.quantize.checks import check_names, check_values
-from services.engine.quantize.job import Budget, Job, Text, quantize
+from services.engine.quantize.job import Budget, Job, Text, quantize_model
 from services.engine.quantize.others import who_else_reads
 from services.engine.quantize.plan import Plan
-from services.engine.quantize.report import Quality, Report, measured
+from services.engine.quantize.report import Quality, Report, measured_quality
 from services.engine.quantize.shards import weight_bytes
 from services.engine.quantize.work import work_folder
 from services.engine.weight_format import GROUP_FILES, Method, WeightFormat
@@ -72,12 +72,12 @@ def made(arguments: argparse.Namespace, out: Path) -> Report:
             work.keep_to(assignment.rules)
             job = replace(job, rules=assignment.rules)
             plan = job.plan()
-        folder = quantize(job, plan, work, text if plan.needs_text else None, say=say)
+        folder = quantize_model(job, plan, work, text if plan.needs_text else None, say=say)
         quality: Quality | None = None
         if judged is not None:
             say(f"judging by {len(judged.windows):,} windows of {judged.name}")
             progress = teller("windows", len(judged.windows))
-            quality = measured(
+            quality = measured_quality(
                 job.model, folder, judged.windows, judged.name, unpacking=plan.unpacking(), progress=progress
             )
         sizes = weight_bytes(job.model), weight_bytes(folder)

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from services.engine.quant import Format
-from services.engine.quant.int8 import Int8Static, Int8Weight
 from services.engine.quant.matrix import QuantizedMatrix, Scheme
 from services.engine.weight_format import EMBEDDING, HEAD
 
@@ -102,13 +101,12 @@ def scheme_of(format: Format, *, is_table: bool = False) -> dict[str, Any]:
     kind = "float" if scheme.is_float else "int"
     weights = _arguments(kind, scheme.bits, symmetric=scheme.symmetric, dynamic=False, **_strategy(scheme))
     activations: Mapping[str, Any] | None = None
-    match _activations(format):
-        case "dynamic" if scheme.tile == (128, 128):
-            activations = _arguments(kind, 8, strategy="group", group_size=128, dynamic=True)
-        case "dynamic":
-            activations = _arguments(kind, 8, strategy="token", dynamic=True)
-        case "static":
-            activations = _arguments(kind, 8, strategy="tensor", dynamic=False)
+    if format.needs_input_scale:
+        activations = _arguments(kind, 8, strategy="tensor", dynamic=False)
+    elif format.rounds_activations and scheme.tile == (128, 128):
+        activations = _arguments(kind, 8, strategy="group", group_size=128, dynamic=True)
+    elif format.rounds_activations:
+        activations = _arguments(kind, 8, strategy="token", dynamic=True)
     layout = _layout(format, is_table=is_table)
     return {"weights": weights, "input_activations": activations, "output_activations": None, "format": layout}
 
@@ -117,7 +115,7 @@ def _layout(format: Format, *, is_table: bool) -> str:
     """How values lie. The package itself packs an embedding in eight bits too; transformers 5.23 cannot load one that has no `weight`."""
     scheme = format.scheme
     assert scheme is not None
-    if is_weight_only(format) and not (is_table and scheme.bits == 8):
+    if not format.rounds_activations and not (is_table and scheme.bits == 8):
         return _PACKED
     return "float-quantized" if scheme.is_float else "int-quantized"
 
@@ -153,17 +151,3 @@ def _strategy(scheme: Scheme | None) -> dict[str, Any]:
             return {"strategy": "group", "group_size": size}
         case block:
             return {"strategy": "block", "block_structure": list(block)}
-
-
-def _activations(format: Format) -> str | None:
-    """How activations are rounded, if they are."""
-    if isinstance(format, Int8Static):
-        return "static"
-    scheme = format.scheme
-    assert scheme is not None
-    return None if scheme.bits < 8 or isinstance(format, Int8Weight) else "dynamic"
-
-
-def is_weight_only(format: Format) -> bool:
-    """Whether activations stay as they are."""
-    return _activations(format) is None

@@ -40,7 +40,6 @@ from services.engine.quant.matrix import QuantizedMatrix
 from services.engine.quant.rules import FORMATS
 from services.engine.quant.unquantized import Unquantized
 from services.engine.quantize.budget import Item, Option, bits_of
-from services.engine.quantize.compressed_tensors import is_weight_only
 from services.engine.quantize.plan import require_sense
 from services.engine.shard import Part
 from services.engine.unfinished import read_object, whole
@@ -100,7 +99,7 @@ class Asked:
 
 
 @torch.inference_mode()
-def measured(
+def measured_costs(
     asked: Asked, shown: Sequence[Passage], judged: Sequence[Passage], *, kept: Path, say: Callable[[str], None]
 ) -> list[Item]:
     """What every matrix costs in every format that fits it. `shown`: what the method goes by, if it goes by a text; `judged`: by what costs are
@@ -188,7 +187,8 @@ class _Changed(Held):
         return self._matrices[name] if name in self._matrices else super().matrix(name, outputs, inputs)
 
     def format(self, *names: str) -> Format:
-        return Unquantized() if names[0] not in self._matrices or is_weight_only(self._format) else self._format
+        changes = names[0] in self._matrices and self._format.rounds_activations
+        return self._format if changes else Unquantized()
 
 
 def _divergence(run: Run, layer: Layer, index: int, *, name: str) -> float:
@@ -204,4 +204,4 @@ def _key(sharing: Sharing, format: str) -> str:
 
 def _fits(format: WeightFormat, sharing: Sharing) -> bool:
     scheme = FORMATS[format].scheme
-    return scheme is None or scheme.groups(sharing.inputs)
+    return scheme is None or scheme.fits(sharing.inputs)

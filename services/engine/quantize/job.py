@@ -22,12 +22,12 @@ from services.engine.layers.linear import named
 from services.engine.models import dtype_of
 from services.engine.models.spec import ModelSpec, read_config
 from services.engine.quality.passages import Passage, text_of, tokenizer_of, windows_of
-from services.engine.quant.matrix import QuantizedMatrix, rounded
+from services.engine.quant.matrix import QuantizedMatrix
 from services.engine.quant.readers.source import FLOATS
 from services.engine.quant.rules import Rules
 from services.engine.quantize.budget import Assignment, best
 from services.engine.quantize.compressed_tensors import config_of, tensors_of
-from services.engine.quantize.costs import Asked, measured
+from services.engine.quantize.costs import Asked, measured_costs
 from services.engine.quantize.plan import Plan, Table, plan_of
 from services.engine.quantize.shards import MOST_BYTES, copy_others, gather
 from services.engine.quantize.work import WorkFolder
@@ -110,7 +110,7 @@ class Job:
         few = [Passage(window.ids[:count]) for window in text.windows[: max(1, count // length)]]
         dtype = dtype_of(read_config(self.model))
         asked = Asked(self.model, self.spec(), self.budget.formats, self.method, self.options, dtype)
-        return best(measured(asked, text.windows, few, kept=work.costs, say=say), self.budget.bits)
+        return best(measured_costs(asked, text.windows, few, kept=work.costs, say=say), self.budget.bits)
 
     def windows(self, spec: ModelSpec, *, more: int = 0) -> Text:
         """The text, and so many tokens more, in windows. Raises `ConfigurationError` where it is no text, or too short."""
@@ -154,7 +154,7 @@ class Job:
 
 
 @torch.inference_mode()
-def quantize(job: Job, plan: Plan, work: WorkFolder, text: Text | None, *, say: Say) -> Path:
+def quantize_model(job: Job, plan: Plan, work: WorkFolder, text: Text | None, *, say: Say) -> Path:
     """The checkpoint, whole, in the work folder; what is done there already is taken as it is. Raises `ConfigurationError` for what
     cannot be done, and leaves finished layers."""
     config = read_config(job.model)
@@ -255,11 +255,9 @@ class _Maker:
         return tensors_of(name, matrix, table.format, dtype=self._dtype, is_table=name == EMBEDDING)
 
     def _rounded(self, source: str, name: str, table: Table) -> QuantizedMatrix:
-        scheme = table.scheme
-        search = Search(table.method, scheme, self._dtype, self._job.options.percentile)
+        search = Search(table.method, table.scheme, self._dtype, self._job.options.percentile)
         with named(name):
-            weight_OI = self._whole(source)
-            return rounded(weight_OI, scheme, *search(weight_OI))
+            return search.rounded(self._whole(source))
 
     def _original(self, name: str) -> Tensor:
         """The tensor of this name in the dtype of its file."""

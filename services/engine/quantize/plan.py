@@ -13,10 +13,8 @@ from services.engine.layers.linear import named
 from services.engine.models.spec import ModelSpec
 from services.engine.quant import Format
 from services.engine.quant.int4 import require_groups
-from services.engine.quant.int8 import Int8
 from services.engine.quant.matrix import Scheme
 from services.engine.quant.rules import FORMATS, Rules
-from services.engine.quantize.compressed_tensors import is_weight_only
 from services.engine.weight_format import EMBEDDING, HEAD, Method, WeightFormat
 
 _NEAREST = (Method.ABSMAX, Method.PERCENTILE, Method.MSE)
@@ -80,7 +78,7 @@ class Plan:
 
     def unpacking(self) -> str:
         """Rules by which the engine unpacks what multiplies activations as they are."""
-        names = (name for name, format in self.names() if format.scheme is not None and is_weight_only(format))
+        names = (name for name, format in self.names() if format.scheme is not None and not format.rounds_activations)
         return ",".join(f"{name}=none" for name in names) or WeightFormat.NONE
 
     def summary(self) -> dict[str, int]:
@@ -109,7 +107,7 @@ def plan_of(spec: ModelSpec, rules: Rules, method: Method) -> Plan:
             f"`{EMBEDDING}=none` before the other rules, or int8-weight or int4-g64"
         )
     head = embedding if spec.tied and not rules.decides(HEAD) else _table(HEAD, rules, method)
-    if isinstance(embedding.format, Int8):  # rows that are looked up have no activations
+    if embedding.format.rounds_activations:  # of which rows that are looked up have none
         embedding = replace(embedding, format=FORMATS[WeightFormat.INT8_WEIGHT])
     if head.format.needs_input_scale:
         raise ConfigurationError(

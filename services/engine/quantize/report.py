@@ -92,7 +92,7 @@ class Report:
         return "\n".join([*lines, "", note, "", f"Other systems: {self.read_by}.", ""])
 
 
-def measured(
+def measured_quality(
     model: Path,
     quantized: Path,
     windows: Sequence[Passage],

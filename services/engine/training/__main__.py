@@ -19,6 +19,7 @@ from torch import nn
 
 from holdfast import models
 from holdfast.errors import ConfigurationError, HoldfastError
+from services.engine.models.spec import read_config
 from services.engine.quality.passages import tokenizer_of
 from services.engine.quant.qat import prepare, release
 from services.engine.quant.rules import Rules
@@ -96,6 +97,7 @@ def _go_on(options: argparse.Namespace, plan: Plan, those: Ranks, progress: Prog
 
 def _model(folder: Path, *, trained: bool) -> nn.Module:
     """In float32: what its config says, with its weights or with new ones."""
+    read_config(folder)  # which refuses what transformers would pass over
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         if trained:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from services.engine.calibrate.scales import Search, in_tiles
-from services.engine.quant.matrix import QuantizedMatrix, Scheme, nearest, rounded
+from services.engine.calibrate.scales import Search
+from services.engine.quant.matrix import QuantizedMatrix, Scheme, nearest, rounded, tiles_of
 from services.engine.weight_format import Method
 
 SCHEMES = {
@@ -47,7 +47,7 @@ def test_the_search_leaves_no_tile_worse(name: str) -> None:
     importance = torch.logspace(-2, 1, 160)
 
     def errors(matrix: QuantizedMatrix) -> torch.Tensor:
-        return in_tiles((matrix.dequant() - weight).square() * importance, scheme).sum(-1)
+        return tiles_of((matrix.dequant() - weight).square() * importance, scheme).sum((1, 3))
 
     before = errors(nearest(weight, scheme))
     after = errors(made(Search(Method.MSE, scheme, importance_I=importance), weight))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from types import ModuleType
 
 import pytest
@@ -295,6 +296,21 @@ def launch_many(module: ModuleType, cut: bulk.Tiling | bulk_hopper.Tiling, dtype
 
 
 every_width = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+
+
+@pytest.mark.parametrize(
+    ("tilings", "num_rows", "index"),
+    [
+        (bulk.TILINGS, 8192, 0),
+        (bulk.TILINGS, 1024, 1),
+        (bulk_hopper.TILINGS, 8192, 0),
+        (bulk_hopper.TILINGS, 1024, 1),
+        (bulk_hopper.TILINGS, 128, 2),
+    ],
+)
+def test_each_multiprocessor_has_a_tile(tilings: Sequence[bulk.Cut], num_rows: int, index: int) -> None:
+    """Of the largest that are enough for all 132; where none is, of the last."""
+    assert bulk.fitting(tilings, num_rows, 4096, 132) is tilings[index]
 
 
 @pytest.mark.timeout(300)

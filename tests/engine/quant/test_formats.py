@@ -60,6 +60,12 @@ def seen(name: WeightFormat, x: Tensor) -> Tensor:
     return x
 
 
+@pytest.mark.parametrize("name", WeightFormat)
+def test_a_format_says_whether_it_rounds_activations(name: WeightFormat) -> None:
+    x = drawn(3, INPUTS)
+    assert FORMATS[name].rounds_activations == (not torch.equal(seen(name, x), x.double()))
+
+
 @pytest.mark.parametrize("name", QUANTIZED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3, 70])

@@ -17,6 +17,7 @@ from services.engine.quant.matrix import (
     FLOAT,
     QuantizedMatrix,
     Scheme,
+    all_finite,
     extremes,
     joined,
     nearest,
@@ -122,6 +123,20 @@ def test_calibration_can_choose_the_range() -> None:
     found = rounded(weight, ASYMMETRIC, *parameters(low / 2, high / 2, ASYMMETRIC))
     assert found.values_OI.aminmax() == (-8, 7)
     assert (found.dequant() - weight).abs().max() > (nearest(weight, ASYMMETRIC).dequant() - weight).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, torch.float8_e8m0fnu, torch.bfloat16, torch.float16, torch.float32])
+def test_every_value_that_is_no_finite_number_is_found(dtype: torch.dtype) -> None:
+    """Of all that have this many bits, or of those that two bytes begin; one among finite ones."""
+    kind = {1: torch.uint8, 2: torch.uint16, 4: torch.int32}[dtype.itemsize]
+    patterns = torch.arange(1 << 8 * min(dtype.itemsize, 2)) << (16 if dtype.itemsize == 4 else 0)
+    values = patterns.to(kind).view(dtype)
+    finite = values.float().isfinite()
+    assert all_finite(values[finite]) and all_finite(values[:0]) and 0 < finite.sum() < len(values)
+    among = torch.ones(3, 37).to(dtype)
+    for value in values[~finite][:: max(1, int((~finite).sum()) // 64)]:
+        among[1, 5] = value
+        assert not all_finite(among)
 
 
 @pytest.mark.parametrize(("weight", "message"), [

@@ -97,6 +97,12 @@ def test_yaml_says_the_same(suffix: str, tmp_path: Path) -> None:
         ("8: {bits: 8}", "'8' is no group"),
         ("", "it must name groups"),
         ("- attention", "it must name groups"),
+        (
+            "ffn: {bits: 8}\nhead: {bits: 8}\nffn: {bits: 4}",
+            r"groups\.yaml: it has the key 'ffn' twice .*line 3, column 1",
+        ),
+        ("ffn: {bits: 8, 'bits': 4}", "it has the key 'bits' twice"),
+        ("? {a: 1}\n: {bits: 8}", r"groups\.yaml: .*unhashable key"),
         ("a: \0", r"groups\.yaml: .*special characters are not allowed"),
     ],
 )
@@ -149,6 +155,8 @@ def test_every_format_can_be_said(group: dict[str, Any], format: str, tmp_path: 
         ({"ffn": {"bits": 16, "calibration": "gptq"}}, '16 bits can only have calibration "none"'),
         ([], "it must name groups: attention, ffn"),
         ("{", "groups.json: Expecting"),
+        ('{"ffn": {"bits": 8}, "head": {"bits": 8}, "ffn": {"bits": 4}}', r"groups\.json: it has the key 'ffn' twice"),
+        ('{"ffn": {"bits": 8, "bits": 4}}', r"groups\.json: it has the key 'bits' twice"),
     ],
 )
 def test_what_cannot_be_is_refused(content: Any, message: str, tmp_path: Path) -> None:

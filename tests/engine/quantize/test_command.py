@@ -198,7 +198,7 @@ def test_a_checkpoint_that_is_not_what_its_config_says_is_refused_first(
     said = json.loads((model / "config.json").read_text()) | config
     (model / "config.json").write_text(json.dumps(said))
     monkeypatch.setattr(job, "quantize_layer", None)
-    monkeypatch.setattr(job, "measured", None)
+    monkeypatch.setattr(job, "measured_costs", None)
     shown = [text, *SHOWN] if "--calibrate" in asked else []
     found = refused(capsys, model, tmp_path / "out", *asked, *shown)
     assert re.search(message, found), found

@@ -17,7 +17,7 @@ from services.engine.quality.scores import compare
 from services.engine.quantize import __main__ as command
 from services.engine.quantize import costs
 from services.engine.quantize.budget import Item
-from services.engine.quantize.costs import Asked, measured
+from services.engine.quantize.costs import Asked, measured_costs
 from services.engine.weight_format import Method, WeightFormat
 
 WINDOW = 48
@@ -59,7 +59,7 @@ def test_a_matrix_costs_what_an_engine_costs_that_keeps_it_alone_so(
     format: WeightFormat, stories260k: Path, windows: list[Passage], tmp_path: Path
 ) -> None:
     """Rounded to the nearest, and its activations too where the format does that."""
-    found = measured(
+    found = measured_costs(
         asked(stories260k, format, WeightFormat.NONE), windows, windows[:2], kept=tmp_path / "costs.json", say=print
     )
     rules = f"model.layers.3.self_attn.o_proj={format}"
@@ -79,7 +79,7 @@ def test_a_matrix_costs_what_it_costs_in_the_checkpoint_that_the_method_makes(
     out = tmp_path / "out"
     command.main([str(stories260k), str(out), "--scheme", f"{matrices}={format}", "--method", method, *shown])
     expected = divergence(stories260k, out, windows[:2])
-    found = measured(
+    found = measured_costs(
         asked(stories260k, format, WeightFormat.NONE, method=method),
         windows,
         windows[:2],
@@ -87,7 +87,7 @@ def test_a_matrix_costs_what_it_costs_in_the_checkpoint_that_the_method_makes(
         say=print,
     )
     assert cost_of(found, 2, name, format) == pytest.approx(expected, rel=0.01)
-    nearest = measured(
+    nearest = measured_costs(
         asked(stories260k, format, WeightFormat.NONE), windows, windows[:2], kept=tmp_path / "nearest", say=print
     )
     assert cost_of(nearest, 2, name, format) != pytest.approx(expected, rel=0.05)
@@ -98,7 +98,7 @@ def test_layers_that_are_measured_are_not_measured_again(
 ) -> None:
     """What was killed behind the third goes on with the fourth, and finds what it would have found."""
     job, kept, layers = asked(stories260k, INT4, WeightFormat.NONE, method=Method.GPTQ), tmp_path / "costs.json", []
-    whole = measured(job, windows, windows[:1], kept=tmp_path / "whole.json", say=print)
+    whole = measured_costs(job, windows, windows[:1], kept=tmp_path / "whole.json", say=print)
     real = costs._Measuring.costs
 
     def dies(self: costs._Measuring, index: int) -> dict[str, float]:
@@ -109,11 +109,11 @@ def test_layers_that_are_measured_are_not_measured_again(
 
     monkeypatch.setattr(costs._Measuring, "costs", dies)
     with pytest.raises(KeyboardInterrupt):
-        measured(job, windows, windows[:1], kept=kept, say=print)
-    assert measured(job, windows, windows[:1], kept=kept, say=print) == whole
+        measured_costs(job, windows, windows[:1], kept=kept, say=print)
+    assert measured_costs(job, windows, windows[:1], kept=kept, say=print) == whole
     assert layers == [0, 1, 2, 3, 3, 4]
     monkeypatch.setattr(costs, "load", None)  # nothing is read for what is known
-    assert measured(job, windows, windows[:1], kept=kept, say=print) == whole
+    assert measured_costs(job, windows, windows[:1], kept=kept, say=print) == whole
 
 
 @pytest.mark.parametrize(
@@ -135,4 +135,6 @@ def test_what_could_not_be_made_is_refused_before_anything_is_measured(
     """With the name of the matrix."""
     monkeypatch.setattr(costs, "open_checkpoint", None)
     with pytest.raises(ConfigurationError, match=message):
-        measured(asked(stories260k, *formats, method=method), windows, windows, kept=tmp_path / "costs.json", say=print)
+        measured_costs(
+            asked(stories260k, *formats, method=method), windows, windows, kept=tmp_path / "costs.json", say=print
+        )

@@ -91,7 +91,8 @@ def test_tied_matrices_stay_one(model: nn.Module) -> None:
     ("rules", "message"),
     [
         ("int4-g128", r"model\.layers\.0\.self_attn\.q_proj: int4-g128 keeps 128 inputs in a group, and there are 64"),
-        ("*.q_proj=int8", "kept as one matrix"),
+        ("*.q_proj=int8", "q_proj, .*k_proj, .*v_proj are kept as one matrix"),
+        ("*.up_proj=int8", "gate_proj, .*up_proj are kept as one matrix"),
         ("int8-static", "calibration"),
         ("*.nothing=int8", "decides about no matrix"),
         ("*=fp8-block", r"rows of model\.embed_tokens are looked up"),

@@ -9,8 +9,9 @@ Shapes: N rows, O outputs, I inputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 import triton
@@ -27,6 +28,17 @@ STORED = 128
 of the next tile."""
 
 
+class Cut(Protocol):
+    """A way to cut a product."""
+
+    def tiles(self, num_rows: int, outputs: int) -> int:
+        """Into how many tiles it falls."""
+        ...
+
+
+T = TypeVar("T", bound=Cut)
+
+
 class Tiling(NamedTuple):
     """How a product is cut: the rows of x and of the matrix that a tile takes, so many inputs at a time; how many tiles of rows follow
     each other for the same outputs; and whether a program goes from tile to tile, its loads of one before it stores the last."""
@@ -39,12 +51,15 @@ class Tiling(NamedTuple):
     warps: int
     stages: int
 
+    def tiles(self, num_rows: int, outputs: int) -> int:
+        return triton.cdiv(num_rows, self.rows) * triton.cdiv(outputs, self.columns)
+
 
 TILINGS = (
     Tiling(rows=128, columns=256, depth=128, group=16, persistent=True, warps=8, stages=4),
     Tiling(rows=128, columns=128, depth=128, group=16, persistent=False, warps=8, stages=3),
 )
-"""The first of which each multiprocessor has a tile, or else the last, two of which share a multiprocessor (not measured yet)."""
+"""Large tiles first; of the last, two share a multiprocessor (not measured yet)."""
 
 
 def takes(x_NI: Tensor, weight_OI: Tensor, add: Tensor | None, dtype: torch.dtype) -> bool:
@@ -56,10 +71,9 @@ def takes(x_NI: Tensor, weight_OI: Tensor, add: Tensor | None, dtype: torch.dtyp
     return not any(each % _ALIGNED for each in widths + starts)
 
 
-def tiling(num_rows: int, outputs: int, programs: int) -> Tiling:
-    """For so many rows of x, on so many multiprocessors."""
-    fitting = (each for each in TILINGS if _tiles(num_rows, outputs, each) >= programs)
-    return next(fitting, TILINGS[-1])
+def fitting(tilings: Sequence[T], num_rows: int, outputs: int, programs: int) -> T:
+    """For so many rows of x, on so many multiprocessors: the first of which each has a tile, or else the last."""
+    return next((each for each in tilings if each.tiles(num_rows, outputs) >= programs), tilings[-1])
 
 
 def matmul(
@@ -77,9 +91,9 @@ def matmul(
     what follows is rounded as `skinny.matmul` does it, bit for bit."""
     (num_rows, inputs), outputs = x_NI.shape, weight_OI.shape[0]
     programs = multiprocessors(x_NI.device)
-    cut = cut or tiling(num_rows, outputs, programs)
+    cut = cut or fitting(TILINGS, num_rows, outputs, programs)
     out = torch.empty((num_rows, outputs), dtype=dtype, device=x_NI.device)
-    num_tiles = _tiles(num_rows, outputs, cut)
+    num_tiles = cut.tiles(num_rows, outputs)
     tile, stored = TensorDescriptor.from_tensor, [cut.rows, min(cut.columns, STORED // dtype.itemsize)]
     _product[(min(num_tiles, programs) if cut.persistent else num_tiles,)](
         tile(x_NI, [cut.rows, cut.depth]),
@@ -104,10 +118,6 @@ def matmul(
         **overlapped(x_NI),
     )
     return out
-
-
-def _tiles(num_rows: int, outputs: int, cut: Tiling) -> int:
-    return triton.cdiv(num_rows, cut.rows) * triton.cdiv(outputs, cut.columns)
 
 
 @cache

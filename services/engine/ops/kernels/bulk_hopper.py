@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from services.engine.ops.kernels.bulk import STORED, multiprocessors, placed
+from services.engine.ops.kernels.bulk import STORED, fitting, multiprocessors, placed
 from services.engine.ops.kernels.overlap import overlapped, wait
 
 _DTYPES = {
@@ -56,26 +56,23 @@ class Tiling(NamedTuple):
     shared: bool
     stages: int
 
+    def tiles(self, num_rows: int, outputs: int) -> int:
+        height = self.rows * (2 if self.shared else 1)
+        return triton.cdiv(num_rows, height) * triton.cdiv(outputs, self.columns)
+
 
 TILINGS = (
     Tiling(rows=64, columns=256, depth=128, group=16, shared=True, stages=4),
     Tiling(rows=128, columns=128, depth=128, group=16, shared=False, stages=6),
     Tiling(rows=64, columns=128, depth=128, group=16, shared=True, stages=6),
 )
-"""The first of which each multiprocessor has a tile, or else the last. (The first was found best of seven on an H200 with 8,192 rows, the others are not
-measured yet.)"""
+"""Large tiles first. (The first was found best of seven on an H200 with 8,192 rows, the others are not measured yet.)"""
 
 
 @cache
 def is_able(device: torch.device) -> bool:
     """Hopper's matrix units are neither older nor newer GPUs'."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
-def tiling(num_rows: int, outputs: int, programs: int) -> Tiling:
-    """For so many rows of x, on so many multiprocessors."""
-    fitting = (each for each in TILINGS if _tiles(num_rows, outputs, each) >= programs)
-    return next(fitting, TILINGS[-1])
 
 
 def matmul(
@@ -92,10 +89,10 @@ def matmul(
     """As `bulk.matmul`, bit for bit where sums are exact."""
     (num_rows, inputs), outputs = x_NI.shape, weight_OI.shape[0]
     programs = multiprocessors(x_NI.device)
-    cut = cut or tiling(num_rows, outputs, programs)
+    cut = cut or fitting(TILINGS, num_rows, outputs, programs)
     out = torch.empty((num_rows, outputs), dtype=dtype, device=x_NI.device)
     stored = STORED // dtype.itemsize
-    _product[(min(programs, _tiles(num_rows, outputs, cut)),)](
+    _product[(min(programs, cut.tiles(num_rows, outputs)),)](
         _described(x_NI, [cut.rows, cut.depth]),
         _described(weight_OI, [cut.columns, cut.depth]),
         _described(out, [cut.rows, stored]),
@@ -117,10 +114,6 @@ def matmul(
         **overlapped(x_NI),
     )
     return out
-
-
-def _tiles(num_rows: int, outputs: int, cut: Tiling) -> int:
-    return triton.cdiv(num_rows, cut.rows * (2 if cut.shared else 1)) * triton.cdiv(outputs, cut.columns)
 
 
 def _described(tensor: Tensor, tile: Sequence[int]) -> TensorDescriptor:

@@ -34,7 +34,7 @@ class Source(Protocol):
 
     def raw(self, name: str, *shape: int, dtypes: Collection[torch.dtype]) -> Tensor:
         """The tensor of this name, in the host's memory; from now on it counts as taken. Raises `ConfigurationError` if there is none, if
-        it has another shape, or none of these dtypes."""
+        it has another shape or none of these dtypes, or if it holds floats that are not finite numbers."""
         ...
 
 
@@ -68,10 +68,7 @@ class Reader(ABC):
         """The scales of this name, in float32 and in this shape; they may be written with other dimensions of one."""
         written = self._source.shape(name) if self._source.has(name) else shape
         stored = written if _without_ones(written) == _without_ones(shape) else shape
-        scales = self._source.raw(name, *stored, dtypes=dtypes).float().view(shape)
-        if not scales.isfinite().all():
-            raise ConfigurationError(f"the tensor {name} holds scales that are not finite")
-        return scales
+        return self._source.raw(name, *stored, dtypes=dtypes).float().view(shape)
 
     def _is_zero(self, name: str) -> bool:
         """Whether this tensor, which is there, changes nothing."""

@@ -86,6 +86,13 @@ def corrupt(folder: Path, name: str, change: Callable[[Tensor], Tensor | None]) 
     save_file(content, folder / "model.safetensors")
 
 
+def with_last(values: Tensor, value: float) -> Tensor:
+    """The same, but for the last of them."""
+    values = values.clone()
+    values.view(-1)[-1] = value
+    return values
+
+
 def weights_of(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Matrices as tensors of a checkpoint."""
     return {f"{name}.weight": each.float() for name, each in plain.items()}

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 from holdfast.errors import ConfigurationError
 from services.engine.models import load
 from services.engine.ops.forms import Quantized, RowScaled
-from services.engine.ops.quantize import plain
+from services.engine.ops.quantize import dequantize
 from services.engine.quant import Buffers
 from services.engine.quant.matrix import Scheme, extremes
 from services.engine.quant.readers.compressed_tensors import CompressedTensors
@@ -50,6 +50,7 @@ from tests.engine.quant.readers.checkpoints import (
     opened,
     relative_error,
     size,
+    with_last,
     write,
 )
 from tests.engine.quant.test_matrix import arguments_of
@@ -202,7 +203,7 @@ def rounded_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Ten
         form = self.form(buffers)
         assert isinstance(form, RowScaled)
         x = self._rounded_rows(x, buffers)
-        rows.append(plain(x, form))
+        rows.append(dequantize(x, form))
         return products(self, x, buffers, **more)
 
     with monkeypatch.context() as patch:
@@ -423,7 +424,7 @@ def test_zero_points_in_the_middle_are_not_missed(tmp_path: Path) -> None:
         (f"{Q}.weight_packed", lambda each: each.float(), r"q_proj\.weight_packed holds float32, but the config makes it int32"),
         (f"{Q}.weight_scale", lambda each: each[:, :2], r"q_proj\.weight_scale has shape \[256, 2\], but the config makes it \[256, 4\]"),
         (f"{Q}.weight_scale", lambda each: each.int(), r"q_proj\.weight_scale holds int32, but the config makes it float32 or"),
-        (f"{Q}.weight_scale", lambda each: each * torch.nan, r"q_proj\.weight_scale holds scales that are not finite"),
+        (f"{Q}.weight_scale", lambda each: each * torch.nan, r"q_proj\.weight_scale holds values that are not finite numbers"),
         (f"{Q}.weight_shape", lambda each: each.flip(0) * 2, r"q_proj\.weight_shape says \[512, 512\], but the config makes it \[256, 256\]"),
     ],
 )  # fmt: skip
@@ -432,6 +433,16 @@ def test_a_tensor_that_contradicts_the_config_is_named(tensor: str, change: Any,
     written(tmp_path, CASES["int4 group"])
     corrupt(tmp_path, tensor, change)
     assert_refused(tmp_path, message)
+
+
+@pytest.mark.parametrize("case", ["fp8", "fp8 tensor", "fp8 block"])
+@pytest.mark.parametrize("tensor", ["weight", "weight_scale"])
+def test_floats_that_are_no_numbers_are_refused(case: str, tensor: str, tmp_path: Path) -> None:
+    written(tmp_path, CASES[case])
+    corrupt(tmp_path, f"{Q}.{tensor}", lambda each: with_last(each, torch.nan))
+    assert_refused(
+        tmp_path, rf"the tensor model\.layers\.0\.self_attn\.q_proj\.{tensor} holds values that are not finite"
+    )
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,11 @@ from tests.engine.quant.readers.checkpoints import (
     dequantized,
     matrices,
     opened,
+    with_last,
     write,
 )
 
+E8M0 = torch.float8_e8m0fnu
 SPARED = "model.layers.1.self_attn.o_proj"
 
 
@@ -104,6 +106,10 @@ def test_scales_may_be_of_the_matrix_or_of_its_rows(kind: str, tmp_path: Path) -
         (f"{DOWN}.weight_scale_inv", lambda each: each.t(), r"down_proj\.weight_scale_inv has shape \[4, 2\], but the config makes it \[2, 4\]"),
         (f"{Q}.weight", lambda each: each.float(), r"q_proj\.weight holds float32, but the config makes it float8_e4m3fn"),
         (f"{Q}.weight", lambda each: each[:, :9], r"q_proj\.weight has shape \[256, 9\]"),
+        (f"{Q}.weight", lambda each: with_last(each, torch.nan), r"the tensor .*q_proj\.weight holds values that are not finite numbers"),
+        (f"{DOWN}.weight", lambda each: with_last(each, -torch.nan), r"down_proj\.weight holds values that are not finite numbers"),
+        (f"{Q}.weight_scale_inv", lambda each: with_last(each, torch.inf), r"q_proj\.weight_scale_inv holds values that are not finite"),
+        (f"{Q}.weight_scale_inv", lambda each: with_last(each.to(E8M0), torch.nan), r"q_proj\.weight_scale_inv holds values that are not finite"),
     ],
 )  # fmt: skip
 def test_a_tensor_that_contradicts_the_config_is_named(tensor: str, change: Any, message: str, tmp_path: Path) -> None:
