@@ -95,7 +95,7 @@ def matmul(
     out = torch.empty((num_rows, outputs), dtype=dtype, device=x_NI.device)
     num_tiles = cut.tiles(num_rows, outputs)
     tile, stored = TensorDescriptor.from_tensor, [cut.rows, min(cut.columns, STORED // dtype.itemsize)]
-    _product[(min(num_tiles, programs) if cut.persistent else num_tiles,)](
+    _matmul_bulk[(min(num_tiles, programs) if cut.persistent else num_tiles,)](
         tile(x_NI, [cut.rows, cut.depth]),
         tile(weight_OI, [cut.columns, cut.depth]),
         tile(out, stored),
@@ -127,7 +127,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @triton.jit
-def _product(
+def _matmul_bulk(
     x,
     weight,
     out,

@@ -92,7 +92,7 @@ def matmul(
     cut = cut or fitting(TILINGS, num_rows, outputs, programs)
     out = torch.empty((num_rows, outputs), dtype=dtype, device=x_NI.device)
     stored = STORED // dtype.itemsize
-    _product[(min(programs, cut.tiles(num_rows, outputs)),)](
+    _matmul_bulk_hopper[(min(programs, cut.tiles(num_rows, outputs)),)](
         _described(x_NI, [cut.rows, cut.depth]),
         _described(weight_OI, [cut.columns, cut.depth]),
         _described(out, [cut.rows, stored]),
@@ -122,7 +122,7 @@ def _described(tensor: Tensor, tile: Sequence[int]) -> TensorDescriptor:
 
 
 @gluon.jit
-def _product(
+def _matmul_bulk_hopper(
     x,
     weight,
     out,
