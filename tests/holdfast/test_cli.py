@@ -47,14 +47,14 @@ class Terminal:
         self._master = master
         self._heard = b""
 
-    async def read_until(self, text: str) -> str:
-        """What comes up to and with `text`."""
+    async def read_until(self, text: str, *, seconds: float = 60) -> str:
+        """What comes up to and with `text`. Raises TimeoutError where nothing comes for so long."""
         loop = asyncio.get_running_loop()
         while text.encode() not in self._heard:
             arrived: asyncio.Future[None] = loop.create_future()
             loop.add_reader(self._master, lambda future=arrived: future.done() or future.set_result(None))
             try:
-                await asyncio.wait_for(arrived, 60)
+                await asyncio.wait_for(arrived, seconds)
             finally:
                 loop.remove_reader(self._master)
             self._heard += os.read(self._master, 65536)
@@ -63,6 +63,14 @@ class Terminal:
 
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
+
+    async def interrupt_until(self, text: str) -> None:
+        """Ctrl-C until `text` comes: Python's `input` does not hear one between writing its prompt and listening."""
+        while True:
+            self.process.send_signal(signal.SIGINT)
+            with suppress(TimeoutError):
+                await self.read_until(text, seconds=5)
+                return
 
 
 @contextmanager
@@ -338,8 +346,7 @@ async def test_an_interrupt_stops_the_answer_and_not_the_chat() -> None:
         await at.read_until("(stopped)")
         await asyncio.wait_for(gateway.left.wait(), 30)
         await at.read_until("> ")
-        at.process.send_signal(signal.SIGINT)
-        await at.read_until("(Ctrl-D ends)")
+        await at.interrupt_until("(Ctrl-D ends)")
         gateway.endless, gateway.answer = False, [accepted(), tokens(0, "Done."), finished()]
         at.type("And?\n")
         await at.read_until("Done.")
