@@ -13,8 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import numpy as np
 import structlog
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from services.engine.batch import Step
@@ -63,6 +65,9 @@ class _Captured:
     packet: Tensor
     """int32, [rows, width]."""
     step: Replay
+    logits_RV: Tensor
+    selection: Selection
+    """What the step leaves for sampling once more: as long as they are held, no other form's graph computes in their place."""
     plain: Sampled
     """What the step samples, with rows of the form that are nobody's."""
     resampling: Replay
@@ -108,8 +113,10 @@ class Graphs:
         captured = self._fitting(step)
         if captured is None:
             return self._larger.run(step)
-        self._state.update(step, grow=not captured.form.grows(step))
-        captured.packet.copy_(self._numbers(captured.form, step), non_blocking=True)
+        grows = captured.form.grows(step)
+        self._state.update(step, grow=not grows)
+        numbers = captured.form.numbers(step, spare_slot=self._state.spare_slot, grows=grows)
+        captured.packet.copy_(self._fetchable(numbers), non_blocking=True)
         captured.step.replay()
         slots = [work.slot for work in step.works if work.samples]
         if not slots:
@@ -120,10 +127,10 @@ class Graphs:
         captured.resampling.replay()
         return self._sampler.of_slots(captured.whole, slots)
 
-    def _numbers(self, form: Form, step: Step) -> Tensor:
-        """The step's packet, where a GPU may fetch it by itself."""
-        numbers = torch.from_numpy(form.numbers(step, spare_slot=self._state.spare_slot))
-        return numbers.pin_memory() if self._state.device.type == "cuda" else numbers
+    def _fetchable(self, numbers: NDArray[np.int32]) -> Tensor:
+        """A packet, where a GPU may fetch it by itself."""
+        packet = torch.from_numpy(numbers)
+        return packet.pin_memory() if self._state.device.type == "cuda" else packet
 
     def _fitting(self, step: Step) -> _Captured | None:
         """The least that holds the step; None where too much of it would be nobody's."""
@@ -135,8 +142,7 @@ class Graphs:
 
     def _captured(self, form: Form) -> _Captured:
         state, spare_block = self._state, self._cache.spare_block
-        packet = torch.zeros((form.rows, form.width), dtype=torch.int32, device=state.device)
-        packet[0] = state.spare_slot
+        packet = torch.from_numpy(form.nobody(spare_slot=state.spare_slot)).to(state.device)
 
         def compute() -> tuple[Tensor, Selection, Sampled]:
             batch = form.batch(packet, state, spare_block=spare_block)
@@ -150,7 +156,7 @@ class Graphs:
         step.replay()
         before_RV = self._before_RV[: len(logits_RV)]
         whole, resampling = self._capture(lambda: self._sampler.whole(logits_RV, before_RV, selection))
-        return _Captured(form, packet, step, plain, resampling, whole)
+        return _Captured(form, packet, step, logits_RV, selection, plain, resampling, whole)
 
 
 class CudaCapture:

@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
-from services.engine.ops.kernels.candidates import Scratch, groups
+from services.engine.ops.kernels.candidates import groups
 from services.engine.ops.kernels.draw import draw
 from services.engine.ops.kernels.edits import edit
 from services.engine.ops.kernels.floors import floors
@@ -54,14 +54,11 @@ class KernelSampler:
         parameters, slots_R, tokens = self._state.sampling.parameters, selection.slots_R, self._state.tokens
         numbers = parameters.integers
         unedited = groups(logits_RV, slots_R, numbers.reported)
-        scratch = Scratch.of(unedited)
         edit(logits_RV, before_RV, parameters, slots_R, selection.positions_R, tokens)
         hot = groups(logits_RV, slots_R, numbers.shaped, parameters.floats.temperature)
-        floors_R = floors(logits_RV, hot, parameters, slots_R, scratch)
+        floors_R = floors(logits_RV, hot, parameters, slots_R)
         token_ids_R, peaks_R = draw(logits_RV, parameters, slots_R, selection.positions_R, tokens, floors_R=floors_R)
-        told = log_probabilities(
-            logits_RV, before_RV, token_ids_R, unedited, parameters, slots_R, scratch, most=MAX_LOGPROBS
-        )
+        told = log_probabilities(logits_RV, before_RV, token_ids_R, unedited, parameters, slots_R, most=MAX_LOGPROBS)
         return Sampled(token_ids_R, peaks_R, Reported([], *told))
 
     def of_slots(self, sampled: Sampled, slots: Seq[int]) -> Sampled:

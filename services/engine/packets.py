@@ -36,12 +36,16 @@ class Form(Protocol):
         """Of its packet."""
         ...
 
-    def grows(self, step: Step) -> bool:
-        """Whether the packet says how the step's block tables grow. If not, they have grown before it is read."""
+    def nobody(self, *, spare_slot: int) -> NDArray[np.int32]:
+        """The packet of a step without works."""
         ...
 
-    def numbers(self, step: Step, *, spare_slot: int) -> NDArray[np.int32]:
-        """The packet."""
+    def grows(self, step: Step) -> bool:
+        """Whether the packet can say how the step's block tables grow."""
+        ...
+
+    def numbers(self, step: Step, *, spare_slot: int, grows: bool) -> NDArray[np.int32]:
+        """The packet of a step. `grows`: whether it says how block tables grow; else they have grown before it is read."""
         ...
 
     def batch(self, packet: Tensor, state: DeviceState, *, spare_block: int) -> Batch:
@@ -65,6 +69,12 @@ class Decodes:
         """A number for each sequence."""
         return _aligned(self.size)
 
+    def nobody(self, *, spare_slot: int) -> NDArray[np.int32]:
+        """As `Form.nobody`: no table grows either."""
+        packet = np.zeros((self.rows, self.width), np.int32)
+        packet[0], packet[2] = spare_slot, -1
+        return packet
+
     def grows(self, step: Step) -> bool:
         """As `Form.grows`: by a block each, of sequences that the step computes, which is nearly always so."""
         if not step.grown:
@@ -72,12 +82,11 @@ class Decodes:
         computed = {work.slot for work in step.works}
         return all(len(growth.blocks) == 1 and growth.slot in computed for growth in step.grown)
 
-    def numbers(self, step: Step, *, spare_slot: int) -> NDArray[np.int32]:
+    def numbers(self, step: Step, *, spare_slot: int, grows: bool) -> NDArray[np.int32]:
         """As `Form.numbers`."""
-        packet = np.zeros((self.rows, self.width), np.int32)
-        packet[0], packet[2] = spare_slot, -1
+        packet = self.nobody(spare_slot=spare_slot)
         packet[:2, : len(step.works)] = _columns(step)[:2]
-        if self.grows(step):
+        if grows:
             row_of = {work.slot: row for row, work in enumerate(step.works)}
             rows = [row_of[growth.slot] for growth in step.grown]
             packet[2, rows] = [growth.index for growth in step.grown]
@@ -130,16 +139,22 @@ class Tokens:
         """A number for each work, and one more for where the last one's tokens end."""
         return _aligned(self.num_works + 1)
 
+    def nobody(self, *, spare_slot: int) -> NDArray[np.int32]:
+        """As `Form.nobody`."""
+        packet = np.zeros((self.rows, self.width), np.int32)
+        packet[0] = packet[4] = spare_slot
+        return packet
+
     def grows(self, step: Step) -> bool:
         """As `Form.grows`: never, for prompts grow by any number of blocks."""
         return False
 
-    def numbers(self, step: Step, *, spare_slot: int) -> NDArray[np.int32]:
+    def numbers(self, step: Step, *, spare_slot: int, grows: bool) -> NDArray[np.int32]:
         """As `Form.numbers`."""
+        assert not grows
         slots, starts, counts, samples = _columns(step)
         ends, (sampling,) = counts.cumsum(), samples.nonzero()
-        packet = np.zeros((self.rows, self.width), np.int32)
-        packet[0] = packet[4] = spare_slot
+        packet = self.nobody(spare_slot=spare_slot)
         packet[2, 1:] = ends[-1]
         packet[0, : len(slots)] = slots
         packet[1, : len(slots)] = starts

@@ -26,7 +26,7 @@ from services.engine.ops.moe import Experts
 from services.engine.ops.norm import rms_norm, rms_norm_of_sum
 from services.engine.quant.rules import FORMATS
 from services.engine.sampler import TorchSampler
-from services.engine.sequence import StopRules
+from services.engine.sequence import Sequence, StopRules
 from services.engine.shard import Shard
 from services.engine.state import Batch, Selection
 from services.engine.weight_format import WeightFormat
@@ -252,17 +252,17 @@ WISHES: list[dict[str, Any]] = [
     {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2, "logprobs": 3},
     {"temperature": 1.0, "repetition_penalty": 0.8, "top_k": 10},
     {"logit_bias": tuple((token, 0.01 * token) for token in range(1024)), "logprobs": 0},
-    {"stop": StopRules(100, min_tokens=100, stop_token_ids=frozenset(range(0, 128000, 125)))},
+    {
+        "stop": StopRules(100, min_tokens=101, stop_token_ids=frozenset(range(0, 128000, 125))),
+        "logit_bias": ((250, 60.0),),
+    },
 ]
 
 
-def test_whatever_rows_ask_for_is_what_the_specification_gives_them() -> None:
-    """On a real vocabulary, 220 rows of all kinds: tokens, where they are written, and log-probabilities."""
-    from services.engine.kernel_sampler import KernelSampler
-
-    num_rows, vocab = 220, 128256
+def asking(num_rows: int, vocab: int) -> list[Sequence]:
+    """Of all kinds, with 99 tokens of an answer behind 300 of a prompt."""
     draw = random.Random(0)
-    asked = [
+    return [
         sequence(
             [draw.randrange(vocab) for _ in range(300)],
             [draw.randrange(50) for _ in range(99)],
@@ -270,7 +270,14 @@ def test_whatever_rows_ask_for_is_what_the_specification_gives_them() -> None:
         )
         for row, wish in zip(range(num_rows), cycle(WISHES), strict=False)
     ]
-    state, selection = admitted(*asked, device="cuda")
+
+
+def test_whatever_rows_ask_for_is_what_the_specification_gives_them() -> None:
+    """On a real vocabulary, 220 rows of all kinds: tokens, where they are written, and log-probabilities."""
+    from services.engine.kernel_sampler import KernelSampler
+
+    num_rows, vocab = 220, 128256
+    state, selection = admitted(*asking(num_rows, vocab), device="cuda")
     logits = 3 * torch.randn(num_rows, vocab, device="cuda")
     expected = TorchSampler(state)(logits.clone(), selection)
     found = KernelSampler(state)(logits.clone(), selection)
@@ -286,6 +293,25 @@ def test_whatever_rows_ask_for_is_what_the_specification_gives_them() -> None:
                 mine, theirs = getattr(found.reported, name)[row], getattr(expected.reported, name)[row]
                 some = slice(count) if mine.ndim else ...
                 torch.testing.assert_close(mine[some], theirs[some], atol=1e-4, rtol=1e-5)
+
+
+def test_a_row_is_sampled_alike_in_any_company() -> None:
+    """The same token and log-probabilities to the last bit: alone, among others, and again; flat rows, of which no list holds all, too."""
+    from services.engine.kernel_sampler import KernelSampler
+
+    num_rows, vocab = 33, 128256
+    state, selection = admitted(*asking(num_rows, vocab), device="cuda")
+    sampler = KernelSampler(state)
+    logits = torch.randn(num_rows, vocab, device="cuda") * torch.linspace(0.01, 4, num_rows, device="cuda")[:, None]
+    together, again = (sampler(logits.clone(), selection) for _ in range(2))
+    assert torch.equal(again.token_ids_R, together.token_ids_R)
+    for row in range(num_rows):
+        alone = sampler(logits[row : row + 1].clone(), selection.take([row], torch.tensor([row], device="cuda")))
+        assert alone.token_ids_R[0] == together.token_ids_R[row]
+        if alone.reported is not None and together.reported is not None:
+            count = alone.reported.counts[0]
+            assert alone.reported.chosen_R[0] == together.reported.chosen_R[row]
+            assert torch.equal(alone.reported.top_RC[0, :count], together.reported.top_RC[row, :count])
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,10 +67,12 @@ class Parameters:
 
     @classmethod
     def zeros(cls, num_slots: int, *, num_entries: int, device: torch.device) -> Parameters:
-        """Of slots that ask for nothing, with room for `num_entries` additions each."""
+        """Of slots that ask for nothing, with room for `num_entries` additions each. Each name's numbers begin where wide loads may,
+        so that kernels are compiled once for any number of slots."""
+        width = -(-num_slots // 4) * 4
         return cls(
-            torch.zeros((len(Floats._fields), num_slots), dtype=torch.float32, device=device),
-            torch.zeros((len(Integers._fields), num_slots), dtype=torch.int64, device=device),
+            torch.zeros((len(Floats._fields), width), dtype=torch.float32, device=device)[:, :num_slots],
+            torch.zeros((len(Integers._fields), width), dtype=torch.int64, device=device)[:, :num_slots],
             torch.zeros((num_slots, num_entries), dtype=torch.int32, device=device),
             torch.zeros((num_slots, num_entries), dtype=torch.float32, device=device),
         )

@@ -35,6 +35,7 @@ def draw(
     `tokens`, [slots, length] int32, gets each row's token at its slot and position.
     """
     num_rows, vocab_size = logits_RV.shape
+    assert logits_RV.stride(1) == 1, "a row's logits lie side by side"
     num_parts = triton.cdiv(vocab_size, _GROUPS * GROUP)
     device = logits_RV.device
     peaks_RC = torch.empty((num_rows, num_parts), dtype=torch.float32, device=device)

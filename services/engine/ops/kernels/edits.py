@@ -28,12 +28,13 @@ def edit(
         VOCAB=vocab_size, BLOCK=_TOKENS, num_warps=4,
     )  # fmt: skip
     _edit[(num_rows,)](
-        logits_RV, before_RV, slots_R, positions_R, tokens, integers.edited,
-        floats.repetition, floats.presence, floats.frequency,
-        integers.num_prompt, integers.num_biased, integers.num_stops, integers.min_length,
-        parameters.ids_SE, parameters.additions_SE,
-        logits_RV.stride(0), before_RV.stride(0), tokens.stride(0), parameters.ids_SE.stride(0),
-        BLOCK=1024, num_warps=4,
+        logits=logits_RV, before=before_RV, row_stride=logits_RV.stride(0), before_stride=before_RV.stride(0),
+        slots=slots_R, positions=positions_R, tokens=tokens, token_stride=tokens.stride(0), edited=integers.edited,
+        repetitions=floats.repetition, presences=floats.presence, frequencies=floats.frequency,
+        num_prompts=integers.num_prompt, min_lengths=integers.min_length,
+        num_biased_of=integers.num_biased, num_stops_of=integers.num_stops,
+        ids=parameters.ids_SE, additions=parameters.additions_SE, entry_stride=parameters.ids_SE.stride(0),
+        BLOCK=4096, num_warps=8,
     )  # fmt: skip
 
 
@@ -50,9 +51,9 @@ def _keep(
 
 @triton.jit
 def _edit(
-    logits, before, slots, positions, tokens, edited,
-    repetitions, presences, frequencies, num_prompts, num_biaseds, num_stops, min_lengths, ids, additions,
-    row_stride, before_stride, token_stride, entry_stride, BLOCK: tl.constexpr,
+    logits, before, row_stride, before_stride, slots, positions, tokens, token_stride, edited,
+    repetitions, presences, frequencies, num_prompts, min_lengths, num_biased_of, num_stops_of,
+    ids, additions, entry_stride, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row).to(tl.int64)
@@ -83,7 +84,7 @@ def _edit(
             tl.debug_barrier()
         # A sequence may end with the token that makes it long enough.
         too_short = length + 1 < tl.load(min_lengths + slot)
-        count = tl.load(num_biaseds + slot) + tl.where(too_short, tl.load(num_stops + slot), 0)
+        count = tl.load(num_biased_of + slot) + tl.where(too_short, tl.load(num_stops_of + slot), 0)
         for first in range(0, count.to(tl.int32), BLOCK):
             inside = first + each < count
             token = tl.load(ids + slot * entry_stride + first + each, mask=inside, other=0)

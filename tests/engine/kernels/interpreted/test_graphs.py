@@ -181,6 +181,18 @@ def test_replayed_steps_say_what_operations_say(
     assert {form.split("(")[0] for form in replayed} == kinds
 
 
+def test_what_is_nobody_s_goes_to_the_spare_block(stories260k: Path, kernels: None) -> None:
+    """When steps are captured, and where three sequences decode by the form of four: no other block is written but theirs."""
+    engine, replayed = captured(stories260k)
+    graphs, cache = engine.runner._executor, engine.cache  # type: ignore[attr-defined]
+    assert cache.data[: cache.spare_block].count_nonzero() == 0
+    engine.run(*[asked([1, 403, 407], 4, seed=seed) for seed in range(3)])
+    assert replayed[-1] == "Decodes(size=4)"
+    assert set(graphs._state.block_tables[graphs._state.spare_slot].tolist()) == {cache.spare_block}
+    written = cache.data.flatten(1).count_nonzero(1).nonzero().flatten().tolist()
+    assert len(written) == 4 and cache.spare_block in written
+
+
 def test_either_way_can_be_taken_alone(stories260k: Path, kernels: None) -> None:
     """As tests on a GPU compare them: no step runs operation by operation, or every one does."""
     short, long = asked([1, 403, 407], 3), asked([1] * 17, 3)
@@ -383,7 +395,7 @@ def test_beyond_them_only_the_full_step_is_captured() -> None:
 def test_a_packet_names_nobody_beyond_its_step() -> None:
     """Works that are not there have no tokens, and what is sampled for them is the spare slot's."""
     step = Step(1, (Work(3, 7, 1, True), Work(0, 10, 4, False), Work(2, 0, 2, True)))
-    slots, starts, ends, rows, to, at, decodes = Tokens(16, 5).numbers(step, spare_slot=9).tolist()
+    slots, starts, ends, rows, to, at, decodes = Tokens(16, 5).numbers(step, spare_slot=9, grows=False).tolist()
     assert slots[:5] == [3, 0, 2, 9, 9]
     assert starts[:3] == [7, 10, 0]
     assert ends == [0, 1, 5, 7, 7, 7, 7, 7]
@@ -391,7 +403,7 @@ def test_a_packet_names_nobody_beyond_its_step() -> None:
     assert decodes[0] == 1
     decode = Step(2, (Work(3, 8, 1, True),))
     nothing = [[-1] * 4, [0] * 4]
-    assert Decodes(2).numbers(decode, spare_slot=9).tolist() == [[3, 9, 9, 9], [8, 0, 0, 0], *nothing]
+    assert Decodes(2).numbers(decode, spare_slot=9, grows=False).tolist() == [[3, 9, 9, 9], [8, 0, 0, 0], *nothing]
 
 
 def test_a_packet_of_decodes_says_how_their_tables_grow() -> None:
@@ -399,9 +411,9 @@ def test_a_packet_of_decodes_says_how_their_tables_grow() -> None:
     works = (Work(3, 15, 1, True), Work(1, 32, 1, True))
     grown = Step(1, works, grown=(Growth(1, 2, (70,)), Growth(3, 1, (80,))))
     assert Decodes(2).grows(grown)
-    assert Decodes(2).numbers(grown, spare_slot=9)[:, :2].tolist() == [[3, 1], [15, 32], [1, 2], [80, 70]]
+    assert Decodes(2).numbers(grown, spare_slot=9, grows=True)[:, :2].tolist() == [[3, 1], [15, 32], [1, 2], [80, 70]]
     for others in ((Growth(1, 2, (70, 71)),), (Growth(1, 2, (70,)), Growth(5, 0, (80,)))):
         left = Step(1, works, grown=others)
         assert not Decodes(2).grows(left)
-        assert Decodes(2).numbers(left, spare_slot=9)[2, :2].tolist() == [-1, -1]
+        assert Decodes(2).numbers(left, spare_slot=9, grows=False)[2, :2].tolist() == [-1, -1]
     assert not Tokens(16, 4).grows(grown)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from services.engine.kernel_sampler import KernelSampler
 from services.engine.ops import sampling as specified
-from services.engine.ops.kernels import candidates
-from services.engine.ops.kernels.candidates import Scratch, groups
+from services.engine.ops.kernels.candidates import groups
 from services.engine.ops.kernels.draw import draw
 from services.engine.ops.kernels.floors import floors
 from services.engine.ops.parameters import Floats, Integers, Parameters
@@ -100,7 +99,7 @@ def test_floors_keep_what_the_specification_keeps(kind: str) -> None:
     asked = parameters(len(wishes), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, shaped=1)
     slots = torch.arange(len(wishes))
     found = groups(logits, slots, asked.integers.shaped, temperature)
-    least = floors(logits, found, asked, slots, Scratch.of(found))
+    least = floors(logits, found, asked, slots)
     p = specified.probabilities(logits.clone(), temperature)
     for row, (k, kept, times) in enumerate(wishes):
         expected = p[row : row + 1].clone()
@@ -133,10 +132,9 @@ def test_a_list_of_candidates_that_is_full_is_done_without(monkeypatch: pytest.M
     logits, slots = logits_of("noise", 3), torch.arange(3)
     asked = parameters(3, temperature=1.0, top_p=0.9, top_k=torch.tensor([0, 30, 39]), shaped=1)
     found = groups(logits, slots, asked.integers.shaped, asked.floats.temperature)
-    expected = floors(logits, found, asked, slots, Scratch.of(found))
-    monkeypatch.setattr(candidates, "MOST", 16)
+    expected = floors(logits, found, asked, slots)
     monkeypatch.setattr("services.engine.ops.kernels.floors.MOST", 16)
-    assert torch.equal(floors(logits, found, asked, slots, Scratch.of(found)), expected)
+    assert torch.equal(floors(logits, found, asked, slots), expected)
     assert (logits >= expected[:, None]).sum(1).min() > 16
 
 
