@@ -122,10 +122,12 @@ def _beyond(tails, mass, inside, distance, AT_LEAST: tl.constexpr, STEPS: tl.con
     step = 4.0 * tl.sqrt(tl.maximum(distance, 0.0))
     if AT_LEAST:
         number = tl.floor(step + 1e-5).to(tl.int32) + 1
-        part = tl.load(tails + number, mask=inside & (number < STEPS), other=0.0)
+        inside = inside & (number < STEPS)
     else:
-        number = tl.maximum(tl.floor(step - 1e-5), 0.0).to(tl.int32)
-        part = tl.load(tails + tl.minimum(number, STEPS - 1), mask=inside, other=0.0)
+        number = tl.floor(step - 1e-5).to(tl.int32)
+    # Of a row that has no finite logits the distance is no number, and what is made of it may be any.
+    number = tl.minimum(tl.maximum(number, 0), STEPS - 1)
+    part = tl.load(tails + number, mask=inside, other=0.0)
     return tl.where(distance < 0.0, mass, part)
 
 

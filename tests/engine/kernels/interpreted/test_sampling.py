@@ -74,8 +74,14 @@ def test_the_first_among_equals_is_taken() -> None:
 
 @pytest.mark.parametrize(
     "wish",
-    [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5, "top_p": 0.5, "min_p": 0.1}, {"logprobs": 3}],
-    ids=["likeliest", "drawn", "shaped", "reported"],
+    [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "top_k": 5, "top_p": 0.5, "min_p": 0.1},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"logprobs": 3},
+    ],
+    ids=["likeliest", "drawn", "shaped", "nucleus", "reported"],
 )
 def test_logits_that_are_no_numbers_show(wish: dict[str, Any]) -> None:
     """The row's peak is no finite number, its token one of the vocabulary; other rows do not notice."""
