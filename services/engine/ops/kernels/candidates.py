@@ -24,7 +24,7 @@ class Groups(NamedTuple):
     highest_RG: Tensor
     masses_RG: Tensor
     """The sum of exp((x - highest) / temperature)."""
-    tails_RGJ: Tensor | None
+    tails_RJG: Tensor | None
     """The part of that sum which lies farther below the highest logit than each of the distances."""
 
 
@@ -33,14 +33,14 @@ def groups(logits_RV: Tensor, slots_R: Tensor, wanted_S: Tensor, temperatures_S:
     num_rows, vocab_size = logits_RV.shape
     num_groups = triton.cdiv(vocab_size, GROUP)
     highest_RG = torch.empty((num_rows, num_groups), dtype=torch.float32, device=logits_RV.device)
-    masses_RG, tails_RGJ = torch.empty_like(highest_RG), None
+    masses_RG, tails_RJG = torch.empty_like(highest_RG), None
     if temperatures_S is not None:
-        tails_RGJ = torch.empty((num_rows, num_groups, STEPS), dtype=torch.float32, device=logits_RV.device)
+        tails_RJG = torch.empty((num_rows, STEPS, num_groups), dtype=torch.float32, device=logits_RV.device)
     _weigh_groups[(triton.cdiv(num_groups, _GROUPS), num_rows)](
-        logits_RV, slots_R, wanted_S, temperatures_S, highest_RG, masses_RG, tails_RGJ,
+        logits_RV, slots_R, wanted_S, temperatures_S, highest_RG, masses_RG, tails_RJG,
         logits_RV.stride(0), num_groups, VOCAB=vocab_size, GROUPS=_GROUPS, GROUP=GROUP, STEPS=STEPS, num_warps=4,
     )  # fmt: skip
-    return Groups(highest_RG, masses_RG, tails_RGJ)
+    return Groups(highest_RG, masses_RG, tails_RJG)
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _weigh_groups(
         if tails is not None:
             for step in tl.static_range(STEPS):
                 beyond = tl.sum(tl.where(distance > step * step / 16, weight, 0.0), 1)
-                tl.store(tails + out * STEPS + step, beyond, mask=group < num_groups)
+                tl.store(tails + (row * STEPS + step) * num_groups + group, beyond, mask=group < num_groups)
 
 
 @triton.jit

@@ -48,7 +48,7 @@ def floors(logits_RV: Tensor, groups: Groups, parameters: Parameters, slots_R: T
     row = {"logits": logits_RV, "row_stride": logits_RV.stride(0), "VOCAB": vocab_size}
     shared = {"bounds": bounds_R4, "above": above_R3}
     _bracket[(num_rows,)](
-        **asked, **shared, highest_of=groups.highest_RG, mass_of=groups.masses_RG, tails_of=groups.tails_RGJ,
+        **asked, **shared, highest_of=groups.highest_RG, mass_of=groups.masses_RG, tails_of=groups.tails_RJG,
         num_groups=num_groups, GROUPS=triton.next_power_of_2(num_groups), GROUP=GROUP, STEPS=STEPS, num_warps=8,
     )  # fmt: skip
     _list[(triton.cdiv(num_groups, _GROUPS), num_rows)](
@@ -86,25 +86,10 @@ def _bracket(
         if top_k > 0:
             low = bound_of_count(highest, inside, top_k)
         elif top_p < 1.0:
-            tails = tails_of + (row * num_groups + group) * STEPS
+            tails = tails_of + row * STEPS * num_groups + group
             spared = (1.0 - top_p) * total
-            # In temperatures below the highest logit. Beyond `far` lies no more than is spared, beyond `near` more; sums are rounded.
-            far = -tl.log(spared / (GROUPS * GROUP))
-            near = far * 0.0 - 1e-3
-            deeper, nearer = near, far
-            for _ in range(14):
-                middle = 0.5 * (deeper + far)
-                most = tl.sum(scale * _beyond(tails, mass, inside, middle - depth, False, STEPS), 0)
-                far, deeper = (
-                    tl.where(most <= 0.9999 * spared, middle, far),
-                    tl.where(most <= 0.9999 * spared, deeper, middle),
-                )
-                middle = 0.5 * (near + nearer)
-                least = tl.sum(scale * _beyond(tails, mass, inside, middle - depth, True, STEPS), 0)
-                near, nearer = (
-                    tl.where(least > 1.0001 * spared, middle, near),
-                    tl.where(least > 1.0001 * spared, nearer, middle),
-                )
+            far = _distance(tails, num_groups, mass, scale, depth, inside, spared, False, GROUPS * GROUP, STEPS)
+            near = _distance(tails, num_groups, mass, scale, depth, inside, spared, True, GROUPS * GROUP, STEPS)
             rounding = 1e-4 * temperature + 1e-6 * tl.abs(peak)
             low, high = peak - temperature * far - rounding, peak - temperature * near + rounding
         tl.store(bounds + row * 4, low)
@@ -116,7 +101,23 @@ def _bracket(
 
 
 @triton.jit
-def _beyond(tails, mass, inside, distance, AT_LEAST: tl.constexpr, STEPS: tl.constexpr):
+def _distance(
+    tails, num_groups, mass, scale, depth, inside, spared, AT_LEAST: tl.constexpr, MOST_TOKENS: tl.constexpr, STEPS: tl.constexpr
+):  # fmt: skip
+    """How far below the highest logit, in temperatures, so little lies beyond that it can be spared, or, with AT_LEAST, still so much
+    that it cannot: both to the safe side."""
+    near = spared * 0.0 - 1e-3
+    far = -tl.log(spared / MOST_TOKENS)
+    for _ in range(14):
+        middle = 0.5 * (near + far)
+        beyond = tl.sum(scale * _beyond(tails, num_groups, mass, inside, middle - depth, AT_LEAST, STEPS), 0)
+        little = beyond <= (1.0001 if AT_LEAST else 0.9999) * spared  # sums are rounded
+        near, far = tl.where(little, near, middle), tl.where(little, middle, far)
+    return near if AT_LEAST else far
+
+
+@triton.jit
+def _beyond(tails, num_groups, mass, inside, distance, AT_LEAST: tl.constexpr, STEPS: tl.constexpr):
     """What of each group lies farther below its highest logit than this: at most, by the next of its tails that begins no farther;
     or at least, by the next that begins no nearer. All of it where the distance is negative."""
     step = 4.0 * tl.sqrt(tl.maximum(distance, 0.0))
@@ -127,7 +128,7 @@ def _beyond(tails, mass, inside, distance, AT_LEAST: tl.constexpr, STEPS: tl.con
         number = tl.floor(step - 1e-5).to(tl.int32)
     # Of a row that has no finite logits the distance is no number, and what is made of it may be any.
     number = tl.minimum(tl.maximum(number, 0), STEPS - 1)
-    part = tl.load(tails + number, mask=inside, other=0.0)
+    part = tl.load(tails + number * num_groups, mask=inside, other=0.0)
     return tl.where(distance < 0.0, mass, part)
 
 
