@@ -43,16 +43,17 @@ def draw(
     scores_RC, groups_RC = torch.empty_like(peaks_RC), torch.empty_like(places_RC)
     token_ids_R = torch.empty(num_rows, dtype=torch.int64, device=device)
     peaks_R = torch.empty(num_rows, dtype=torch.float32, device=device)
-    temperatures, numbers = parameters.floats.temperature, parameters.integers
-    rows = (
-        logits_RV, floors_R, slots_R, positions_R, temperatures, numbers.seed_low, numbers.seed_high, numbers.choice,
-    )  # fmt: skip
-    parts = (peaks_RC, places_RC, scores_RC, groups_RC)
-    _best[(num_parts, num_rows)](
-        *rows, *parts, logits_RV.stride(0), VOCAB=vocab_size, GROUPS=_GROUPS, GROUP=GROUP, num_warps=4
-    )
+    numbers = parameters.integers
+    rows = {
+        "logits": logits_RV, "row_stride": logits_RV.stride(0), "floors": floors_R, "slots": slots_R, "positions": positions_R,
+        "temperatures": parameters.floats.temperature,
+        "seeds_low": numbers.seed_low, "seeds_high": numbers.seed_high, "choices": numbers.choice,
+    }  # fmt: skip
+    parts = {"peaks": peaks_RC, "places": places_RC, "scores": scores_RC, "groups": groups_RC}
+    _best[(num_parts, num_rows)](**rows, **parts, VOCAB=vocab_size, GROUPS=_GROUPS, GROUP=GROUP, num_warps=4)
     _choose[(num_rows,)](
-        *rows, *parts, tokens, token_ids_R, peaks_R, logits_RV.stride(0), tokens.stride(0), num_parts,
+        **rows, **parts, tokens=tokens, token_ids=token_ids_R, peaks_out=peaks_R,
+        token_stride=tokens.stride(0), num_parts=num_parts,
         VOCAB=vocab_size, PARTS=triton.next_power_of_2(num_parts), GROUP=GROUP, num_warps=4,
     )  # fmt: skip
     return token_ids_R, peaks_R
@@ -78,9 +79,9 @@ def _gumbel(index, position, choice, series, low, high):
 
 @triton.jit
 def _best(
-    logits, floors, slots, positions, temperatures, seeds_low, seeds_high, choices,
+    logits, row_stride, floors, slots, positions, temperatures, seeds_low, seeds_high, choices,
     peaks, places, scores, groups,
-    row_stride, VOCAB: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
+    VOCAB: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     part, row = tl.program_id(0), tl.program_id(1)
     group = part * GROUPS + tl.arange(0, GROUPS)
@@ -120,10 +121,9 @@ def _best(
 
 @triton.jit
 def _choose(
-    logits, floors, slots, positions, temperatures, seeds_low, seeds_high, choices,
+    logits, row_stride, floors, slots, positions, temperatures, seeds_low, seeds_high, choices,
     peaks, places, scores, groups,
-    tokens, token_ids, peaks_out,
-    row_stride, token_stride, num_parts, VOCAB: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
+    tokens, token_ids, peaks_out, token_stride, num_parts, VOCAB: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     part = tl.arange(0, PARTS)
