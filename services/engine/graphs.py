@@ -122,8 +122,7 @@ class Graphs:
         if not slots:
             return None
         if self._sampler.is_plain(slots):
-            plain = captured.plain
-            return Sampled(plain.token_ids_R[: len(slots)], plain.peaks_R[: len(slots)], None)
+            return self._sampler.of_slots(captured.plain, slots)
         captured.resampling.replay()
         return self._sampler.of_slots(captured.whole, slots)
 

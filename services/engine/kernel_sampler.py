@@ -16,7 +16,7 @@ from services.engine.ops.kernels.draw import draw
 from services.engine.ops.kernels.edits import edit
 from services.engine.ops.kernels.floors import floors
 from services.engine.ops.kernels.logprobs import log_probabilities
-from services.engine.sampler import Reported, Sampled, num_tops
+from services.engine.sampler import Reported, Sampled
 from services.engine.sampling_state import Wants
 from services.engine.sequence import MAX_LOGPROBS
 from services.engine.state import DeviceState, Selection
@@ -62,10 +62,9 @@ class KernelSampler:
         return Sampled(token_ids_R, peaks_R, Reported([], *told))
 
     def of_slots(self, sampled: Sampled, slots: Seq[int]) -> Sampled:
-        """Of what the second way found, the first rows, which are these slots'."""
-        reported, rows = sampled.reported, slice(len(slots))
-        assert reported is not None
-        counts = num_tops(self._state.sampling, slots)
-        told = Reported(counts, reported.chosen_R[rows], reported.top_RC[rows], reported.top_ids_RC[rows])
-        asked = any(count is not None for count in counts)
-        return Sampled(sampled.token_ids_R[rows], sampled.peaks_R[rows], told if asked else None)
+        """Of what either way found, the first rows, which are these slots'."""
+        rows, told = slice(len(slots)), None
+        if (found := sampled.reported) is not None and Wants.LOGPROBS in self._state.sampling.wanted_by(slots):
+            counts = self._state.sampling.num_tops(slots)
+            told = Reported(counts, found.chosen_R[rows], found.top_RC[rows], found.top_ids_RC[rows])
+        return Sampled(sampled.token_ids_R[rows], sampled.peaks_R[rows], told)

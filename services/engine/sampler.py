@@ -25,7 +25,7 @@ from torch import Tensor
 
 from services.engine.ops import sampling
 from services.engine.ops.parameters import Floats, Integers
-from services.engine.sampling_state import SamplingState, Wants
+from services.engine.sampling_state import Wants
 from services.engine.state import DeviceState, Selection
 from services.engine.transfers import on_device
 
@@ -120,7 +120,7 @@ class TorchSampler:
         return logits_RV[on_device(rows, logits_RV.device)]
 
     def _report(self, raw_PV: Tensor, token_ids_R: Tensor, selection: Selection) -> Reported:
-        counts = num_tops(self._state.sampling, selection.slots)
+        counts = self._state.sampling.num_tops(selection.slots)
         rows_P = on_device(self._rows_wanting(Wants.LOGPROBS, selection), token_ids_R.device)
         most = max(count for count in counts if count is not None)
         found = sampling.log_probabilities(raw_PV, token_ids_R[rows_P], most=most)
@@ -128,11 +128,6 @@ class TorchSampler:
 
     def _rows_wanting(self, want: Wants, selection: Selection) -> list[int]:
         return [row for row, slot in enumerate(selection.slots) if want in self._state.sampling.wants(slot)]
-
-
-def num_tops(state: SamplingState, slots: Seq[int]) -> list[int | None]:
-    """`Reported.counts` of these slots."""
-    return [state.num_top(slot) for slot in slots]
 
 
 def joined(parts: Seq[Sampled]) -> Sampled | None:

@@ -85,9 +85,10 @@ class SamplingState:
         """What this slot's sequence asks for, in its own words."""
         return self._admission(slot).sampling
 
-    def num_top(self, slot: int) -> int | None:
-        """How many of the likeliest tokens it wants to hear of, beside the chosen one; None where it wants to hear of none."""
-        return self.params(slot).logprobs
+    def num_tops(self, slots: Seq[int]) -> list[int | None]:
+        """How many of the likeliest tokens each of the slots wants to hear of, beside the chosen one; None where it wants to hear of
+        none."""
+        return [self.params(slot).logprobs for slot in slots]
 
     def num_prompt(self, slot: int) -> int:
         """Tokens of its prompt."""
