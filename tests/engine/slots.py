@@ -15,6 +15,23 @@ from services.engine.state import DeviceState, Selection
 
 BLOCK_SIZE = 16
 
+WISHES: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 0.3, "seed": 2**64 - 1},
+    {"temperature": 1.7, "top_k": 3, "seed": 9},
+    {"temperature": 1.0, "top_k": 200, "top_p": 0.8},
+    {"temperature": 0.9, "top_p": 0.5, "min_p": 0.1, "choice": 5},
+    {"temperature": 1.0, "min_p": 0.01, "seed": 1 << 40},
+    {"repetition_penalty": 1.4},
+    {"temperature": 1.0, "presence_penalty": 1.5, "frequency_penalty": -0.5},
+    {"logit_bias": ((7, 5.0), (599, -100.0))},
+    {"temperature": 1.0, "logit_bias": ((7, 9.0),), "logprobs": 3},
+    {"logprobs": 0},
+    {"stop": StopRules(100, min_tokens=50, stop_token_ids=frozenset({3, 4}))},
+]
+"""What a sequence may ask of the sampler, of a vocabulary of 600 tokens or more."""
+
 
 def sequence(
     prompt_ids: Seq[int] = (1, 2, 3), output_ids: Seq[int] = (), *, choice: int = 0, stop: StopRules | None = None,

@@ -13,7 +13,7 @@ from transformers import MinNewTokensLengthLogitsProcessor
 
 from services.engine.sampler import TorchSampler
 from services.engine.sequence import FinishReason, Sequence, StopRules
-from tests.engine.slots import admitted, sample, sequence, tokens
+from tests.engine.slots import WISHES, admitted, sample, sequence, tokens
 
 VOCABULARY = 600
 
@@ -37,23 +37,6 @@ def test_a_temperature_too_low_to_divide_by_is_greedy() -> None:
     logits_RV = logits(1) * 100
     assert tokens(logits_RV, sequence(temperature=1e-30)) == logits_RV.argmax(-1).tolist()
     assert tokens(logits_RV, sequence(temperature=1e-5)) == logits_RV.argmax(-1).tolist()
-
-
-WISHES: list[dict[str, Any]] = [
-    {},
-    {"temperature": 1.0},
-    {"temperature": 0.3, "seed": 2**64 - 1},
-    {"temperature": 1.7, "top_k": 3, "seed": 9},
-    {"temperature": 1.0, "top_k": 200, "top_p": 0.8},
-    {"temperature": 0.9, "top_p": 0.5, "min_p": 0.1, "choice": 5},
-    {"temperature": 1.0, "min_p": 0.01, "seed": 1 << 40},
-    {"repetition_penalty": 1.4},
-    {"temperature": 1.0, "presence_penalty": 1.5, "frequency_penalty": -0.5},
-    {"logit_bias": ((7, 5.0), (599, -100.0))},
-    {"temperature": 1.0, "logit_bias": ((7, 9.0),), "logprobs": 3},
-    {"logprobs": 0},
-    {"stop": StopRules(100, min_tokens=50, stop_token_ids=frozenset({3, 4}))},
-]
 
 
 @st.composite

@@ -18,6 +18,7 @@ from services.engine.ops.kernels.floors import floors
 from services.engine.ops.parameters import Floats, Integers, Parameters
 from services.engine.sampler import Sampled, TorchSampler
 from services.engine.sequence import Sequence, StopRules
+from tests.engine import slots as slotted
 from tests.engine.slots import admitted, sequence
 
 # The logarithm of a group without probability is minus infinity, as it should be, and a row of NaN is one; NumPy warns.
@@ -146,19 +147,10 @@ def test_a_list_of_candidates_that_is_full_is_done_without(monkeypatch: pytest.M
 
 PROMPT = [(7 * i * i + 3) % 300 for i in range(40)]
 WISHES: list[dict[str, Any]] = [
-    {},
-    {"temperature": 1.0},
-    {"temperature": 0.3, "seed": 2**64 - 1},
-    {"temperature": 1.7, "top_k": 3, "seed": 9},
-    {"temperature": 1.0, "top_k": 200, "top_p": 0.8},
-    {"temperature": 0.9, "top_p": 0.5, "min_p": 0.1, "choice": 5},
-    {"temperature": 1.0, "min_p": 0.01, "seed": 1 << 40},
-    {"repetition_penalty": 1.4},
+    *slotted.WISHES,
     {"repetition_penalty": 0.7, "logprobs": 1},
-    {"temperature": 1.0, "presence_penalty": 1.5, "frequency_penalty": -0.5},
     {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3, "logprobs": 20},
     {"logit_bias": ((7, 5.0), (599, -100.0)), "logprobs": 0},
-    {"temperature": 1.0, "logit_bias": ((7, 9.0),), "logprobs": 3},
     {"logit_bias": tuple((token, 100.0 - token) for token in range(600))},
     {"stop": StopRules(100, min_tokens=50, stop_token_ids=frozenset({3, 4})), "logit_bias": ((3, 50.0),)},
     {"stop": StopRules(100, min_tokens=21, stop_token_ids=frozenset({3, 4})), "logit_bias": ((3, 50.0),)},
