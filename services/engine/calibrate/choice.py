@@ -28,23 +28,29 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """For matrices that share their inputs and are kept as one."""
+class Treatment:
+    """What is done to a matrix."""
 
-    sharing: Sharing
     format: Format
     method: Method
 
     @property
     def quantizes(self) -> bool:
-        """Whether they are rounded at all."""
+        """Whether it is rounded at all."""
         return self.format.scheme is not None
 
     @property
     def scheme(self) -> Scheme:
-        """How they are rounded, if they are."""
+        """How it is rounded, if it is."""
         assert self.format.scheme is not None
         return self.format.scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Choice(Treatment):
+    """For matrices that share their inputs and are kept as one."""
+
+    sharing: Sharing
 
     @property
     def scales_inputs(self) -> bool:

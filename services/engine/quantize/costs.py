@@ -65,7 +65,7 @@ class Asked:
     def choices(self, layer: int) -> list[Choice]:
         """All that is tried in this layer."""
         return [
-            Choice(sharing, FORMATS[format], self.method)
+            Choice(FORMATS[format], self.method, sharing)
             for sharing in sharings(self.spec, layer)
             for format in self.formats
             if format is not WeightFormat.NONE and _fits(format, sharing)

@@ -7,35 +7,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from holdfast.errors import ConfigurationError
-from services.engine.calibrate.choice import Choice
+from services.engine.calibrate.choice import Choice, Treatment
 from services.engine.calibrate.parts import experts, sharings
 from services.engine.layers.linear import named
 from services.engine.models.spec import ModelSpec
 from services.engine.quant import Format
 from services.engine.quant.int4 import require_groups
-from services.engine.quant.matrix import Scheme
 from services.engine.quant.rules import FORMATS, Rules
 from services.engine.weight_format import EMBEDDING, HEAD, Method, WeightFormat
 
 _NEAREST = (Method.ABSMAX, Method.PERCENTILE, Method.MSE)
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+class Table(Treatment):
     """The embedding or the head, and how it is rounded: to the nearest, whatever is done to layers."""
 
-    format: Format
-    method: Method
-
-    @property
-    def quantizes(self) -> bool:
-        return self.format.scheme is not None
-
-    @property
-    def scheme(self) -> Scheme:
-        """How it is rounded, if it is."""
-        assert self.format.scheme is not None
-        return self.format.scheme
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +114,7 @@ def _layer(spec: ModelSpec, index: int, rules: Rules, method: Method) -> tuple[C
     choices = []
     for sharing in sharings(spec, index):
         names = [f"model.layers.{index}.{name}" for name in sharing.names]
-        choice = Choice(sharing, rules.format(*names), rules.method(*names) or method)
+        choice = Choice(rules.format(*names), rules.method(*names) or method, sharing)
         with named(*names):
             require_groups(choice.format, sharing.inputs)
         require_sense(choice, *names)

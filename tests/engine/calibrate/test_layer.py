@@ -38,7 +38,7 @@ def choices(spec: ModelSpec, index: int, method: Method, *formats: WeightFormat)
     for sharing in sharings(spec, index):
         fits = [FORMATS[name] for name in (*formats, WeightFormat.NONE)]
         format = next(each for each in fits if each.scheme is None or each.scheme.fits(sharing.inputs))
-        found.append(Choice(sharing, format, method))
+        found.append(Choice(format, method, sharing))
     return found
 
 
